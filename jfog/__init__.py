@@ -1,0 +1,1 @@
+"""jfog: decentralized training for JAX."""
