@@ -1,0 +1,78 @@
+"""Private JAX in one place: the ordered effect and what else has no public name."""
+
+import jax
+from jax._src import core, effects
+from jax.interpreters import mlir
+
+
+class CommunicationEffect(effects.Effect):
+  """Puts every communication of a program in one chain, in program order.
+
+  XLA:CPU runs independent custom calls concurrently and in an order that
+  differs from run to run. An ordered effect threads a token through all calls,
+  so every rank posts in the order in which its program was written.
+  """
+
+  __str__ = __repr__ = lambda self: "jfog.communication"
+
+
+for _allowed in (
+  effects.ordered_effects,
+  effects.lowerable_effects,
+  effects.control_flow_allowed_effects,
+  effects.custom_derivatives_allowed_effects,
+  effects.remat_allowed_effects,
+):
+  _allowed.add_type(CommunicationEffect)
+
+_EFFECT = CommunicationEffect()
+
+
+def communication_effect() -> effects.Effect:
+  """The one effect that all communication primitives of this process share."""
+  return _EFFECT
+
+
+def ordered_ffi_lowering(target: str, aliases):
+  """A lowering rule to the FFI handler `target` with a token in and out.
+
+  The handler's operands are the token of the ordered effect followed by the
+  primitive's; its results are the new token followed by the primitive's.
+
+  Args:
+    target: the name under which the handler is registered.
+    aliases: a function of the number of the primitive's operands to a dict
+      from an operand's index to that of the result that shares its buffer.
+  """
+
+  def rule(ctx, *operands, **attributes):
+    effect = communication_effect()
+    with_token = ctx.replace(
+      avals_in=[core.abstract_token, *ctx.avals_in],
+      avals_out=[core.abstract_token, *ctx.avals_out],
+    )
+    shared = aliases(len(operands)).items()
+    lower = jax.ffi.build_ffi_lowering_function(
+      target,
+      has_side_effect=True,
+      operand_output_aliases={i + 1: o + 1 for i, o in shared},
+    )
+    call = lower(with_token, ctx.tokens_in.get(effect), *operands, **attributes)
+    token, *results = call.results
+    ctx.set_tokens_out(mlir.TokenSet({effect: token}))
+    return results
+
+  return rule
+
+
+def axis_is_bound(name) -> bool:
+  """Whether the named axis `name` is bound where this is traced.
+
+  The set of bound axes is part of the cache key of `jax.jit`.
+  """
+  return core.get_axis_env().axis_exists(name)
+
+
+def at_top_level() -> bool:
+  """Whether no transformation is tracing here: operations run eagerly."""
+  return core.trace_state_clean()

@@ -1,0 +1,23 @@
+"""Runtime: communicators and backends."""
+
+from jfog.runtime._communicator import AXIS_NAME as AXIS_NAME
+from jfog.runtime._communicator import LOCAL_AXIS_NAME as LOCAL_AXIS_NAME
+from jfog.runtime._communicator import Axis as Axis
+from jfog.runtime._communicator import Communicator as Communicator
+from jfog.runtime._communicator import NotInitializedError as NotInitializedError
+from jfog.runtime._communicator import Single as Single
+from jfog.runtime._native import build as build
+from jfog.runtime._native import mpi as mpi
+from jfog.runtime._places import simulate as simulate
+from jfog.runtime._places import spmd as spmd
+from jfog.runtime._world import MpiCommunicator as MpiCommunicator
+from jfog.runtime._world import init as init
+from jfog.runtime._world import local_rank as local_rank
+from jfog.runtime._world import local_size as local_size
+from jfog.runtime._world import machine_rank as machine_rank
+from jfog.runtime._world import machine_size as machine_size
+from jfog.runtime._world import rank as rank
+from jfog.runtime._world import resolve as resolve
+from jfog.runtime._world import shutdown as shutdown
+from jfog.runtime._world import size as size
+from jfog.runtime._world import world as world

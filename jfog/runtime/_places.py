@@ -1,0 +1,246 @@
+"""Places without MPI: virtual ranks on one device, and the devices of a mesh."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
+
+
+def simulate(
+  fun: Callable[..., Any],
+  size: int,
+  *,
+  in_axes: Any = 0,
+  out_axes: Any = 0,
+  local_size: int = 1,
+) -> Callable[..., Any]:
+  """Runs `fun` on `size` virtual ranks of one device, without MPI.
+
+  The ranks are the places along a `jax.vmap` axis named `"jfog"`, which every
+  operation inside `fun` uses when it is given no `comm`. The result can be
+  jitted, differentiated and vmapped, and `fun` may be jitted already.
+
+  Args:
+    fun: the program of one rank.
+    size: the number of ranks.
+    in_axes: as in `jax.vmap`, a prefix of the positional arguments: an argument
+      whose axis is 0 is stacked over ranks, and rank i sees element i without
+      that axis; `None` gives all ranks the same value. Keyword arguments are
+      stacked along axis 0.
+    out_axes: the same for the results; `None` only for values that are equal on
+      all ranks by construction, such as the result of `jfog.allreduce`.
+    local_size: the number of consecutive ranks that form a pretended machine.
+
+  Returns:
+    A function of the stacked arguments to the stacked results.
+
+  Raises:
+    ValueError: if `size` is not positive, `local_size` does not divide it, or a
+      stacked argument has another length than `size`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(jfog.allreduce, 4)(jnp.array([0.0, 1.0, 2.0, 5.0]))
+    Array([2., 2., 2., 2.], dtype=float32)
+  """
+  _check_positive("size", size)
+  _check_positive("local_size", local_size)
+  if size % local_size != 0:
+    raise ValueError(
+      f"local_size={local_size} does not divide size={size}; take a divisor."
+    )
+  machines = size // local_size
+
+  @functools.wraps(fun)
+  def simulated(*args, **kwargs):
+    axes = _leaf_axes(in_axes, args)
+    keyword_axes = _leaf_axes(0, kwargs)
+    _check_stacked(args, axes, size)
+    _check_stacked(kwargs, keyword_axes, size)
+    if local_size == 1:
+      run = jax.vmap(fun, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=size)
+      return run(*args, **kwargs)
+    # Machines are the outer axis, so that rank = machine * local_size + local.
+    inner = jax.vmap(
+      fun, in_axes, out_axes, axis_name=LOCAL_AXIS_NAME, axis_size=local_size
+    )
+    outer = jax.vmap(
+      inner, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=machines
+    )
+    split = functools.partial(_split_axis, sizes=(machines, local_size))
+    args = _map_leaves(split, args, axes)
+    kwargs = _map_leaves(split, kwargs, keyword_axes)
+    out = outer(*args, **kwargs)
+    return _map_leaves(_join_axis, out, _leaf_axes(out_axes, out))
+
+  return simulated
+
+
+def spmd(
+  fun: Callable[..., Any],
+  mesh: Mesh | None = None,
+  *,
+  in_axes: Any = 0,
+  out_axes: Any = 0,
+  axis: str | tuple[str, str] = AXIS_NAME,
+) -> Callable[..., Any]:
+  """Runs `fun` on the devices along an axis of a mesh, one rank to a device.
+
+  A `jax.shard_map` with the contract of `jfog.simulate`; the data moves by
+  XLA's own collectives. Further axes of the mesh stay with the compiler.
+
+  Args:
+    fun: the program of one rank.
+    mesh: the mesh; by default one of all devices, in their order.
+    in_axes: as in `jfog.simulate`.
+    out_axes: as in `jfog.simulate`. Where it is `None` the value must be equal
+      on all ranks; that is not verified, the first rank's is taken.
+    axis: the name of the axis over ranks, or those of two, machines x local
+      ranks. Operations find the axis `"jfog"` (with `"jfog_local"`) by
+      themselves, another one needs `comm=jfog.Axis(...)`.
+
+  Returns:
+    A function of the stacked arguments to the stacked results.
+
+  Raises:
+    ValueError: if the mesh has no such axis, or a stacked argument has another
+      length than there are ranks.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jfog
+    >>> x = jnp.arange(jax.device_count(), dtype=jnp.float32)
+    >>> bool((jfog.spmd(jfog.allreduce)(x) == x.mean()).all())
+    True
+  """
+  names = (axis,) if isinstance(axis, str) else tuple(axis)
+  if mesh is not None:
+    _check_mesh(mesh, names)
+
+  @functools.wraps(fun)
+  def mapped(*args, **kwargs):
+    over = _default_mesh(names) if mesh is None else mesh
+    size = int(np.prod([over.shape[name] for name in names]))
+    axes = _leaf_axes(in_axes, args)
+    keyword_axes = _leaf_axes(0, kwargs)
+    _check_stacked(args, axes, size)
+    _check_stacked(kwargs, keyword_axes, size)
+
+    def body(args, kwargs):
+      args = _map_leaves(jnp.squeeze, args, axes)
+      kwargs = _map_leaves(jnp.squeeze, kwargs, keyword_axes)
+      out = fun(*args, **kwargs)
+      return _map_leaves(jnp.expand_dims, out, _leaf_axes(out_axes, out))
+
+    run = jax.shard_map(
+      body,
+      mesh=over,
+      in_specs=(_specs(in_axes, names), _specs(0, names)),
+      out_specs=_specs(out_axes, names),
+      axis_names=set(names),
+      check_vma=False,  # programs of one rank know nothing of varying types
+    )
+    return run(args, kwargs)
+
+  return mapped
+
+
+def _check_positive(name: str, value: Any) -> None:
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{name} is an int, got {value!r}.")
+  if value < 1:
+    raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def _check_mesh(mesh: Mesh, names: tuple[str, ...]) -> None:
+  for name in names:
+    if name not in mesh.shape:
+      raise ValueError(
+        f"the mesh has axes {tuple(mesh.shape)}, and none named {name!r}; make "
+        f"it with that name or pass axis=."
+      )
+
+
+def _default_mesh(names: tuple[str, ...]) -> Mesh:
+  if len(names) == 1:
+    return Mesh(np.array(jax.devices()), names)
+  machines = {device.process_index for device in jax.devices()}
+  devices = np.array(jax.devices()).reshape(len(machines), -1)
+  return Mesh(devices, names)
+
+
+def _is_none(x: Any) -> bool:
+  return x is None
+
+
+def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
+  """The axis of every leaf of `tree`, from a prefix of it, as `vmap` reads it."""
+  if isinstance(axes, list):
+    axes = tuple(axes)
+  flat: list[int | None] = []
+
+  def add(axis, part):
+    if axis is not None and (not isinstance(axis, int) or axis < 0):
+      raise ValueError(
+        f"an axis over ranks is None or an int from 0 on, got {axis!r}."
+      )
+    flat.extend([axis] * len(jax.tree.leaves(part)))
+
+  jax.tree.map(add, axes, tree, is_leaf=_is_none)
+  return flat
+
+
+def _map_leaves(fun, tree: Any, axes: Sequence[int | None]) -> Any:
+  """Applies `fun(leaf, axis)` to the leaves that have an axis."""
+  leaves, structure = jax.tree.flatten(tree)
+  pairs = zip(leaves, axes, strict=True)
+  return structure.unflatten(
+    [leaf if axis is None else fun(leaf, axis) for leaf, axis in pairs]
+  )
+
+
+def _check_stacked(tree: Any, axes: Sequence[int | None], size: int) -> None:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  for (path, leaf), axis in zip(leaves, axes, strict=True):
+    shape = jnp.shape(leaf)
+    if axis is not None and (axis >= len(shape) or shape[axis] != size):
+      raise ValueError(
+        f"argument {jax.tree_util.keystr(path)} of shape {shape} is not stacked "
+        f"over {size} ranks along axis {axis}; stack it, or pass in_axes=None "
+        f"for a value that all ranks share."
+      )
+
+
+def _specs(axes: Any, names: tuple[str, ...]) -> Any:
+  """The partition of every entry of a prefix of axes."""
+
+  def spec(axis):
+    if axis is None:
+      return PartitionSpec()
+    return PartitionSpec(*[None] * axis, names)
+
+  if isinstance(axes, list):
+    axes = tuple(axes)
+  return jax.tree.map(spec, axes, is_leaf=_is_none)
+
+
+def _split_axis(x: Any, axis: int, sizes: tuple[int, int]) -> jax.Array:
+  """Splits the axis over ranks into machines and, just behind, local ranks.
+
+  The outer vmap takes the machines' axis away, and the local ranks' moves into
+  its place.
+  """
+  shape = jnp.shape(x)
+  return jnp.reshape(x, shape[:axis] + sizes + shape[axis + 1 :])
+
+
+def _join_axis(x: jax.Array, axis: int) -> jax.Array:
+  shape = x.shape
+  return jnp.reshape(
+    x, (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+  )

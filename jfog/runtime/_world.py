@@ -1,0 +1,374 @@
+"""The world: `init`, what it finds, and the default communicator."""
+
+import atexit
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jfog.runtime import _native
+from jfog.runtime._communicator import (
+  Communicator,
+  NotInitializedError,
+  Single,
+  default_axis,
+)
+
+_BACKENDS = (None, "mpi", "nccl", "single")
+# How a launcher tells a process the number of ranks that it has started.
+_LAUNCHED_SIZE = ("JFOG_RUN_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Signs of a launcher that does not tell the number.
+_LAUNCHED = ("PMIX_RANK", "PMI_RANK")
+
+
+@dataclasses.dataclass(frozen=True)
+class MpiCommunicator(Communicator):
+  """Ranks that are processes of an MPI job, one rank to a process.
+
+  Made by `jfog.init()`; `local` and `machines` are its sub-communicators.
+  """
+
+  context: int  # its number in the native registry
+  size: int
+  rank: int
+  # For every rank, the index of its machine; empty on a sub-communicator.
+  machine_of: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+  local_part: Communicator | None = dataclasses.field(default=None, repr=False)
+  machines_part: Communicator | None = dataclasses.field(
+    default=None, repr=False
+  )
+
+  @property
+  def backend(self) -> str:
+    """`"mpi"`."""
+    return "mpi"
+
+  @property
+  def local(self) -> Communicator:
+    """The ranks of this machine."""
+    return self if self.local_part is None else self.local_part
+
+  @property
+  def machines(self) -> Communicator:
+    """The ranks that have this local rank, one of each machine.
+
+    Raises:
+      ValueError: if the machines hold different numbers of ranks.
+    """
+    if self.machines_part is not None:
+      return self.machines_part
+    if not self.machine_of:
+      return Single()
+    counts = [self.machine_of.count(m) for m in range(self.machine_size)]
+    raise ValueError(
+      f"the machines hold different numbers of ranks, {counts}, and have no "
+      f"rank for every local rank; start as many ranks on each machine, or set "
+      f"local_size in jfog.init."
+    )
+
+  @property
+  def machine_rank(self) -> int:
+    """The index of this rank's machine."""
+    return self.machine_of[self.rank] if self.machine_of else 0
+
+  @property
+  def machine_size(self) -> int:
+    """The number of machines."""
+    return max(self.machine_of) + 1 if self.machine_of else 1
+
+
+_world: Communicator | None = None
+_arguments: dict[str, Any] = {}
+
+
+def init(
+  *,
+  backend: str | None = None,
+  comm: Any = None,
+  local_size: int | None = None,
+  timeout: float = 300.0,
+) -> Communicator:
+  """Makes the world communicator, and returns it.
+
+  In a process that an MPI launcher has started (`jfog run`, `mpirun`, `srun`)
+  the world is the job, and MPI is started here if nobody has. In any other
+  process it is a world of one, which needs no MPI library. Collective: all
+  ranks of the job call it, with equal arguments. Calling it again returns the
+  world there is.
+
+  Args:
+    backend: `"mpi"`, or `"single"` for a world of one; by default what the
+      process was launched as. `"nccl"` is not part of this version.
+    comm: a communicator of mpi4py whose ranks are to be the world instead.
+    local_size: makes consecutive ranks into pretended machines of that many
+      ranks. By default machines are those that share memory; the environment
+      variable `JFOG_LOCAL_SIZE` stands in for the argument.
+    timeout: seconds that an operation waits for other ranks before it fails
+      with `DEADLINE_EXCEEDED`; a tenth of it into a wait a warning is printed.
+
+  Returns:
+    The world, an `MpiCommunicator` or a world of one.
+
+  Raises:
+    ValueError: for a bad argument, a `local_size` that does not divide the
+      number of ranks, or arguments that differ from those of the first call.
+    RuntimeError: if the job was launched as N ranks and MPI sees another
+      number, if jfog was built without MPI but the job has several ranks, or if
+      MPI runs without full thread support.
+
+  Example:
+    >>> import jfog
+    >>> jfog.init().size
+    1
+  """
+  global _world, _arguments
+  arguments = {"backend": backend, "comm": comm, "local_size": local_size}
+  if _world is not None:
+    changed = [
+      name
+      for name, value in arguments.items()
+      if value is not None and value != _arguments[name]
+    ]
+    if changed:
+      raise ValueError(
+        f"jfog is initialized already, with {changed[0]}="
+        f"{_arguments[changed[0]]!r} and not {arguments[changed[0]]!r}; call "
+        f"jfog.shutdown() first."
+      )
+    return _world
+  local_size = _check_arguments(backend, local_size, timeout)
+  if backend == "nccl":
+    raise ValueError("backend='nccl' is not part of this version; use 'mpi'.")
+  if backend == "single" and comm is not None:
+    raise ValueError("backend='single' takes no comm; leave one of them out.")
+  launched = _launched_size()
+  if backend == "mpi" or comm is not None or (
+    backend is None and launched is not None
+  ):
+    world = _mpi_world(comm, launched, local_size, float(timeout))
+  else:
+    if local_size not in (None, 1):
+      raise ValueError(f"local_size={local_size} does not divide a world of 1.")
+    world = Single()
+  _world, _arguments = world, arguments
+  return world
+
+
+def shutdown() -> None:
+  """Ends the use of the world; `init` may make another one.
+
+  Operations that were traced for the old world are traced again. MPI itself is
+  ended when the process ends, because it cannot be started twice.
+  """
+  global _world
+  world, _world = _world, None
+  if isinstance(world, MpiCommunicator):
+    parts = (world, world.local_part, world.machines_part)
+    jax.effects_barrier()
+    for part in parts:
+      if isinstance(part, MpiCommunicator):
+        _native.mpi().close(part.context)
+  if world is not None:
+    jax.clear_caches()
+
+
+def world() -> Communicator | None:
+  """The world that `init` has made, or None."""
+  return _world
+
+
+def resolve(comm: Communicator | None = None) -> Communicator:
+  """The communicator of an operation: `comm`, the bound axis, or the world.
+
+  Raises:
+    TypeError: if `comm` is no communicator.
+    NotInitializedError: if there is none of the three.
+  """
+  if comm is not None:
+    if not isinstance(comm, Communicator):
+      raise TypeError(
+        f"comm={comm!r} is no jfog communicator; pass what jfog.init() "
+        f"returned or jfog.Axis(name), or give an mpi4py communicator to "
+        f"jfog.init(comm=...)."
+      )
+    return comm
+  found = default_axis() or _world
+  if found is None:
+    raise NotInitializedError(
+      "there is no communicator here: call jfog.init() first, run the function "
+      "inside jfog.simulate, jfog.spmd or a jax.shard_map over an axis named "
+      "'jfog', or pass comm=."
+    )
+  return found
+
+
+def rank() -> Any:
+  """This rank in the default communicator: an int, or traced on a mesh."""
+  return resolve().rank
+
+
+def size() -> int:
+  """The number of ranks of the default communicator."""
+  return resolve().size
+
+
+def local_rank() -> Any:
+  """This rank's place on its machine, in the default communicator."""
+  return resolve().local_rank
+
+
+def local_size() -> int:
+  """The number of ranks on this machine, in the default communicator."""
+  return resolve().local_size
+
+
+def machine_rank() -> Any:
+  """The index of this rank's machine, in the default communicator."""
+  return resolve().machine_rank
+
+
+def machine_size() -> int:
+  """The number of machines of the default communicator."""
+  return resolve().machine_size
+
+
+def _check_arguments(backend, local_size, timeout) -> int | None:
+  """Checks the plain arguments; returns the local size that is meant."""
+  if backend not in _BACKENDS:
+    raise ValueError(
+      f"backend={backend!r} is not a world's; take one of {_BACKENDS}. A mesh "
+      f"needs no init: use jfog.simulate, jfog.spmd or jax.shard_map."
+    )
+  if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+    raise TypeError(f"timeout is a number of seconds, got {timeout!r}.")
+  if not timeout > 0:
+    raise ValueError(f"timeout={timeout} must be positive, in seconds.")
+  if local_size is None and (text := os.environ.get("JFOG_LOCAL_SIZE")):
+    if not text.isdigit():
+      raise ValueError(f"JFOG_LOCAL_SIZE={text!r} is not a positive number.")
+    local_size = int(text)
+  if local_size is None:
+    return None
+  if isinstance(local_size, bool) or not isinstance(local_size, int):
+    raise TypeError(f"local_size is an int, got {local_size!r}.")
+  if local_size < 1:
+    raise ValueError(f"local_size={local_size} must be at least 1.")
+  return local_size
+
+
+def _launched_size() -> int | None:
+  """The number of ranks this process was launched with; None if alone.
+
+  0 stands for a launcher that does not tell.
+  """
+  for name in _LAUNCHED_SIZE:
+    if os.environ.get(name, "").isdigit():
+      return int(os.environ[name])
+  return 0 if any(name in os.environ for name in _LAUNCHED) else None
+
+
+def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
+  """Starts MPI and opens the world on it."""
+  native = _native.mpi()
+  # Open MPI reads its parameters at its start. Messages up to this size leave
+  # without a handshake; its own limit of 4 KiB makes them several times dearer.
+  for transport in ("sm", "vader"):
+    os.environ.setdefault(f"OMPI_MCA_btl_{transport}_eager_limit", "65536")
+  native.start()
+  if comm is None:
+    context = native.open_world(timeout)
+    _check_launched_size(launched, native.size(context))
+  else:
+    context = native.open_fortran(_fortran_handle(comm), timeout)
+  _install_hooks()
+  rank, size = native.rank(context), native.size(context)
+  if local_size is None:
+    leaders = native.machines(context)
+    order = sorted(set(leaders))
+    machine_of = tuple(order.index(leader) for leader in leaders)
+  else:
+    if size % local_size != 0:
+      raise ValueError(
+        f"local_size={local_size} does not divide the {size} ranks of the "
+        f"world; take a divisor."
+      )
+    machine_of = tuple(r // local_size for r in range(size))
+  return _with_parts(native, context, rank, size, machine_of, timeout)
+
+
+def _with_parts(
+  native, context, rank, size, machine_of: Sequence[int], timeout
+) -> MpiCommunicator:
+  """The world with its sub-communicators inside and across machines."""
+  mine = machine_of[rank]
+  members = [r for r in range(size) if machine_of[r] == mine]
+
+  def part(color, key):
+    made = native.split(context, color, key, timeout)
+    return MpiCommunicator(made, native.size(made), native.rank(made))
+
+  local = part(mine, rank)
+  counts = {machine_of.count(m) for m in machine_of}
+  machines = part(members.index(rank), mine) if len(counts) == 1 else None
+  return MpiCommunicator(
+    context, size, rank, tuple(machine_of), local, machines
+  )
+
+
+def _check_launched_size(launched: int | None, size: int) -> None:
+  if not launched or launched == size:
+    return
+  raise RuntimeError(
+    f"this process was launched as one of {launched} ranks, but its MPI "
+    f"({_native.build().MPI_LIBRARY}) is a world of {size}: the launcher "
+    f"belongs to another MPI. Start the job with `jfog run -np {launched} ...`, "
+    f"or rebuild jfog with JFOG_MPI=system against the launcher's MPI."
+  )
+
+
+def _fortran_handle(comm) -> int:
+  """The handle of an mpi4py communicator, if mpi4py runs on the same MPI."""
+  if not hasattr(comm, "py2f"):
+    raise TypeError(f"comm={comm!r} is no communicator of mpi4py.")
+  from mpi4py import MPI  # the user has it: comm is one of its objects
+
+  theirs, ours = MPI.Get_library_version(), _native.mpi().library_version()
+  if theirs != ours:
+    raise ValueError(
+      f"mpi4py runs on {theirs.splitlines()[0]!r} and jfog on "
+      f"{ours.splitlines()[0]!r}; install an mpi4py for jfog's MPI."
+    )
+  if comm == MPI.COMM_NULL:
+    raise ValueError("comm is MPI.COMM_NULL; pass a communicator with ranks.")
+  return comm.py2f()
+
+
+@functools.cache
+def _install_hooks() -> None:
+  """Ends MPI with the process, and a failed process without its peers."""
+  atexit.register(_finish)
+  previous = sys.excepthook
+
+  def excepthook(kind, value, traceback):
+    previous(kind, value, traceback)
+    if hasattr(sys, "ps1"):  # a prompt: the process goes on
+      return
+    # Whatever waits for peers gives up at once, MPI is not finalized, and the
+    # launcher sees a nonzero exit and ends the other ranks.
+    _native.mpi().abandon(f"this rank failed with {kind.__name__}: {value}")
+
+  sys.excepthook = excepthook
+
+
+def _finish() -> None:
+  # Operations still running need their peers and MPI.
+  try:
+    jax.effects_barrier()
+  except Exception as error:
+    print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
+    _native.mpi().abandon(f"an operation failed at exit: {error}")
+  _native.mpi().finish()

@@ -1,0 +1,55 @@
+// The Python module `jfog._mpi`: a table of functions and FFI handlers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "mpi/collectives.h"
+#include "mpi/neighbor.h"
+#include "mpi/process.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace py = pybind11;
+
+namespace jfog::mpi {
+namespace {
+
+template <typename Handler>
+py::capsule Capsule(Handler* handler) {
+  static_assert(
+      std::is_invocable_r_v<XLA_FFI_Error*, Handler*, XLA_FFI_CallFrame*>,
+      "an FFI handler is wanted");
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_mpi, m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.attr("__doc__") = "MPI for jfog: communicators and FFI handlers.";
+  m.attr("BUILT_WITH") = JFOG_MPI_BUILT_WITH;
+  m.def("library_version", &LibraryVersion);
+  m.def("start", &Start, NoGil());
+  m.def("open_world", &OpenWorld, py::arg("timeout"), NoGil());
+  m.def("open_fortran", &OpenFortran, py::arg("handle"), py::arg("timeout"),
+        NoGil());
+  m.def("split", &Split, py::arg("context"), py::arg("color"), py::arg("key"),
+        py::arg("timeout"), NoGil());
+  m.def("rank", &Rank, py::arg("context"));
+  m.def("size", &Size, py::arg("context"));
+  m.def("machines", &Machines, py::arg("context"), NoGil());
+  m.def("close", &Close, py::arg("context"));
+  m.def("abandon", &Abandon, py::arg("reason"));
+  m.def("finish", &Finish, NoGil());
+  m.def("counters", &ReadCounters, py::arg("context"));
+  m.def("reset_counters", &ResetCounters, py::arg("context"));
+  m.def("registrations", [] {
+    py::dict targets;
+    targets["jfog_mpi_neighbor_allreduce"] = Capsule(NeighborAllreduce);
+    targets["jfog_mpi_allreduce"] = Capsule(Allreduce);
+    targets["jfog_mpi_broadcast"] = Capsule(Broadcast);
+    targets["jfog_mpi_allgather"] = Capsule(Allgather);
+    targets["jfog_mpi_barrier"] = Capsule(Barrier);
+    return targets;
+  });
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,13 @@
+// Handlers of the neighbor collectives.
+#ifndef JFOG_XLA_OPS_MPI_NEIGHBOR_H_
+#define JFOG_XLA_OPS_MPI_NEIGHBOR_H_
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jfog::mpi {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllreduce);
+
+}  // namespace jfog::mpi
+
+#endif  // JFOG_XLA_OPS_MPI_NEIGHBOR_H_

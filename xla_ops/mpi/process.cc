@@ -1,0 +1,160 @@
+// MPI in this process: its start, its end, and the communicators made of it.
+#include "mpi/process.h"
+
+#include <mpi.h>
+#include <time.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "mpi/communicator.h"
+
+namespace jfog::mpi {
+namespace {
+
+std::atomic<bool> started_here{false};
+std::atomic<bool> abandoned{false};
+
+std::mutex roots_mutex;
+std::vector<std::shared_ptr<Communicator>>& Roots() {
+  static auto* roots = new std::vector<std::shared_ptr<Communicator>>;
+  return *roots;
+}
+
+std::shared_ptr<Communicator> Get(std::int64_t context) {
+  std::shared_ptr<Communicator> comm = Lookup(context);
+  if (comm == nullptr) {
+    throw std::runtime_error("jfog: no communicator " +
+                             std::to_string(context));
+  }
+  return comm;
+}
+
+std::int64_t Open(MPI_Comm parent, double timeout) {
+  auto comm = std::make_shared<Communicator>(parent, timeout, nullptr);
+  {
+    std::lock_guard<std::mutex> lock(roots_mutex);
+    Roots().push_back(comm);
+  }
+  return Register(std::move(comm));
+}
+
+bool Finalized() {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  return finalized != 0;
+}
+
+}  // namespace
+
+std::string LibraryVersion() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  return std::string(text, length);
+}
+
+void Start() {
+  if (Finalized()) {
+    throw std::runtime_error(
+        "jfog: MPI has been finalized in this process and cannot start again");
+  }
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  int provided = MPI_THREAD_SINGLE;
+  if (initialized) {
+    MPI_Query_thread(&provided);
+  } else {
+    if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided) !=
+        MPI_SUCCESS) {
+      throw std::runtime_error("jfog: MPI_Init_thread failed");
+    }
+    started_here = true;
+  }
+  if (provided < MPI_THREAD_MULTIPLE) {
+    throw std::runtime_error(
+        "jfog: MPI runs without MPI_THREAD_MULTIPLE, which XLA's threads need; "
+        "call jfog.init() before other libraries start MPI");
+  }
+}
+
+std::int64_t OpenWorld(double timeout) { return Open(MPI_COMM_WORLD, timeout); }
+
+std::int64_t OpenFortran(int handle, double timeout) {
+  return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), timeout);
+}
+
+std::int64_t Split(std::int64_t context, int color, int key, double timeout) {
+  const std::shared_ptr<Communicator> root = Get(context);
+  MPI_Comm made = MPI_COMM_NULL;
+  if (MPI_Comm_split(root->comm(), color, key, &made) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Comm_split failed");
+  }
+  auto comm = std::make_shared<Communicator>(made, timeout, root);
+  MPI_Comm_free(&made);
+  return Register(std::move(comm));
+}
+
+int Rank(std::int64_t context) { return Get(context)->rank(); }
+
+int Size(std::int64_t context) { return Get(context)->size(); }
+
+std::vector<int> Machines(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  MPI_Comm machine = MPI_COMM_NULL;
+  if (MPI_Comm_split_type(comm->comm(), MPI_COMM_TYPE_SHARED, comm->rank(),
+                          MPI_INFO_NULL, &machine) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Comm_split_type failed");
+  }
+  int leader = comm->rank();
+  MPI_Bcast(&leader, 1, MPI_INT, 0, machine);
+  MPI_Comm_free(&machine);
+  std::vector<int> leaders(comm->size());
+  if (MPI_Allgather(&leader, 1, MPI_INT, leaders.data(), 1, MPI_INT,
+                    comm->comm()) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Allgather failed");
+  }
+  return leaders;
+}
+
+void Close(std::int64_t context) { Unregister(context); }
+
+void Abandon(const std::string& reason) {
+  abandoned = true;
+  FailAll(reason);
+}
+
+void Finish() {
+  if (Finalized() || abandoned) return;
+  std::lock_guard<std::mutex> lock(roots_mutex);
+  for (const auto& root : Roots()) {
+    if (root->failed()) return;
+  }
+  for (const auto& root : Roots()) root->AnnounceLeave();
+  for (const auto& root : Roots()) {
+    // The others may still work for hours; MPI_Finalize would spin meanwhile.
+    const timespec nap{0, 1'000'000};
+    for (int rank = 0; rank < root->size(); ++rank) {
+      while (rank != root->rank()) {
+        root->ReadNotes();
+        if (root->HasLeft(rank)) break;
+        nanosleep(&nap, nullptr);
+      }
+    }
+  }
+  if (started_here) MPI_Finalize();
+}
+
+std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
+  Counters counters = Get(context)->counters();
+  return {counters.bytes_sent,
+          counters.bytes_received,
+          counters.messages_sent,
+          {counters.operations}};
+}
+
+void ResetCounters(std::int64_t context) { Get(context)->ResetCounters(); }
+
+}  // namespace jfog::mpi
