@@ -76,3 +76,14 @@ def axis_is_bound(name) -> bool:
 def at_top_level() -> bool:
   """Whether no transformation is tracing here: operations run eagerly."""
   return core.trace_state_clean()
+
+
+def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Marks `x` as different along `axes`, where a `shard_map` checks that."""
+  tracked = _varying_axes(jax.lax.axis_index(axes))
+  missing = tuple(a for a in axes if a in tracked and a not in _varying_axes(x))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+  return frozenset(jax.typeof(x).manual_axis_type.varying)

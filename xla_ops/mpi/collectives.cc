@@ -266,11 +266,11 @@ ffi::Error BroadcastImpl(ffi::Token, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// `rows[i * size + r]` is the number of elements that rank r brings of leaf i.
-// Ranks bring different counts, so what must agree are the rows.
+// `rows[i * size + r]` is the length of axis 0 that rank r brings of leaf i.
+// Ranks bring different lengths, so what must agree are the rows and results.
 ffi::Error AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
                          ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                         std::int64_t context, Longs counts) {
+                         std::int64_t context, Longs rows) {
   auto comm = Ready(context, "allgather");
   if (!comm) return comm.error();
   auto leaves_or = ReadLeaves(args, 0, results);
@@ -278,19 +278,24 @@ ffi::Error AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
   const Leaves& leaves = *leaves_or;
   const std::size_t size = (*comm)->size();
   std::uint64_t signature = leaves.size();
-  for (DataType type : leaves.types) {
-    signature = Mix(signature, static_cast<std::uint64_t>(type));
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    signature = Mix(signature, static_cast<std::uint64_t>(leaves.types[i]));
+    signature = Mix(signature, leaves.output_counts[i]);
   }
-  for (std::int64_t count : counts) signature = Mix(signature, count);
+  for (std::int64_t length : rows) signature = Mix(signature, length);
   Operation operation(*comm, "allgather", signature, 0, leaves.Describe());
   JFOG_RETURN_IF_ERROR(operation.Agree());
   std::vector<std::vector<int>> lengths(leaves.size()), starts(leaves.size());
   std::vector<std::byte*> gathered(leaves.size());
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     const std::size_t width = SizeOf(leaves.types[i]);
+    std::size_t total_rows = 0;
+    for (std::size_t r = 0; r < size; ++r) total_rows += rows[i * size + r];
+    const std::size_t row_bytes =
+        total_rows == 0 ? 0 : leaves.output_counts[i] / total_rows * width;
     std::size_t total = 0;
     for (std::size_t r = 0; r < size; ++r) {
-      const std::size_t bytes = counts[i * size + r] * width;
+      const std::size_t bytes = rows[i * size + r] * row_bytes;
       if (total + bytes > std::numeric_limits<int>::max()) {
         return operation.Fail(ffi::ErrorCode::kInvalidArgument,
                               "gathers more than 2 GiB of one leaf");
@@ -354,7 +359,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Allgather, AllgatherImpl,
                                   .Ret<ffi::Token>()  // order out
                                   .RemainingRets()    // leaves, concatenated
                                   .Attr<std::int64_t>("context")
-                                  .Attr<Longs>("counts"));
+                                  .Attr<Longs>("rows"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Barrier, BarrierImpl,
                               ffi::Ffi::Bind()

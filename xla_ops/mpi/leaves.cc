@@ -9,6 +9,16 @@ namespace {
 constexpr std::size_t kAlignment = 16;
 constexpr std::size_t kDescribed = 3;
 
+// Dtypes and element counts, in order.
+std::uint64_t Signature(const Leaves& leaves) {
+  std::uint64_t hash = leaves.size();
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    hash = Mix(hash, static_cast<std::uint64_t>(leaves.types[i]));
+    hash = Mix(hash, leaves.counts[i]);
+  }
+  return hash;
+}
+
 }  // namespace
 
 std::string Leaves::Describe() const {
@@ -20,15 +30,6 @@ std::string Leaves::Describe() const {
   }
   if (size() > kDescribed) text += ", ...";
   return text;
-}
-
-std::uint64_t Signature(const Leaves& leaves) {
-  std::uint64_t hash = leaves.size();
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    hash = Mix(hash, static_cast<std::uint64_t>(leaves.types[i]));
-    hash = Mix(hash, leaves.counts[i]);
-  }
-  return hash;
 }
 
 ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
@@ -49,6 +50,7 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
     if (!y) return ffi::Unexpected(y.error());
     leaves.types.push_back(x->element_type());
     leaves.counts.push_back(x->element_count());
+    leaves.output_counts.push_back((*y)->element_count());
     leaves.inputs.push_back(x->untyped_data());
     leaves.outputs.push_back((*y)->untyped_data());
     leaves.offsets.push_back(offset);

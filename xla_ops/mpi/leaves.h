@@ -16,7 +16,8 @@ namespace jfog::mpi {
 // an offset that suits its alignment.
 struct Leaves {
   std::vector<DataType> types;
-  std::vector<std::size_t> counts;   // elements
+  std::vector<std::size_t> counts;   // elements of the inputs
+  std::vector<std::size_t> output_counts;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
   std::vector<std::size_t> offsets;  // bytes from the start of the message
@@ -32,10 +33,6 @@ struct Leaves {
 // Reads the operands from `first` on, one for each result.
 ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
                                 ffi::RemainingRets results);
-
-// The element counts of a call's leaves are not all a rank must agree on:
-// `signature` covers dtypes and counts, in order.
-std::uint64_t Signature(const Leaves& leaves);
 
 }  // namespace jfog::mpi
 

@@ -1,0 +1,110 @@
+"""Synchronous data parallelism: gradients averaged over all ranks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.primitives import allreduce
+from jfog.runtime import Communicator
+
+
+class GradientAllreduceState(NamedTuple):
+  """State of `gradient_allreduce`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  accumulated: Any  # like the gradients, float32 for 16-bit; None if every == 1
+
+
+def gradient_allreduce(
+  inner: optax.GradientTransformation,
+  every: int = 1,
+  *,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Feeds the inner transformation with the gradient averaged over all ranks.
+
+  In each `every`-th update, with `g` the gradients since the last one,
+
+      u = inner.update(mean over ranks of sum g / every)
+
+  and in the others the updates are zero and the inner state stays as it is.
+  Ranks that start equal stay equal; start them with `jfog.broadcast(params)`.
+
+  Args:
+    inner: the optimizer; any optax transformation.
+    every: the number of gradients that are added up before they are averaged.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation.
+
+  Raises:
+    ValueError: if `every < 1`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> tx = jfog.optimizers.gradient_allreduce(optax.sgd(0.5))
+    >>> def step(x, grad):
+    ...   updates, _ = tx.update(grad, tx.init(x), x)
+    ...   return optax.apply_updates(x, updates)
+    >>> jfog.simulate(step, 2)(jnp.array([4.0, 4.0]), jnp.array([2.0, 0.0]))
+    Array([3.5, 3.5], dtype=float32)
+
+  Source: `DistributedGradientAllreduceOptimizer` of BlueFog.
+  """
+  every = _averaging.check_every(every, "gradient_allreduce")
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    accumulated = None
+    if every > 1:
+      accumulated = jax.tree.map(
+        lambda x: jnp.zeros_like(_averaging.accumulated(x)), params
+      )
+    return GradientAllreduceState(
+      jnp.zeros([], jnp.int32), inner.init(params), accumulated
+    )
+
+  def update_fn(updates, state, params=None, **extra):
+    step = optax.safe_increment(state.step)
+    if every == 1:
+      updates, inner_state = inner.update(
+        allreduce(updates, comm=comm), state.inner_state, params, **extra
+      )
+      return updates, GradientAllreduceState(step, inner_state, None)
+
+    total = _averaging.local_step(state.accumulated, updates)
+
+    def communicate(operand, _):
+      total, inner_state = operand
+      mean = jax.tree.map(
+        lambda g, like: (g / every).astype(jnp.asarray(like).dtype),
+        allreduce(total, comm=comm),
+        updates,
+      )
+      new, inner_state = inner.update(mean, inner_state, params, **extra)
+      return new, inner_state, jax.tree.map(jnp.zeros_like, total)
+
+    # The two branches must agree in the dtypes of the updates, which only the
+    # inner transformation knows.
+    shapes = jax.eval_shape(
+      lambda g, s: inner.update(g, s, params, **extra)[0],
+      updates,
+      state.inner_state,
+    )
+
+    def wait(operand, _):
+      total, inner_state = operand
+      none = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), shapes)
+      return none, inner_state, total
+
+    new, inner_state, total = _averaging.on_schedule(
+      communicate, wait, (total, state.inner_state), state.step, every, comm
+    )
+    return new, GradientAllreduceState(step, inner_state, total)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,180 @@
+"""Averaging of parameters with the neighbors: ATC and AWC."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Averaging
+from jfog.runtime import Communicator
+from jfog.topology import Schedule, Topology
+
+
+class AdaptThenCombineState(NamedTuple):
+  """State of `adapt_then_combine`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+
+
+def adapt_then_combine(
+  inner: optax.GradientTransformation,
+  graph: Topology | Schedule | Averaging,
+  every: int = 1,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes the local step, then averages the parameters with the neighbors.
+
+  With `u` the inner transformation's updates,
+
+      x[i] <- sum_j W[i, j] (x[j] + u[j])
+
+  so with `inner = optax.sgd(a)` it is ATC diffusion, `X <- W (X - a G)`. With
+  heterogeneous data the ranks stop at a bias of order `a`, which is smaller
+  than that of `adapt_with_combine`.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    graph: who averages with whom: a `Topology`, a `Schedule` (read at the number
+      of communications so far), or a function `(params, step) -> params`.
+    every: communicate in each `every`-th update only.
+    check: whether the graph must be row-stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates are float32, and so is what travels: `optax.apply_updates` rounds
+    once.
+
+  Raises:
+    ValueError: if the graph is not row-stochastic, or `every < 1`.
+    TypeError: if `graph` is neither a graph nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.adapt_then_combine(optax.sgd(0.5), graph)
+    >>> def step(x, grad):
+    ...   updates, _ = tx.update(grad, tx.init(x), x)
+    ...   return optax.apply_updates(x, updates)
+    >>> jfog.simulate(step, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    Array([1.5, 1.5], dtype=float32)
+
+  Source: Cattivelli and Sayed, "Diffusion LMS strategies for distributed
+  estimation", 2010; `DistributedAdaptThenCombineOptimizer` of BlueFog.
+  """
+  name = "adapt_then_combine"
+  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
+  every = _averaging.check_every(every, name)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return AdaptThenCombineState(jnp.zeros([], jnp.int32), inner.init(params))
+
+  def update_fn(updates, state, params=None, **extra):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    new = _averaging.on_schedule(
+      average,
+      lambda h, step: h,
+      _averaging.local_step(params, updates),
+      state.step,
+      every,
+      comm,
+    )
+    step = optax.safe_increment(state.step)
+    return (
+      _averaging.difference(new, params),
+      AdaptThenCombineState(step, inner_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class AdaptWithCombineState(NamedTuple):
+  """State of `adapt_with_combine`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+
+
+def adapt_with_combine(
+  inner: optax.GradientTransformation,
+  graph: Topology | Schedule | Averaging,
+  every: int = 1,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Averages the parameters with the neighbors while taking the local step.
+
+  With `u` the inner transformation's updates,
+
+      x[i] <- sum_j W[i, j] x[j] + u[i]
+
+  so with `inner = optax.sgd(a)` it is consensus or decentralized gradient
+  descent, `X <- W X - a G`. The average does not depend on the gradient, so its
+  exchange may overlap with forward and backward; the bias with heterogeneous
+  data is larger than that of `adapt_then_combine`. The inner transformation sees
+  the parameters before averaging, where the gradient was taken; BlueFog's sees
+  the averaged ones, which matters for weight decay.
+
+  Args:
+    inner: the local optimizer; any optax transformation.
+    graph: as in `adapt_then_combine`.
+    every: communicate in each `every`-th update only.
+    check: whether the graph must be row-stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the graph is not row-stochastic, or `every < 1`.
+    TypeError: if `graph` is neither a graph nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.adapt_with_combine(optax.sgd(0.5), graph)
+    >>> def step(x, grad):
+    ...   updates, _ = tx.update(grad, tx.init(x), x)
+    ...   return optax.apply_updates(x, updates)
+    >>> jfog.simulate(step, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    Array([1., 2.], dtype=float32)
+
+  Source: Nedic and Ozdaglar, "Distributed subgradient methods for multi-agent
+  optimization", 2009; `DistributedAdaptWithCombineOptimizer` of BlueFog.
+  """
+  name = "adapt_with_combine"
+  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
+  every = _averaging.check_every(every, name)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return AdaptWithCombineState(jnp.zeros([], jnp.int32), inner.init(params))
+
+  def update_fn(updates, state, params=None, **extra):
+    _averaging.require_params(params, name)
+    own = jax.tree.map(_averaging.accumulated, params)
+    combined = _averaging.on_schedule(
+      average, lambda x, step: x, own, state.step, every, comm
+    )
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    # (c - x) + u: what the neighbors change, and what the gradient does.
+    updates = _averaging.local_step(
+      _averaging.difference(combined, own), updates
+    )
+    step = optax.safe_increment(state.step)
+    return updates, AdaptWithCombineState(step, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

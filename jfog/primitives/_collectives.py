@@ -1,0 +1,420 @@
+"""Collectives over all ranks: allreduce, broadcast, allgather, barrier."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad, batching
+
+from jfog import _compat
+from jfog.primitives import _leaves, _mesh, _primitive
+from jfog.runtime import Communicator, resolve
+
+# In the order in which collectives.cc numbers them.
+_REDUCTIONS = ("sum", "mean", "min", "max", "prod")
+
+
+def allreduce(
+  x: Any, op: str = "mean", *, comm: Communicator | None = None
+) -> Any:
+  """Reduces every element over all ranks; all get the result.
+
+  Computes `y[i] = (x[0] + ... + x[n-1]) / n` for `op="mean"`, and the sum,
+  minimum, maximum or product for the others. All ranks take part and wait for
+  each other. A NaN makes the minimum and the maximum NaN. Sums of integers wrap
+  around; the sum of bools is their "or", the product their "and".
+
+  `"sum"` and `"mean"` are differentiable: the transpose of a sum over ranks is
+  the sum of the cotangents over ranks, that of a mean their mean.
+
+  Args:
+    x: a pytree of arrays, of equal shapes and dtypes on all ranks.
+    op: `"mean"`, `"sum"`, `"min"`, `"max"` or `"prod"`; equal on all ranks.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+      `comm.local` reduces inside each machine.
+
+  Returns:
+    A pytree like `x`, in shapes and dtypes. 16-bit floats are reduced in
+    float32.
+
+  Raises:
+    ValueError: if `op` is none of the five.
+    TypeError: for the mean of integer or bool leaves, for the minimum or
+      maximum of complex ones, and for a derivative of min, max or prod.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(lambda x: jfog.allreduce(x, "max"), 3)(jnp.arange(3))
+    Array([2, 2, 2], dtype=int32)
+
+  Source: `allreduce` of BlueFog; MPI 4.0, section 6.9.6.
+  """
+  comm = resolve(comm)
+  if op not in _REDUCTIONS:
+    raise ValueError(f"allreduce: op={op!r} is none of {_REDUCTIONS}.")
+  leaves, names, structure = _leaves.flatten(x, "allreduce")
+  if op == "mean":
+    _leaves.require_inexact(leaves, names, "allreduce")
+  if op in ("min", "max"):
+    for leaf, name in zip(leaves, names, strict=True):
+      if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise TypeError(
+          f"allreduce: the leaf {name} is complex and has no {op}; reduce its "
+          f"absolute value or its parts."
+        )
+  if not leaves:
+    return x
+  if comm.backend in ("mesh", "single"):
+    reduce = _mesh_allreduce if op in ("sum", "mean") else _mesh_extremum
+    results = [reduce(leaf, op, comm) for leaf in leaves]
+  else:
+    native = _leaves.to_native(leaves, names, "allreduce")
+    results = allreduce_p.bind(*native, fixed=0, op=op, comm=comm)
+    results = _leaves.like(results, leaves)
+  return structure.unflatten(results)
+
+
+def broadcast(x: Any, root: int = 0, *, comm: Communicator | None = None) -> Any:
+  """Gives every rank the value of one.
+
+  Computes `y[i] = x[root]`. All ranks take part and wait for the root. The
+  derivative is that of a copy: the root's cotangent is the sum of the
+  cotangents over all ranks, the others' are zero. `broadcast(params)` and
+  `broadcast(opt_state)` start a run from equal values.
+
+  Args:
+    x: a pytree of arrays, of equal shapes and dtypes on all ranks.
+    root: the rank whose value is taken, an int, equal on all ranks.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x`, bit for bit that of the root.
+
+  Raises:
+    ValueError: if there is no such rank.
+    TypeError: if `root` is no int.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(lambda x: jfog.broadcast(x, root=1), 3)(jnp.arange(3))
+    Array([1, 1, 1], dtype=int32)
+
+  Source: `broadcast` and `broadcast_parameters` of BlueFog.
+  """
+  comm = resolve(comm)
+  if isinstance(root, bool) or not isinstance(root, (int, np.integer)):
+    raise TypeError(f"broadcast: root={root!r} must be an int, not traced.")
+  if not 0 <= root < comm.size:
+    raise ValueError(
+      f"broadcast: root={root} is no rank of a communicator of {comm.size}; "
+      f"take one from 0 to {comm.size - 1}."
+    )
+  leaves, names, structure = _leaves.flatten(x, "broadcast")
+  if not leaves or comm.backend == "single":
+    return structure.unflatten(leaves)
+  if comm.backend == "mesh":
+    results = [_mesh_broadcast(leaf, root, comm) for leaf in leaves]
+  else:
+    native = _leaves.to_native(leaves, names, "broadcast")
+    results = broadcast_p.bind(*native, fixed=0, root=int(root), comm=comm)
+    results = _leaves.like(results, leaves)
+  return structure.unflatten(results)
+
+
+def allgather(
+  x: Any,
+  *,
+  axis_sizes: Sequence[int] | None = None,
+  comm: Communicator | None = None,
+) -> Any:
+  """Concatenates the values of all ranks along axis 0, in the order of ranks.
+
+  Every rank gets `y = concatenate([x[0], ..., x[n-1]])`; a scalar leaf counts as
+  one of shape (1,). All ranks take part and wait for each other. The transpose
+  gives each rank the sum over ranks of the cotangents of its own part.
+
+  Args:
+    x: a pytree of arrays, of equal dtypes on all ranks and equal shapes but for
+      what `axis_sizes` allows.
+    axis_sizes: the length of axis 0 on every rank, one int for each, where they
+      differ; the same for all leaves. On a mesh all ranks have one shape, so
+      there they must be equal.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x` whose leaves have the total length along axis 0.
+
+  Raises:
+    ValueError: if `axis_sizes` has another number of entries than ranks, or
+      does not give this rank's own length.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(jfog.allgather, 2)(jnp.array([[1, 2], [3, 4]]))
+    Array([[1, 2, 3, 4],
+           [1, 2, 3, 4]], dtype=int32)
+
+  Source: `allgather` of BlueFog; MPI 4.0, section 6.7.
+  """
+  comm = resolve(comm)
+  leaves, names, structure = _leaves.flatten(x, "allgather")
+  leaves = [jnp.atleast_1d(leaf) for leaf in leaves]
+  sizes = [
+    _axis_sizes(leaf, name, axis_sizes, comm)
+    for leaf, name in zip(leaves, names, strict=True)
+  ]
+  if not leaves or comm.backend == "single":
+    return structure.unflatten(leaves)
+  if comm.backend == "mesh":
+    results = [_mesh_allgather(leaf, comm) for leaf in leaves]
+  else:
+    native = _leaves.to_native(leaves, names, "allgather")
+    results = allgather_p.bind(
+      *native, fixed=0, axis_sizes=tuple(sizes), comm=comm
+    )
+    results = _leaves.like(results, leaves)
+  return structure.unflatten(results)
+
+
+def barrier(*, comm: Communicator | None = None) -> None:
+  """Waits until every rank has come here.
+
+  Called eagerly it returns when all ranks have called it. In a jitted function
+  on MPI it is an operation like the others, in program order. On a mesh nothing
+  has to wait: all ranks are one program, and the call does nothing.
+
+  Args:
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Raises:
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jfog
+    >>> world = jfog.init()
+    >>> jfog.barrier()
+
+  Source: `barrier` of BlueFog.
+  """
+  comm = resolve(comm)
+  if comm.backend in ("mesh", "single"):
+    return
+  barrier_p.bind(fixed=0, comm=comm)
+  if _compat.at_top_level():
+    jax.effects_barrier()
+
+
+def _axis_sizes(leaf, name, axis_sizes, comm) -> tuple[int, ...]:
+  own = leaf.shape[0]
+  if axis_sizes is None:
+    return (own,) * comm.size
+  sizes = tuple(int(size) for size in axis_sizes)
+  if len(sizes) != comm.size or min(sizes) < 0:
+    raise ValueError(
+      f"allgather: axis_sizes={sizes} must be {comm.size} lengths, one for each "
+      f"rank."
+    )
+  if comm.backend == "mesh":
+    if set(sizes) != {own}:
+      raise ValueError(
+        f"allgather: axis_sizes={sizes}, but on a mesh every rank has the same "
+        f"shape, here {leaf.shape} of {name}; pad to one length first."
+      )
+  elif sizes[comm.rank] != own:
+    raise ValueError(
+      f"allgather: axis_sizes says {sizes[comm.rank]} for rank {comm.rank}, but "
+      f"{name} has {own} entries along axis 0."
+    )
+  return sizes
+
+
+# The mesh: lax's collectives, which differentiate and batch by themselves.
+
+
+def _mesh_allreduce(x, op, comm):
+  if comm.backend == "single":
+    return x
+  if x.dtype == jnp.bool_:
+    return _mesh_extremum(x, "max", comm)
+  wide = _compat.varying(
+    x.astype(_leaves.accumulation_dtype(x.dtype)), comm.axes
+  )
+  total = lax.psum(wide, comm.axes)
+  return (total / comm.size if op == "mean" else total).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _mesh_extremum(x, op, comm):
+  if comm.backend == "single":
+    return x
+  if x.dtype == jnp.bool_:
+    number = _mesh_extremum(
+      x.astype(jnp.int32), "min" if op in ("min", "prod") else "max", comm
+    )
+    return number.astype(jnp.bool_)
+  x = _compat.varying(x, comm.axes)
+  if op == "prod":
+    wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+    return jnp.prod(_mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype).astype(x.dtype)
+  return (lax.pmin if op == "min" else lax.pmax)(x, comm.axes)
+
+
+@_mesh_extremum.defjvp
+def _mesh_extremum_jvp(op, comm, primals, tangents):
+  del comm, primals, tangents
+  raise _no_derivative(op)
+
+
+def _no_derivative(op):
+  return TypeError(
+    f'allreduce: op="{op}" has no derivative; use "sum" or "mean", or '
+    f"jax.lax.stop_gradient on its argument."
+  )
+
+
+def _mesh_broadcast(x, root, comm):
+  if x.dtype == jnp.bool_:
+    return _mesh_broadcast(x.astype(jnp.uint8), root, comm).astype(jnp.bool_)
+  x = _compat.varying(x, comm.axes)
+  # The one zero that leaves every float as it is, itself included, is -0.
+  inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+  nothing = -jnp.zeros_like(x) if inexact else jnp.zeros_like(x)
+  return lax.psum(jnp.where(comm.rank == root, x, nothing), comm.axes)
+
+
+def _mesh_allgather(x, comm):
+  gathered = _mesh.gather(_compat.varying(x, comm.axes), comm.axes)
+  return gathered.reshape(-1, *x.shape[1:])
+
+
+# Between processes: the rules of the primitives.
+
+
+def _like_operands(*operands, fixed, **params):
+  del fixed, params
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
+
+
+def _allreduce_jvp(primitive, primals, tangents, *, op, **params):
+  if op not in ("sum", "mean") and any(
+    type(dx) is not ad.Zero for dx in tangents
+  ):
+    raise _no_derivative(op)
+  return _primitive._linear_jvp(primitive, primals, tangents, op=op, **params)
+
+
+def _allreduce_transpose(cotangents, *, fixed, op, comm):
+  return allreduce_p.bind(*cotangents, fixed=fixed, op=op, comm=comm)
+
+
+allreduce_p = _primitive.define(
+  "allreduce",
+  abstract_eval=_like_operands,
+  attributes=lambda *, op, comm: {
+    "context": np.int64(comm.context),
+    "reduction": np.int64(_REDUCTIONS.index(op)),
+  },
+  jvp=_allreduce_jvp,
+  transpose=_allreduce_transpose,
+  in_place=True,
+)
+
+
+def _broadcast_transpose(cotangents, *, fixed, root, comm):
+  # y[i] = x[root] for all i, so ct_x[root] = sum_i ct_y[i].
+  totals = allreduce_p.bind(*cotangents, fixed=fixed, op="sum", comm=comm)
+  if comm.rank == root:
+    return totals
+  return [jnp.zeros_like(ct) for ct in totals]
+
+
+broadcast_p = _primitive.define(
+  "broadcast",
+  abstract_eval=_like_operands,
+  attributes=lambda *, root, comm: {
+    "context": np.int64(comm.context),
+    "root": np.int64(root),
+  },
+  transpose=_broadcast_transpose,
+  in_place=True,
+)
+
+
+def _allgather_abstract_eval(*operands, fixed, axis_sizes, comm):
+  del fixed, comm
+  return [
+    jax.core.ShapedArray((sum(sizes), *x.shape[1:]), x.dtype)
+    for x, sizes in zip(operands, axis_sizes, strict=True)
+  ]
+
+
+def _allgather_jvp(primitive, primals, tangents, *, fixed, axis_sizes, comm):
+  """Linear, but each leaf comes with its own lengths."""
+  params = {"fixed": fixed, "comm": comm}
+  results = primitive.bind(*primals, axis_sizes=axis_sizes, **params)
+  out = [ad.Zero.from_primal_value(y) for y in results]
+  moving = [i for i, dx in enumerate(tangents) if type(dx) is not ad.Zero]
+  if moving:
+    dy = primitive.bind(
+      *(tangents[i] for i in moving),
+      axis_sizes=tuple(axis_sizes[i] for i in moving),
+      **params,
+    )
+    for i, tangent in zip(moving, dy, strict=True):
+      out[i] = tangent
+  return results, out
+
+
+def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
+  # Rank i's part went to everybody: the cotangents of it are summed.
+  totals = allreduce_p.bind(*cotangents, fixed=fixed, op="sum", comm=comm)
+  own = []
+  for total, sizes in zip(totals, axis_sizes, strict=True):
+    start = sum(sizes[: comm.rank])
+    own.append(lax.slice_in_dim(total, start, start + sizes[comm.rank], axis=0))
+  return own
+
+
+def _allgather_batch(primitive, operands, dims, **params):
+  # Axis 0 is concatenated, so the batch moves out of its way, to the end.
+  moved = [
+    x if d is batching.not_mapped else jnp.moveaxis(x, d, -1)
+    for x, d in zip(operands, dims, strict=True)
+  ]
+  results = primitive.bind(*moved, **params)
+  return results, [
+    d if d is batching.not_mapped else y.ndim - 1
+    for y, d in zip(results, dims, strict=True)
+  ]
+
+
+def _allgather_attributes(*, axis_sizes, comm):
+  rows = np.array(axis_sizes, np.int64).ravel()
+  return {"context": np.int64(comm.context), "rows": rows}
+
+
+allgather_p = _primitive.define(
+  "allgather",
+  abstract_eval=_allgather_abstract_eval,
+  attributes=_allgather_attributes,
+  jvp=_allgather_jvp,
+  transpose=_allgather_transpose,
+  batch=_allgather_batch,
+)
+
+barrier_p = _primitive.define(
+  "barrier",
+  abstract_eval=lambda *, fixed, comm: [],
+  attributes=lambda *, comm: {"context": np.int64(comm.context)},
+)

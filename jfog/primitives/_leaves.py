@@ -1,0 +1,100 @@
+"""Leaves of pytrees: what may travel, and in which type it is summed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def flatten(x: Any, operation: str) -> tuple[list[jax.Array], list[str], Any]:
+  """Leaves as arrays, their names for error texts, and the tree's structure.
+
+  Raises:
+    TypeError: for a leaf that is no array of numbers.
+  """
+  paths, structure = jax.tree_util.tree_flatten_with_path(x)
+  names = ["x" + jax.tree_util.keystr(path) for path, _ in paths]
+  leaves = []
+  for name, (_, leaf) in zip(names, paths, strict=True):
+    try:
+      array = jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+      raise TypeError(
+        f"{operation}: the leaf {name} is {type(leaf).__name__}, and only "
+        f"arrays travel; take it out of the tree."
+      ) from error
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+      raise TypeError(
+        f"{operation}: the leaf {name} has dtype {array.dtype}; pass its bits, "
+        f"jax.random.key_data(...)."
+      )
+    leaves.append(array)
+  return leaves, names, structure
+
+
+def require_inexact(
+  leaves: Sequence[jax.Array], names: Sequence[str], operation: str
+) -> None:
+  """Refuses leaves without fractions where weights or a mean come in.
+
+  Raises:
+    TypeError: naming the first integer or bool leaf.
+  """
+  for leaf, name in zip(leaves, names, strict=True):
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise TypeError(
+        f"{operation}: the leaf {name} has dtype {leaf.dtype}, which holds no "
+        f"fractions; use allreduce(..., op=\"sum\"), or cast the leaf to a "
+        f"float dtype."
+      )
+
+
+def accumulation_dtype(dtype: Any) -> np.dtype:
+  """The dtype in which values of `dtype` are weighted and summed.
+
+  float32 for all floats of at most 32 bits, else the dtype itself.
+  """
+  dtype = jnp.dtype(dtype)
+  if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+    return jnp.dtype(jnp.float32)
+  return dtype
+
+
+# What the native core reads. Smaller floats travel as float32.
+_NATIVE = frozenset(
+  jnp.dtype(name)
+  for name in (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 "
+    "float32 float64 complex64 complex128"
+  ).split()
+)
+
+
+def to_native(
+  leaves: Sequence[jax.Array], names: Sequence[str], operation: str
+) -> list[jax.Array]:
+  """Casts what the native core does not read to what it does.
+
+  Raises:
+    TypeError: for an integer type that has no native form.
+  """
+  out = []
+  for leaf, name in zip(leaves, names, strict=True):
+    if leaf.dtype not in _NATIVE:
+      if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+          f"{operation}: the leaf {name} has dtype {leaf.dtype}, which MPI "
+          f"does not carry; cast it to int8."
+        )
+      leaf = leaf.astype(jnp.float32)
+    out.append(leaf)
+  return out
+
+
+def like(results: Sequence[jax.Array], leaves: Sequence[jax.Array]):
+  """Casts results back to the dtypes of the leaves they came from."""
+  return [
+    y.astype(x.dtype) for y, x in zip(results, leaves, strict=True)
+  ]

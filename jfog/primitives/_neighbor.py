@@ -1,0 +1,394 @@
+"""Neighbor collectives: weighted averages over each rank's in-neighbors."""
+
+import enum
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad
+
+from jfog import _compat
+from jfog.primitives import _leaves, _mesh, _primitive
+from jfog.primitives._permutations import permutations
+from jfog.runtime import Communicator, resolve
+from jfog.topology import ExactAverage, Schedule, Topology
+
+_TOLERANCE = 1e-9  # of the sum of a row, for the difference form
+# A virtual rank's sum over more in-neighbors than this is a loop in the program.
+_UNROLLED = 16
+
+
+def neighbor_allreduce(
+  x: Any,
+  graph: Topology | Schedule,
+  step: Any = None,
+  *,
+  weights: Any = None,
+  comm: Communicator | None = None,
+) -> Any:
+  """Averages `x` over this rank and its in-neighbors.
+
+  Computes `y[i] = sum_j W[i, j] x[j]`, where `W[dst, src]` is the mixing matrix
+  of the graph. Where a row sums to 1 and keeps a part of its own value, that is
+  evaluated as `x[i] + sum_j W[i, j] (x[j] - x[i])`, which does not drift and
+  returns equal values bit for bit.
+
+  Each rank sends all its leaves in one message to each out-neighbor and
+  receives one from each in-neighbor, and waits for those alone. A rank without
+  in-neighbors returns `W[i, i] x[i]` in a new buffer.
+
+  The operation is linear in `x`; its transpose is the same operation on the
+  graph with every edge turned around. It is differentiable in `weights` too.
+
+  Args:
+    x: a pytree of float or complex arrays, of equal shapes and dtypes on all
+      ranks.
+    graph: a `Topology` or a `Schedule`, equal on all ranks, of the
+      communicator's size.
+    step: the index into a `Schedule`, taken modulo its period; an int or a
+      traced integer scalar, equal on all ranks. Another step of one schedule is
+      neither traced nor compiled again. Not needed for a `Topology`.
+    weights: an array of shape `(size, size)` that takes the place of the
+      graph's mixing matrix; traced or not. Each rank reads its own row, and
+      entries outside the graph's edges are not used.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x`, in shapes and dtypes. Floats of at most 32 bits are summed
+    in float32, wider ones and complex ones in their own precision; the sum goes
+    over this rank first and then the in-neighbors in a fixed order.
+
+  Raises:
+    ValueError: if the graph and the communicator have different sizes, a
+      schedule comes without a step, or `weights` has another shape.
+    TypeError: for integer or bool leaves, which hold no fractions, for a graph
+      that is neither a topology nor a schedule, or a step that is no integer.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, if a neighbor runs another operation,
+      brings other shapes, dtypes or another graph (`FAILED_PRECONDITION`), has
+      ended (`ABORTED`), or does not answer in time (`DEADLINE_EXCEEDED`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(4, "right")
+    >>> average = lambda x: jfog.neighbor_allreduce(x, graph)
+    >>> jfog.simulate(average, 4)(jnp.array([0.0, 2.0, 4.0, 6.0]))
+    Array([3., 1., 3., 5.], dtype=float32)
+
+  Source: `neighbor_allreduce` of BlueFog; Sayed, "Adaptation, Learning, and
+  Optimization over Networks", 2014.
+  """
+  comm = resolve(comm)
+  graph = check_graph(graph, comm.size, "neighbor_allreduce")
+  index = step_index(graph, step, "neighbor_allreduce")
+  leaves, names, structure = _leaves.flatten(x, "neighbor_allreduce")
+  _leaves.require_inexact(leaves, names, "neighbor_allreduce")
+  row = None if weights is None else _row(weights, comm)
+  if not leaves:
+    return x
+  if comm.backend in ("mesh", "single"):
+    mixed = _on_mesh(leaves, graph, index, row, comm)
+  else:
+    native = _leaves.to_native(leaves, names, "neighbor_allreduce")
+    fixed = (index,) if row is None else (index, row)
+    weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
+    mixed = neighbor_allreduce_p.bind(
+      *fixed, *native, fixed=len(fixed), graph=graph, weighting=weighting,
+      comm=comm,
+    )
+    mixed = _leaves.like(mixed, leaves)
+  return structure.unflatten(mixed)
+
+
+def check_graph(graph: Any, size: int, operation: str) -> Topology | Schedule:
+  """Checks that a graph argument is one, and that its size is `size`."""
+  if isinstance(graph, ExactAverage):
+    raise TypeError(
+      f"{operation}: {graph!r} is a protocol of several rounds and has no mixing "
+      f"matrix; take jfog.topology.base_k(size, k) for one round at a time."
+    )
+  if not isinstance(graph, (Topology, Schedule)):
+    raise TypeError(
+      f"{operation}: graph={graph!r} is {type(graph).__name__}; pass a "
+      f"jfog.topology.Topology or Schedule, made for example by "
+      f"jfog.topology.ring(size)."
+    )
+  if graph.size != size:
+    raise ValueError(
+      f"{operation}: the graph has {graph.size} ranks, the communicator has "
+      f"{size}; make the graph with size={size}."
+    )
+  return graph
+
+
+def step_index(graph: Topology | Schedule, step: Any, operation: str) -> Any:
+  """The round of `graph` at `step`: an int, or a traced int32 scalar."""
+  period = len(graph)
+  if isinstance(graph, Topology):
+    return 0
+  if step is None:
+    raise ValueError(
+      f"{operation}: the graph is a schedule of period {period} and needs a "
+      f"step; pass step=k, for example the optimizer's step count."
+    )
+  if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
+    return int(step) % period
+  step = jnp.asarray(step)
+  if not jnp.issubdtype(step.dtype, jnp.integer) or step.shape != ():
+    raise TypeError(
+      f"{operation}: step has dtype {step.dtype} and shape {step.shape}; pass "
+      f"an integer scalar."
+    )
+  if jnp.iinfo(step.dtype).max < period:
+    step = step.astype(jnp.int32)
+  return jnp.remainder(step, jnp.asarray(period, step.dtype)).astype(jnp.int32)
+
+
+def _row(weights: Any, comm: Communicator) -> jax.Array:
+  """This rank's row of a matrix of runtime weights."""
+  weights = jnp.asarray(weights)
+  if weights.shape != (comm.size, comm.size):
+    raise ValueError(
+      f"neighbor_allreduce: weights has shape {weights.shape}, a matrix of "
+      f"{(comm.size, comm.size)} is wanted: weights[dst, src]."
+    )
+  if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+    raise TypeError("neighbor_allreduce: weights is complex; pass real weights.")
+  if weights.dtype != jnp.float64:
+    weights = weights.astype(jnp.float32)
+  return weights[comm.rank]
+
+
+def _difference_rows(topology: Topology) -> np.ndarray:
+  """The rows to evaluate in difference form; shape (size,), bool."""
+  matrix = topology.mixing_matrix
+  return (np.abs(matrix.sum(axis=1) - 1) <= _TOLERANCE) & (matrix.diagonal() != 0)
+
+
+# The mesh: permutations of lax and plain arithmetic, which differentiate and
+# batch by themselves.
+
+
+def _on_mesh(leaves, graph, index, row, comm) -> list[jax.Array]:
+  rounds = graph.rounds
+  axes = comm.axes if comm.backend == "mesh" else ()
+  if axes:
+    leaves = [_compat.varying(leaf, axes) for leaf in leaves]
+
+  def mix(topology, leaves, row):
+    return _mix(leaves, topology, row, axes, comm.rank)
+
+  if not isinstance(index, jax.Array):
+    return mix(rounds[index], leaves, row)
+  branches = [functools.partial(mix, topology) for topology in rounds]
+  return lax.switch(_mesh.uniform(index, comm), branches, leaves, row)
+
+
+def _mix(leaves, topology, row, axes, rank) -> list[jax.Array]:
+  """One round on a mesh; without axes, on a world of one."""
+  mix_leaf = _mix_gathered if _mesh.are_virtual(axes) else _mix_permuted
+  return [mix_leaf(x, topology, row, axes, rank) for x in leaves]
+
+
+def _base(own, topology, row, rank):
+  """`(first summand, what is subtracted from every received value)`."""
+  if row is not None:
+    return row.astype(_real(own.dtype))[rank] * own, None
+  difference = _difference_rows(topology)
+  if difference.all():
+    return own, own
+  self_weights = topology.mixing_matrix.diagonal()
+  weight = _at(self_weights, rank, own.dtype)
+  # A rank that keeps nothing of its own value returns no trace of it.
+  kept = jnp.where(weight == 0, jnp.zeros_like(own), weight * own)
+  if not difference.any():
+    return (None if (self_weights == 0).all() else kept), None
+  here = jnp.asarray(difference)[rank]
+  return jnp.where(here, own, kept), jnp.where(here, own, jnp.zeros_like(own))
+
+
+def _mix_permuted(x, topology, row, axes, rank):
+  """On devices: one `ppermute` for each group of edges that fits in one."""
+  own = x.astype(_leaves.accumulation_dtype(x.dtype))
+  total, minus = _base(own, topology, row, rank)
+  for group in permutations(topology):
+    sources = np.full(topology.size, -1)
+    for src, dst in group:
+      sources[dst] = src
+    value = lax.ppermute(x, axes, group).astype(own.dtype)
+    weight, receives = _weights(topology, sources, row, rank, own.dtype)
+    term = weight * (value if minus is None else value - minus)
+    if (sources < 0).any():
+      term = jnp.where(receives, term, jnp.zeros_like(term))
+    total = term if total is None else total + term
+  return total.astype(x.dtype)
+
+
+def _mix_gathered(x, topology, row, axes, rank):
+  """On virtual ranks: each picks its in-neighbors, in ascending order."""
+  own = x.astype(_leaves.accumulation_dtype(x.dtype))
+  total, minus = _base(own, topology, row, rank)
+  if total is None:
+    total = jnp.zeros_like(own)
+  slots = max(len(topology.in_neighbors(i)) for i in range(topology.size))
+  sources = np.full((slots, topology.size), -1)
+  for i in range(topology.size):
+    neighbors = topology.in_neighbors(i)
+    sources[: len(neighbors), i] = neighbors
+  gathered = _mesh.gather(x, axes)
+
+  def add(total, slot):
+    source, weight, receives = slot
+    value = gathered[source].astype(own.dtype)
+    term = weight * (value if minus is None else value - minus)
+    return total + jnp.where(receives, term, jnp.zeros_like(term)), None
+
+  weights, receives = _weights(topology, sources, row, rank, own.dtype)
+  picked = jnp.asarray(np.maximum(sources, 0))[:, rank]
+  total, _ = lax.scan(
+    add, total, (picked, weights, receives), unroll=max(1, min(slots, _UNROLLED))
+  )
+  return total.astype(x.dtype)
+
+
+def _weights(topology, sources, row, rank, dtype):
+  """Weights of what this rank gets from `sources[..., rank]`; -1 is nobody.
+
+  Returns:
+    The weights, and whether there is a source, both of shape
+    `sources.shape[:-1]`.
+  """
+  receives = jnp.asarray(sources >= 0)[..., rank]
+  if row is not None:
+    picked = jnp.asarray(np.maximum(sources, 0))[..., rank]
+    return row.astype(_real(dtype))[picked], receives
+  table = topology.mixing_matrix[np.arange(topology.size), sources]
+  return _at(np.where(sources >= 0, table, 0.0), rank, dtype), receives
+
+
+def _at(table: np.ndarray, rank: Any, dtype: Any) -> jax.Array:
+  """This rank's entry of a table, rounded once to the accumulation dtype."""
+  return jnp.asarray(table.astype(_real(dtype)))[..., rank]
+
+
+def _real(dtype: Any) -> np.dtype:
+  return jnp.finfo(dtype).dtype
+
+
+# Between processes: the rules of the primitive.
+
+
+class Weighting(enum.IntEnum):
+  """Where the weights of a call come from; numbered as in neighbor.cc."""
+
+  GRAPH = 0  # the graph's table
+  DESTINATION = 1  # y[i] = sum_j row_i[j] x[j]: receivers weight
+  SOURCE = 2  # y[i] = sum_j row_j[i] x[j]: senders weight, the transpose
+
+
+_TURNED = {
+  Weighting.GRAPH: Weighting.GRAPH,
+  Weighting.DESTINATION: Weighting.SOURCE,
+  Weighting.SOURCE: Weighting.DESTINATION,
+}
+
+
+def _abstract_eval(*operands, fixed, graph, weighting, comm):
+  del graph, weighting, comm
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
+
+
+def _jvp(primitive, primals, tangents, *, fixed, weighting, **params):
+  """Linear in the leaves, and linear in the row of weights.
+
+  y = sum_j row[j] x[j], so dy = sum_j row[j] dx[j] + sum_j drow[j] x[j]. The
+  second sum needs the neighbors' leaves one by one, for its transpose
+  drow[j] = <dy, x[j]>: each is fetched by a row that selects it.
+  """
+  results, out = _primitive._linear_jvp(
+    primitive, primals, tangents, fixed=fixed, weighting=weighting, **params
+  )
+  drow = tangents[1] if fixed == 2 else None
+  if drow is None or type(drow) is ad.Zero:
+    return results, out
+  if weighting is Weighting.SOURCE:
+    raise TypeError(
+      "neighbor_allreduce: a second derivative with respect to weights is not "
+      "defined; use jax.lax.stop_gradient on weights in the inner one."
+    )
+  step, row, *leaves = primals
+  for j in range(params["comm"].size):
+    select = jnp.zeros_like(row).at[j].set(1)
+    fetched = primitive.bind(
+      step, select, *leaves, fixed=fixed, weighting=weighting, **params
+    )
+    for i, x in enumerate(fetched):
+      term = drow[j].astype(_real(x.dtype)) * x
+      out[i] = ad.add_tangents(out[i], term.astype(x.dtype))
+  return results, out
+
+
+def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
+  # The adjoint of x -> W x is ct -> W.T ct: every edge turns around, and with
+  # runtime weights the rank that weighted what it got weights what it sends.
+  return neighbor_allreduce_p.bind(
+    *operands, *cotangents, fixed=fixed, graph=_turned(graph),
+    weighting=_TURNED[weighting], comm=comm,
+  )
+
+
+@functools.lru_cache(maxsize=1024)
+def _turned(graph):
+  return graph.transpose()
+
+
+def _attributes(*, graph, weighting, comm):
+  """This rank's rows of every round; the step selects among them at run time."""
+  source_begin, sources, source_weights = [0], [], []
+  destination_begin, destinations = [0], []
+  self_weights, difference = [], []
+  for topology in graph.rounds:
+    for src, weight in topology.src_weights(comm.rank).items():
+      sources.append(src)
+      source_weights.append(weight)
+    destinations.extend(topology.out_neighbors(comm.rank))
+    source_begin.append(len(sources))
+    destination_begin.append(len(destinations))
+    self_weights.append(topology.self_weight(comm.rank))
+    difference.append(bool(_difference_rows(topology)[comm.rank]))
+  return {
+    "context": np.int64(comm.context),
+    "graph": np.int64(_fingerprint(graph)),
+    "weighting": np.int64(weighting),
+    "source_begin": np.array(source_begin, np.int32),
+    # An attribute may not be empty: one more element, which is never read.
+    "sources": np.array([*sources, -1], np.int32),
+    "source_weights": np.array([*source_weights, 0.0], np.float64),
+    "destination_begin": np.array(destination_begin, np.int32),
+    "destinations": np.array([*destinations, -1], np.int32),
+    "self_weights": np.array(self_weights, np.float64),
+    "difference": np.array(difference, np.int32),
+  }
+
+
+@functools.lru_cache(maxsize=1024)
+def _fingerprint(graph) -> int:
+  """A number that tells graphs apart, equal on all ranks."""
+  digest = hashlib.blake2b(digest_size=8)
+  for topology in graph.rounds:
+    digest.update(np.ascontiguousarray(topology.mixing_matrix).tobytes())
+  return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+neighbor_allreduce_p = _primitive.define(
+  "neighbor_allreduce",
+  abstract_eval=_abstract_eval,
+  attributes=_attributes,
+  jvp=_jvp,
+  transpose=_transpose,
+  in_place=True,
+)
