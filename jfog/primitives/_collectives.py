@@ -295,7 +295,7 @@ def _mesh_broadcast(x, root, comm):
 
 def _mesh_allgather(x, comm):
   gathered = _mesh.gather(_compat.varying(x, comm.axes), comm.axes)
-  return gathered.reshape(-1, *x.shape[1:])
+  return gathered.reshape(len(gathered) * len(x), *x.shape[1:])
 
 
 # Between processes: the rules of the primitives.

@@ -1,5 +1,6 @@
 """What the mesh renditions of all operations share."""
 
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   stacked = x
   for axis in reversed(axes):  # one at a time: vmap gathers over one axis only
     stacked = lax.all_gather(stacked, axis)
-  return stacked.reshape(-1, *x.shape)
+  ranks = math.prod(stacked.shape[: len(axes)])
+  return stacked.reshape(ranks, *x.shape)
 
 
 def uniform(value: Any, comm: Communicator) -> Any:
