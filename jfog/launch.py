@@ -334,10 +334,10 @@ def _run_job(
     return 0
   record = first_failure(_records(run_dir))
   if record is not None:
-    _say(failure_report(record))
+    _say("\n" + failure_report(record))
     return record["code"]
   code = _shell_code(code)
-  _say(f"jfog run: mpirun ended with exit code {code}\n")
+  _say(f"\njfog run: mpirun ended with exit code {code}\n")
   return code
 
 
@@ -346,7 +346,7 @@ def _stops(start: float) -> list[tuple[float, int]]:
   # the wrappers notice and kill theirs.
   return [
     (start, signal.SIGTERM),
-    (start + _GRACE, signal.SIGKILL),
+    (start + 2.0, signal.SIGKILL),
     (float("inf"), 0),
   ]
 
