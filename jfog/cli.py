@@ -157,7 +157,9 @@ def _generator(topology: Any, name: str) -> Any:
     and next(iter(value.__annotations__), "") == "size"
   ]
   if name not in names:
-    raise ValueError(f"no graph is called {name}; there are {', '.join(names)}.")
+    raise ValueError(
+      f"no graph is called {name}; there are {', '.join(names)}."
+    )
   return getattr(topology, name)
 
 
