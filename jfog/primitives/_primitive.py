@@ -59,7 +59,7 @@ def define(
 
   primitive.def_effectful_abstract_eval(effectful_abstract_eval)
   ad.primitive_jvps[primitive] = functools.partial(
-    jvp or _linear_jvp, primitive
+    jvp or linear_jvp, primitive
   )
   if transpose is not None:
     ad.primitive_transposes[primitive] = functools.partial(
@@ -90,10 +90,15 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]):
   return jax.jit(bind)
 
 
-def _linear_jvp(primitive, primals, tangents, *, fixed, **params):
+def zero_tangent(y: jax.Array) -> ad.Zero:
+  """The symbolic zero that stands for an absent tangent of `y`."""
+  return ad.Zero(jax.typeof(y).to_tangent_aval())
+
+
+def linear_jvp(primitive, primals, tangents, *, fixed, **params):
   """y = f(x) is linear in the leaves: dy = f(dx), one more operation."""
   results = primitive.bind(*primals, fixed=fixed, **params)
-  out = [ad.Zero.from_primal_value(y) for y in results]
+  out = [zero_tangent(y) for y in results]
   leaves = tangents[fixed:]
   moving = [i for i, dx in enumerate(leaves) if type(dx) is not ad.Zero]
   if moving:
