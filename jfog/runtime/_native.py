@@ -1,17 +1,23 @@
 """The native module and what this installation was built with."""
 
 import functools
+import pkgutil
 import types
 
 import jax
+
+import jfog
 
 
 @functools.cache
 def build() -> types.SimpleNamespace:
   """`MPI_FAMILY`, `MPI_LIBRARY` and `MPI_LAUNCHER` of the build."""
+  # Python started in jfog's source tree takes the package from there; what the
+  # build made lies in the installed one.
+  jfog.__path__ = pkgutil.extend_path(jfog.__path__, jfog.__name__)
   try:
     from jfog import _build
-  except ImportError:  # run from a source tree that was never built
+  except ImportError:  # never installed
     return types.SimpleNamespace(
       MPI_FAMILY="", MPI_LIBRARY="", MPI_LAUNCHER=""
     )
@@ -31,8 +37,8 @@ def mpi():
   if not build().MPI_FAMILY:
     raise RuntimeError(
       "this jfog was installed without MPI, because the build found no C++ "
-      "compiler or no MPI; install both and reinstall jfog, or use "
-      "jfog.simulate or jfog.spmd, which need no MPI."
+      "compiler or no MPI, or was told to; reinstall it where both are there, "
+      "or use jfog.simulate or jfog.spmd, which need no MPI."
     )
   try:
     from jfog import _mpi

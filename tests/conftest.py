@@ -1,0 +1,274 @@
+"""The places in which one test body runs, and the MPI jobs behind some of them.
+
+A test that takes the fixture `place` runs in simulation, on a mesh of CPU
+devices, in a world of one, and on MPI with several numbers of ranks. Its MPI
+forms, `[mpi-3]` and so on, are run by one job for each number of ranks, which
+the first of them starts; every form is reported by its own name.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+# `python -m pytest` puts the source tree first; the installed package is meant.
+sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != _ROOT]
+
+_RANKS = int(os.environ.get("JFOG_TEST_RANKS", "0"))  # inside of a job
+_RESULTS = os.environ.get("JFOG_TEST_RESULTS", "")
+_DEVICES = 4
+if not _RANKS:
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={_DEVICES}"
+  )
+
+import jax  # noqa: E402  (after XLA_FLAGS)
+import numpy as np  # noqa: E402
+
+import jfog  # noqa: E402
+import jfog.runtime  # noqa: E402
+
+PLACES = ("single", "simulate-5", "simulate-6x2", f"mesh-{_DEVICES}")
+MPI_SIZES = (1, 2, 3, 4, 5)
+_JOB_DEADLINE = 900.0  # seconds; a quiet machine needs a tenth of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a program of one rank runs, with a number of ranks."""
+
+  name: str
+  size: int
+  local_size: int = 1
+
+  @property
+  def kind(self) -> str:
+    """`single`, `simulate`, `mesh` or `mpi`."""
+    return self.name.split("-")[0]
+
+  def map(self, fun: Callable, in_axes: Any = 0) -> Callable:
+    """`fun` of stacked arguments; on MPI and alone this rank's result only."""
+    if self.kind == "simulate":
+      return jfog.simulate(
+        fun, self.size, in_axes=in_axes, local_size=self.local_size
+      )
+    if self.kind == "mesh":
+      return jfog.spmd(fun, in_axes=in_axes)
+
+    def one(*args):
+      axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+      own = [
+        arg if axis is None else self.mine(arg)
+        for arg, axis in zip(args, axes, strict=True)
+      ]
+      return fun(*own)
+
+    return one
+
+  def run(self, fun: Callable, *stacked: Any, in_axes: Any = 0) -> Any:
+    """Calls `map(fun)` on stacked arguments."""
+    return self.map(fun, in_axes)(*stacked)
+
+  def mine(self, stacked: Any) -> Any:
+    """What of a stacked truth can be compared with the result of `run`."""
+    if self.kind in ("simulate", "mesh"):
+      return stacked
+    rank = jfog.rank()
+    return jax.tree.map(lambda x: x[rank], stacked)
+
+  def per_rank(self, result: Any) -> list:
+    """A result as a list over the ranks seen here, one for a scalar rank."""
+    if self.kind in ("simulate", "mesh"):
+      return [jax.tree.map(lambda x: x[i], result) for i in range(self.size)]
+    return [result]
+
+
+def pytest_configure(config):
+  """Declares the markers."""
+  config.addinivalue_line(
+    "markers", "places(*names): run in these places or kinds of places only"
+  )
+  config.addinivalue_line("markers", "soak: long; runs with --soak only")
+
+
+def pytest_addoption(parser):
+  """Declares the options."""
+  parser.addoption(
+    "--soak", action="store_true", help="run soak and stress tests at length"
+  )
+
+
+def pytest_generate_tests(metafunc):
+  """Gives a test the places it is meant for."""
+  if "place" not in metafunc.fixturenames:
+    return
+  names = [*PLACES, *(f"mpi-{n}" for n in MPI_SIZES)]
+  if marker := metafunc.definition.get_closest_marker("places"):
+    extra = [n for n in marker.args if "-" in n and n not in names]
+    names = [
+      n for n in names if n in marker.args or n.split("-")[0] in marker.args
+    ] + extra
+  metafunc.parametrize("place", names, indirect=True)
+
+
+@pytest.fixture
+def place(request):
+  """The place of this form of the test, with a world if it needs one."""
+  name = request.param
+  kind, _, size = name.partition("-")
+  if kind == "mpi":
+    if _RANKS:
+      assert jfog.init(timeout=60).size == _RANKS == int(size)
+    yield Place(name, int(size))
+    return
+  if kind == "single":
+    jfog.init(backend="single")
+    yield Place(name, 1)
+    jfog.shutdown()
+    return
+  size, _, local = size.partition("x")
+  yield Place(name, int(size), int(local or 1))
+
+
+@pytest.fixture
+def soak(request) -> bool:
+  """Whether stress tests run at length."""
+  return request.config.getoption("--soak")
+
+
+@pytest.fixture
+def x64():
+  """64-bit types inside the test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def rng():
+  """A random generator, equal on all ranks."""
+  return np.random.RandomState(0)
+
+
+@dataclasses.dataclass
+class _Job:
+  """One MPI job that runs all selected tests of its number of ranks."""
+
+  size: int
+  results: dict[str, dict[int, tuple[str, str]]]
+  output: str
+
+
+_nodeids: dict[int, list[str]] = {}
+_jobs: dict[int, _Job] = {}
+
+
+def _mpi_size(item) -> int | None:
+  """The number of ranks of a test's MPI form, outside of a job."""
+  if _RANKS or not hasattr(item, "callspec"):
+    return None
+  name = str(item.callspec.params.get("place", ""))
+  return int(name.removeprefix("mpi-")) if name.startswith("mpi-") else None
+
+
+def pytest_collection_modifyitems(config, items):
+  """Orders jobs behind each other, and leaves soak tests to `--soak`."""
+  for item in items:
+    if item.get_closest_marker("soak") and not config.getoption("--soak"):
+      item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
+
+
+def pytest_collection_finish(session):
+  """Notes which tests every job has to run."""
+  for item in session.items:
+    size = _mpi_size(item)
+    if size is not None and not item.get_closest_marker("skip"):
+      _nodeids.setdefault(size, []).append(item.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+  """Reports what the ranks said of a test instead of running it here."""
+  size = _mpi_size(pyfuncitem)
+  if size is None:
+    return None
+  if not jfog.runtime.build().MPI_FAMILY:
+    pytest.skip("jfog was installed without MPI")
+  if size not in _jobs:
+    soak = pyfuncitem.config.getoption("--soak")
+    _jobs[size] = _run_job(size, _nodeids[size], soak)
+  job = _jobs[size]
+  by_rank = job.results.get(pyfuncitem.nodeid, {})
+  for rank in range(size):
+    outcome, text = by_rank.get(rank, ("missing", ""))
+    if outcome == "failed":
+      pytest.fail(f"on rank {rank} of {size}:\n{text}", pytrace=False)
+    if outcome == "skipped":
+      pytest.skip(f"on rank {rank} of {size}: {text}")
+    if outcome == "missing":
+      pytest.fail(
+        f"rank {rank} of {size} reported nothing; the job's output ends:\n"
+        f"{job.output[-6000:]}",
+        pytrace=False,
+      )
+  return True
+
+
+def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
+  """Runs the tests on `size` ranks and collects their reports."""
+  with tempfile.TemporaryDirectory() as folder:
+    arguments = pathlib.Path(folder) / "tests"
+    arguments.write_text("\n".join(nodeids))
+    environment = {
+      **os.environ,
+      "JFOG_TEST_RANKS": str(size),
+      "JFOG_TEST_RESULTS": folder,
+    }
+    environment.pop("XLA_FLAGS", None)
+    command = [
+      *(sys.executable, "-m", "jfog.cli", "run", "-np", str(size)),
+      *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+      *(["--soak"] if soak else []),
+      f"@{arguments}",
+    ]
+    try:
+      done = subprocess.run(
+        command,
+        cwd=_ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=_JOB_DEADLINE,
+      )
+      output = done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired as error:
+      output = (error.stdout or b"").decode(errors="replace")
+      output += f"\nthe job did not end within {_JOB_DEADLINE} s"
+    results: dict[str, dict[int, tuple[str, str]]] = {}
+    for path in pathlib.Path(folder).glob("rank-*"):
+      rank = int(path.name.removeprefix("rank-"))
+      for line in path.read_text().splitlines():
+        nodeid, outcome, text = json.loads(line)
+        results.setdefault(nodeid, {})[rank] = (outcome, text)
+  return _Job(size, results, output)
+
+
+def pytest_runtest_logreport(report):
+  """Inside of a job: writes this rank's word on each test."""
+  if not _RANKS or (report.when != "call" and report.outcome == "passed"):
+    return
+  text = report.longreprtext
+  if report.outcome == "skipped":
+    text = re.sub(r".*Skipped: ", "", str(report.longrepr[-1]))
+  with open(f"{_RESULTS}/rank-{jfog.rank()}", "a") as file:
+    file.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")
