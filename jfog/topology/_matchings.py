@@ -153,7 +153,7 @@ def matcha_plan(laplacians: np.ndarray, budget: float) -> MatchaPlan:
     budget: in (0, 1].
 
   Returns:
-    The `MatchaPlan`. Probabilities and step are rounded to nine decimals, far
+    The `MatchaPlan`. Probabilities and step are rounded to nine and twelve decimals, far
     below what matters, so that the last bits of a linear algebra library do
     not make the graphs of two ranks differ.
 
@@ -381,4 +381,4 @@ def _best_step(mean: np.ndarray, spread: np.ndarray) -> float:
       low = alpha
     else:
       high = alpha
-  return round((low + high) / 2, 9)
+  return round((low + high) / 2, 12)
