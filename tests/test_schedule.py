@@ -1,5 +1,9 @@
 """The `Schedule` value and the schedules of one message per round."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
+# Wrong arguments and assignments are what some of these tests are about.
+
 import itertools
 import math
 
