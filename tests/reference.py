@@ -1,0 +1,83 @@
+"""Dense NumPy truth that shares no code with the library."""
+
+import functools
+
+import numpy as np
+
+
+def mixing(graph, step=0):
+  """The matrix that the accessors of `graph[step]` describe, rank by rank."""
+  topology = graph[step]
+  matrix = np.zeros((graph.size, graph.size))
+  for rank in range(graph.size):
+    matrix[rank, rank] = topology.self_weight(rank)
+    for src, weight in topology.src_weights(rank).items():
+      matrix[rank, src] = weight
+  return matrix
+
+
+def mean(size):
+  """The matrix of the exact average."""
+  return np.ones((size, size)) / size
+
+
+def product(matrices):
+  """`M_last ... M_1 M_0`."""
+  return functools.reduce(lambda done, matrix: matrix @ done, matrices)
+
+
+def circulant(size, shifts):
+  """`W[i, i - s] += shifts[s]`, as a sum of rolled identities."""
+  return sum(
+    weight * np.roll(np.eye(size), shift, axis=0)
+    for shift, weight in shifts.items()
+  )
+
+
+def circulant_gap(size, shifts):
+  """`1 - |lambda_2|` by the sum of exponentials."""
+  k = np.arange(1, size)
+  values = sum(
+    weight * np.exp(-2j * np.pi * k * shift / size)
+    for shift, weight in shifts.items()
+  )
+  return 1 - np.abs(values).max() if size > 1 else 1.0
+
+
+def contraction(matrix):
+  """`||W - J||_2`, by singular values."""
+  return np.linalg.norm(matrix - mean(len(matrix)), 2)
+
+
+def metropolis(edges):
+  """Metropolis-Hastings weights of undirected edges, entry by entry."""
+  size = len(edges)
+  degree = [sum(bool(edges[i][j]) for j in range(size)) for i in range(size)]
+  matrix = np.zeros((size, size))
+  for i in range(size):
+    for j in range(size):
+      if edges[i][j]:
+        matrix[i, j] = 1 / (1 + max(degree[i], degree[j]))
+  for i in range(size):
+    matrix[i, i] = 1 - sum(matrix[i])
+  return matrix
+
+
+def is_strongly_connected(matrix):
+  """Whether all entries of a high power of `I + |W|` are positive."""
+  size = len(matrix)
+  step = ((np.abs(matrix) > 0) | np.eye(size, dtype=bool)).astype(float)
+  reach = step
+  for _ in range(size.bit_length() + 1):
+    reach = (reach @ reach > 0).astype(float)
+  return bool(reach.all())
+
+
+def is_stochastic(matrix, axis):
+  """Whether all sums along `axis` are 1."""
+  return bool(np.allclose(np.sum(matrix, axis=axis), 1.0, rtol=0, atol=1e-12))
+
+
+def powers_below(size, base):
+  """1, `base`, `base**2`, .. below `size`."""
+  return [base**p for p in range(64) if base**p < size]
