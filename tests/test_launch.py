@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import textwrap
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -80,20 +81,25 @@ def start(program, *words, environ=None):
   )
 
 
+class Result(NamedTuple):
+  returncode: int
+  out: str
+  err: str
+  seconds: float
+
+
 def finish(job):
+  began = time.monotonic()
   try:
-    job.out, job.err = job.communicate(timeout=DEADLINE)
+    out, err = job.communicate(timeout=DEADLINE)
   except subprocess.TimeoutExpired:
     job.kill()
     raise
-  return job
+  return Result(job.returncode, out, err, time.monotonic() - began)
 
 
 def run(program, *words, environ=None):
-  began = time.monotonic()
-  job = finish(start(program, *words, environ=environ))
-  job.seconds = time.monotonic() - began
-  return job
+  return finish(start(program, *words, environ=environ))
 
 
 def shell(script):
