@@ -37,12 +37,6 @@ def ring_average(x):
   return jfog.neighbor_allreduce(x, topology.ring(jfog.size()))
 
 
-def everybody_learns(errors):
-  """Some rank says why, and no rank goes on as if nothing had happened."""
-  text = outcome(lambda: ring_average(jnp.ones(2))) or ""
-  return errors or text
-
-
 MISMATCHES = {
   "dtype": lambda odd: ring_average(
     jnp.ones(4, jnp.float32 if odd else jnp.complex64)
@@ -58,9 +52,7 @@ MISMATCHES = {
   ),
   "graph": lambda odd: jfog.neighbor_allreduce(
     jnp.ones(3),
-    (topology.fully_connected if odd else topology.fully_connected)(
-      jfog.size()
-    ).lazy()
+    topology.fully_connected(jfog.size()).lazy()
     if odd
     else topology.fully_connected(jfog.size()),
   ),
@@ -94,7 +86,10 @@ def test_mismatch(world, name):
   assert error is not None
   assert "jfog:" in error
   assert f"on rank {world.rank}" in error
-  assert error.startswith(("FAILED_PRECONDITION", "DEADLINE_EXCEEDED"))
+  # ABORTED where the other side has found out first and given up its world.
+  assert error.startswith(
+    ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED")
+  )
   # From now on the first error is the answer to everything.
   again = outcome(lambda: jfog.allreduce(jnp.ones(1)))
   assert again is not None

@@ -264,10 +264,9 @@ def test_simulation_and_mesh_work_without_mpi():
   """What an installation without MPI has: no `_build`, no `_mpi`."""
   done = python(
     "import sys; sys.modules['jfog._build'] = sys.modules['jfog._mpi'] = None\n"
-    "import jax.numpy as jnp, jfog\n"
+    "import jax, jax.numpy as jnp, jfog\n"
     "assert jfog.simulate(jfog.allreduce, 2)(jnp.arange(2.0))[0] == 0.5\n"
-    "assert jfog.spmd(jfog.allreduce)(jnp.ones(jfog.runtime.resolve.__code__"
-    ".co_argcount * 0 + __import__('jax').device_count()))[0] == 1\n"
+    "assert jfog.spmd(jfog.allreduce)(jnp.ones(jax.device_count()))[0] == 1\n"
     "assert jfog.init().size == 1\n"
     "jfog.shutdown()\n"
     "try: jfog.init(backend='mpi')\n"
@@ -332,6 +331,8 @@ def test_an_mpi_world(place):
 @pytest.mark.places("mpi-2", "mpi-3")
 def test_a_world_of_an_mpi4py_communicator(place):
   MPI = pytest.importorskip("mpi4py.MPI")
+  if MPI.Get_library_version() != _native.mpi().library_version():
+    pytest.skip("this mpi4py runs on another MPI than jfog")
   jfog.shutdown()
   jfog.init(timeout=60)
   jfog.shutdown()

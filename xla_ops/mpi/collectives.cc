@@ -22,8 +22,9 @@ enum Reduction : std::int64_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3, kProd =
 // MPI counts elements in an int; longer vectors are reduced in pieces.
 constexpr std::size_t kPiece = std::size_t{1} << 28;
 
-// MPI leaves the minimum of a NaN and a number open; here a NaN wins, as in
-// NumPy and XLA.
+// Minimum and maximum by our own functions: MPI leaves that of a NaN and a number
+// open, where here a NaN wins as in NumPy, and MPICH 4.0.2 compares unsigned
+// integers as signed ones.
 template <typename T, bool kMaximum>
 void Extremum(void* in, void* inout, int* length, MPI_Datatype*) {
   const T* a = static_cast<const T*>(in);
@@ -41,6 +42,24 @@ MPI_Op ExtremumOp() {
     return made;
   }();
   return op;
+}
+
+template <bool kMaximum>
+MPI_Op ExtremumOf(DataType type) {
+  switch (type) {
+    case DataType::PRED: return kMaximum ? MPI_LOR : MPI_LAND;
+    case DataType::S8: return ExtremumOp<std::int8_t, kMaximum>();
+    case DataType::U8: return ExtremumOp<std::uint8_t, kMaximum>();
+    case DataType::S16: return ExtremumOp<std::int16_t, kMaximum>();
+    case DataType::U16: return ExtremumOp<std::uint16_t, kMaximum>();
+    case DataType::S32: return ExtremumOp<std::int32_t, kMaximum>();
+    case DataType::U32: return ExtremumOp<std::uint32_t, kMaximum>();
+    case DataType::S64: return ExtremumOp<std::int64_t, kMaximum>();
+    case DataType::U64: return ExtremumOp<std::uint64_t, kMaximum>();
+    case DataType::F32: return ExtremumOp<float, kMaximum>();
+    case DataType::F64: return ExtremumOp<double, kMaximum>();
+    default: return MPI_OP_NULL;
+  }
 }
 
 // The type in which a leaf is reduced and travels: 16-bit floats in float32.
@@ -67,10 +86,6 @@ MPI_Datatype MpiType(DataType type) {
   }
 }
 
-bool IsComplex(DataType type) {
-  return type == DataType::C64 || type == DataType::C128;
-}
-
 // MPI_OP_NULL where the reduction has no meaning for the type.
 MPI_Op MpiOp(Reduction reduction, DataType type) {
   const bool is_bool = type == DataType::PRED;
@@ -83,16 +98,7 @@ MPI_Op MpiOp(Reduction reduction, DataType type) {
     case kMin:
     case kMax: {
       const bool maximum = reduction == kMax;
-      if (IsComplex(type)) return MPI_OP_NULL;
-      if (is_bool) return maximum ? MPI_LOR : MPI_LAND;
-      if (type == DataType::F32) {
-        return maximum ? ExtremumOp<float, true>() : ExtremumOp<float, false>();
-      }
-      if (type == DataType::F64) {
-        return maximum ? ExtremumOp<double, true>()
-                       : ExtremumOp<double, false>();
-      }
-      return maximum ? MPI_MAX : MPI_MIN;
+      return maximum ? ExtremumOf<true>(type) : ExtremumOf<false>(type);
     }
   }
   return MPI_OP_NULL;

@@ -1,0 +1,258 @@
+"""Decentralized training on handwritten digits, on virtual ranks or on MPI.
+
+`python examples/digits.py` trains on 8 virtual ranks of one process, and
+`jfog run -np 4 python examples/digits.py` on 4 MPI ranks, by the same program
+of one rank. It compares averaging on three graphs with a gradient allreduce and
+with no communication, prints a table and draws the curves.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import jfog
+from jfog import topology
+from jfog.diagnostics import bytes_per_step, consensus_distance
+from jfog.optimizers import adapt_then_combine, gradient_allreduce
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
+
+METHODS = (
+  "one-peer exponential",
+  "static exponential",
+  "ring",
+  "gradient allreduce",
+  "no communication",
+)
+GRAPHS = {
+  "one-peer exponential": topology.one_peer_exponential,
+  "static exponential": topology.exponential,
+  "ring": topology.ring,
+}
+BATCH = 20
+TEST = 357  # of 1797 images
+
+
+class Data(NamedTuple):
+  """Images as patches, and labels; of one rank, or stacked over ranks."""
+
+  x: jax.Array  # shape=(..., images, 36, 9)
+  y: jax.Array  # shape=(..., images)
+
+
+def load(n, split, seed):
+  """The training data stacked over `n` ranks, and the test data of all."""
+  digits = load_digits()
+  order = np.random.RandomState(seed).permutation(len(digits.target))
+  x, y = patches(digits.images[order] / 16.0), digits.target[order]
+  test = Data(jnp.asarray(x[:TEST]), jnp.asarray(y[:TEST]))
+  x, y = x[TEST:], y[TEST:]
+  if split == "label":  # each rank gets consecutive labels only
+    by_label = np.argsort(y, kind="stable")
+    x, y = x[by_label], y[by_label]
+  each = len(y) // n
+  if each < BATCH:
+    raise SystemExit(f"{n} ranks leave {each} images for each; take fewer.")
+  x = x[: n * each].reshape(n, each, *x.shape[1:])
+  return Data(jnp.asarray(x), jnp.asarray(y[: n * each].reshape(n, each))), test
+
+
+def patches(images):
+  """The 3 x 3 neighborhoods that the convolution sees, cut out once."""
+  windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), (1, 2))
+  return windows.reshape(len(images), 36, 9).astype(np.float32)
+
+
+def init_params(key):
+  """A convolution of 16 channels and two dense layers."""
+  shapes = {"conv": (9, 16), "hidden": (144, 64), "out": (64, 10)}
+  keys = jax.random.split(key, len(shapes))
+  return {
+    name: {
+      "w": jax.random.normal(k, shape) * (2 / shape[0]) ** 0.5,
+      "b": jnp.zeros(shape[1]),
+    }
+    for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+def logits(params, x):
+  """The network; a convolution of patches is a product of matrices."""
+  dense = lambda name, x: x @ params[name]["w"] + params[name]["b"]
+  h = jax.nn.relu(dense("conv", x)).reshape(-1, 3, 2, 3, 2, 16)
+  h = h.max(axis=(2, 4)).reshape(-1, 144)
+  return dense("out", jax.nn.relu(dense("hidden", h)))
+
+
+def loss(params, x, y):
+  """Mean cross entropy."""
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits(params, x), y
+  ).mean()
+
+
+def accuracy(params, data):
+  """The part of the images that is named rightly."""
+  return jnp.mean(jnp.argmax(logits(params, data.x), axis=-1) == data.y)
+
+
+def optimizer(method, n, learning_rate):
+  """The decentralized optimizer of a method."""
+  inner = optax.sgd(learning_rate, momentum=0.9)
+  if method in GRAPHS:
+    return adapt_then_combine(inner, GRAPHS[method](n))
+  return gradient_allreduce(inner) if method == "gradient allreduce" else inner
+
+
+def make_epoch(tx, seed):
+  """One rank's program of one epoch."""
+
+  def epoch(params, state, data, test, number):
+    key = jax.random.fold_in(jax.random.key(seed + 1), jfog.rank())
+    order = jax.random.permutation(
+      jax.random.fold_in(key, number), len(data.y)
+    )
+    batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
+
+    def step(carry, batch):
+      params, state = carry
+      grads = jax.grad(loss)(params, data.x[batch], data.y[batch])
+      updates, state = tx.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), batches)
+    own = jfog.allreduce(accuracy(params, test))
+    mean = accuracy(jfog.allreduce(params), test)
+    return params, state, jnp.stack([own, mean, consensus_distance(params)])
+
+  return epoch
+
+
+def train(method, arguments, world, n, data, test, progress):
+  """Trains by one method; returns the curves and the bytes sent."""
+  tx = optimizer(method, n, arguments.learning_rate)
+  params = init_params(jax.random.key(arguments.seed))
+  state = tx.init(params)
+  size = bytes_per_step(topology.ring(2), params)  # one message: all parameters
+  epoch = make_epoch(tx, arguments.seed)
+  if world.size > 1:
+    data = jax.tree.map(lambda x: x[world.rank], data)
+  else:
+    stack = lambda x: jnp.broadcast_to(x, (n, *x.shape))
+    params, state = jax.tree.map(stack, (params, state))
+    epoch = jfog.simulate(
+      epoch, n, in_axes=(0, 0, 0, None, None), out_axes=(0, 0, 0)
+    )
+  epoch = jax.jit(epoch)
+  curves = []
+  for number in range(arguments.epochs):
+    params, state, metrics = epoch(params, state, data, test, number)
+    # The metrics are averages over ranks, equal on all of them.
+    curves.append(np.asarray(metrics).reshape(-1, 3)[0].tolist())
+    progress.set_description(method)
+    progress.update()
+  if method in GRAPHS:
+    sent = bytes_per_step(GRAPHS[method](n), params) / (
+      1 if world.size > 1 else n
+    )
+  elif method == "gradient allreduce":
+    sent = 2 * (n - 1) / n * size
+  else:
+    sent = 0.0
+  return {
+    "accuracy": [own for own, _, _ in curves],
+    "accuracy_of_mean": [mean for _, mean, _ in curves],
+    "consensus_distance": [distance for _, _, distance in curves],
+    "bytes_per_step": sent,
+  }
+
+
+def report(results, arguments, n, place):
+  """Prints the table and draws the plot."""
+  print(
+    f"{n} ranks ({place}), split: {arguments.split}, {arguments.epochs} epochs, "
+    f"seed {arguments.seed}"
+  )
+  line = "{:<22} {:>9} {:>14} {:>10} {:>15}".format
+  print(line("", "accuracy", "accuracy of", "consensus", "bytes sent per"))
+  print(line("method", "(mean)", "averaged model", "distance", "rank and step"))
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+  for method, curves in results.items():
+    print(
+      line(
+        method,
+        f"{100 * curves['accuracy'][-1]:.2f} %",
+        f"{100 * curves['accuracy_of_mean'][-1]:.2f} %",
+        f"{curves['consensus_distance'][-1]:.1e}",
+        f"{curves['bytes_per_step']:,.0f}",
+      )
+    )
+    epochs = range(1, len(curves["accuracy"]) + 1)
+    left.plot(epochs, 100 * np.array(curves["accuracy"]), label=method)
+    distance = np.maximum(curves["consensus_distance"], 1e-8)
+    right.semilogy(epochs, distance, label=method)
+  print("(gradient allreduce: what a ring allreduce sends, 2 (n-1)/n times)")
+  left.set(xlabel="epoch", ylabel="test accuracy of the ranks' models in %")
+  right.set(xlabel="epoch", ylabel="consensus distance (floor 1e-8)")
+  left.legend(fontsize=8)
+  left.grid(alpha=0.3)
+  right.grid(alpha=0.3)
+  figure.suptitle(f"Digits on {n} ranks, split: {arguments.split}")
+  figure.tight_layout()
+  figure.savefig(arguments.output, dpi=120)
+  print(f"plot: {arguments.output}")
+
+
+def parse():
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument(
+    "--ranks", type=int, default=8, help="virtual ranks, when not on MPI"
+  )
+  parser.add_argument("--split", choices=("iid", "label"), default="iid")
+  parser.add_argument("--epochs", type=int, default=30)
+  parser.add_argument("--learning-rate", type=float, default=0.05)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
+    help="some of: " + ", ".join(METHODS),
+  )
+  parser.add_argument(
+    "--output", type=pathlib.Path, default=pathlib.Path("digits.png")
+  )
+  parser.add_argument("--json", type=pathlib.Path, help="write the curves here")
+  return parser.parse_args()
+
+
+def main():
+  """Trains by every method and reports."""
+  arguments = parse()
+  world = jfog.init()
+  n = world.size if world.size > 1 else arguments.ranks
+  data, test = load(n, arguments.split, arguments.seed)
+  results = {}
+  with tqdm(
+    total=len(arguments.methods) * arguments.epochs, disable=world.rank != 0,
+    unit="epoch", mininterval=1.0,
+  ) as progress:
+    for method in arguments.methods:
+      results[method] = train(method, arguments, world, n, data, test, progress)
+  if world.rank == 0:
+    place = "MPI" if world.size > 1 else "virtual"
+    report(results, arguments, n, place)
+    if arguments.json:
+      arguments.json.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+  main()
