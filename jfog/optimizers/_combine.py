@@ -1,6 +1,6 @@
 """Averaging of parameters with the neighbors: ATC and AWC."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
