@@ -69,8 +69,8 @@ def gradient_allreduce(
       jnp.zeros([], jnp.int32), inner.init(params), accumulated
     )
 
-  def update_fn(updates, state, params=None, **extra):
-    step = optax.safe_increment(state.step)
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    step = _averaging.next_step(state.step)
     if every == 1:
       updates, inner_state = inner.update(
         allreduce(updates, comm=comm), state.inner_state, params, **extra
