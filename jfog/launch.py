@@ -42,12 +42,25 @@ Mpi.__doc__ = """The MPI that jfog was built with.
 """
 
 
-def installed_mpi(package: str = _PACKAGE) -> Mpi:
+def built_package() -> str:
+  """Returns the directory of jfog in which the build left `_build.py`.
+
+  That is this file's own, but for Python started in jfog's source tree or an
+  editable installation.
+  """
+  folders = [_PACKAGE, *(os.path.join(path, "jfog") for path in sys.path)]
+  for folder in folders:
+    if os.path.exists(os.path.join(folder, "_build.py")):
+      return os.path.abspath(folder)
+  return _PACKAGE
+
+
+def installed_mpi(package: str | None = None) -> Mpi:
   """Returns the MPI that jfog was built with.
 
   Args:
     package: the directory of the jfog package, in which the build leaves
-      `_build.py`.
+      `_build.py`; by default found as `built_package` says.
 
   Raises:
     RuntimeError: if jfog was built without MPI, or its launcher is gone.
@@ -57,6 +70,7 @@ def installed_mpi(package: str = _PACKAGE) -> Mpi:
     "or with JFOG_MPI=system and mpicxx on PATH); jfog.simulate and jfog.spmd "
     "need no MPI."
   )
+  package = package or built_package()
   build = {}
   path = os.path.join(package, "_build.py")
   if os.path.exists(path):
@@ -82,7 +96,7 @@ def command_line(arguments: list[str]) -> list[str]:
     >>> command_line(["-np", "2", "hostname"])[-3:]
     ['-np', '2', 'hostname']
   """
-  return [*_self(), *arguments]
+  return [*_self(), "--package", built_package(), *arguments]
 
 
 def mpirun_command(
@@ -204,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
   """
   options = _parse(sys.argv[1:] if arguments is None else arguments)
   try:
-    mpi = installed_mpi()
+    mpi = installed_mpi(options.package)
   except RuntimeError as error:
     _say(f"jfog run: {error}\n")
     return 1
@@ -263,6 +277,7 @@ def _parse(arguments: list[str]):
     metavar="SECONDS",
     help="end the job after that long, with exit code 124",
   )
+  parser.add_argument("--package", help=argparse.SUPPRESS)
   parser.add_argument(
     "command", nargs=argparse.REMAINDER, help="command that every rank runs"
   )

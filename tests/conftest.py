@@ -77,7 +77,9 @@ class Place:
 
   def run(self, fun: Callable, *stacked: Any, in_axes: Any = 0) -> Any:
     """Calls `map(fun)` on stacked arguments."""
-    return self.map(fun, in_axes)(*stacked)
+    fun = self.map(fun, in_axes)
+    # Eagerly a mesh compiles every operation for itself, which takes long.
+    return (jax.jit(fun) if self.kind == "mesh" else fun)(*stacked)
 
   def mine(self, stacked: Any) -> Any:
     """What of a stacked truth can be compared with the result of `run`."""

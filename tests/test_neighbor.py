@@ -375,7 +375,7 @@ def test_one_peer_exponential_over_eight_processes_is_exact(place, rng):
     traces.append(1)
     return average(x, graph, step)
 
-  y = place.mine(x)
+  y = jnp.asarray(place.mine(x))
   for step in range(3):
     y = step_once(y, jnp.int32(step))
   np.testing.assert_allclose(y, x.mean(axis=0), rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad, batching
+from jax.interpreters import ad
 
 from jfog import _compat
 from jfog.primitives import _leaves, _mesh, _primitive
@@ -287,10 +287,8 @@ def _mesh_broadcast(x, root, comm):
   if x.dtype == jnp.bool_:
     return _mesh_broadcast(x.astype(jnp.uint8), root, comm).astype(jnp.bool_)
   x = _compat.varying(x, comm.axes)
-  # The one zero that leaves every float as it is, itself included, is -0.
-  inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-  nothing = -jnp.zeros_like(x) if inexact else jnp.zeros_like(x)
-  return lax.psum(jnp.where(comm.rank == root, x, nothing), comm.axes)
+  own = jnp.where(comm.rank == root, x, _mesh.nothing(x))
+  return lax.psum(own, comm.axes)
 
 
 def _mesh_allgather(x, comm):
@@ -389,12 +387,12 @@ def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
 def _allgather_batch(primitive, operands, dims, **params):
   # Axis 0 is concatenated, so the batch moves out of its way, to the end.
   moved = [
-    x if d is batching.not_mapped else jnp.moveaxis(x, d, -1)
+    x if d is None else jnp.moveaxis(x, d, -1)
     for x, d in zip(operands, dims, strict=True)
   ]
   results = primitive.bind(*moved, **params)
   return results, [
-    d if d is batching.not_mapped else y.ndim - 1
+    d if d is None else y.ndim - 1
     for y, d in zip(results, dims, strict=True)
   ]
 

@@ -26,6 +26,12 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   return stacked.reshape(ranks, *x.shape)
 
 
+def nothing(x: jax.Array) -> jax.Array:
+  """What can be added to any value and leaves its bits: -0 for floats."""
+  zero = jnp.zeros_like(x)
+  return -zero if jnp.issubdtype(x.dtype, jnp.inexact) else zero
+
+
 def uniform(value: Any, comm: Communicator) -> Any:
   """The same integer or bool on every rank of a mesh: the largest one.
 

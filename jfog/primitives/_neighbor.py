@@ -94,6 +94,7 @@ def neighbor_allreduce(
     mixed = _on_mesh(leaves, graph, index, row, comm)
   else:
     native = _leaves.to_native(leaves, names, "neighbor_allreduce")
+    index = np.int32(index) if isinstance(index, int) else index
     fixed = (index,) if row is None else (index, row)
     weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
     mixed = neighbor_allreduce_p.bind(
@@ -204,7 +205,7 @@ def _base(own, topology, row, rank):
   self_weights = topology.mixing_matrix.diagonal()
   weight = _at(self_weights, rank, own.dtype)
   # A rank that keeps nothing of its own value returns no trace of it.
-  kept = jnp.where(weight == 0, jnp.zeros_like(own), weight * own)
+  kept = jnp.where(weight == 0, _mesh.nothing(own), weight * own)
   if not difference.any():
     return (None if (self_weights == 0).all() else kept), None
   here = jnp.asarray(difference)[rank]
@@ -223,7 +224,7 @@ def _mix_permuted(x, topology, row, axes, rank):
     weight, receives = _weights(topology, sources, row, rank, own.dtype)
     term = weight * (value if minus is None else value - minus)
     if (sources < 0).any():
-      term = jnp.where(receives, term, jnp.zeros_like(term))
+      term = jnp.where(receives, term, _mesh.nothing(term))
     total = term if total is None else total + term
   return total.astype(x.dtype)
 
@@ -233,7 +234,7 @@ def _mix_gathered(x, topology, row, axes, rank):
   own = x.astype(_leaves.accumulation_dtype(x.dtype))
   total, minus = _base(own, topology, row, rank)
   if total is None:
-    total = jnp.zeros_like(own)
+    total = _mesh.nothing(own)
   slots = max(len(topology.in_neighbors(i)) for i in range(topology.size))
   sources = np.full((slots, topology.size), -1)
   for i in range(topology.size):
@@ -245,7 +246,7 @@ def _mix_gathered(x, topology, row, axes, rank):
     source, weight, receives = slot
     value = gathered[source].astype(own.dtype)
     term = weight * (value if minus is None else value - minus)
-    return total + jnp.where(receives, term, jnp.zeros_like(term)), None
+    return total + jnp.where(receives, term, _mesh.nothing(term)), None
 
   weights, receives = _weights(topology, sources, row, rank, own.dtype)
   picked = jnp.asarray(np.maximum(sources, 0))[:, rank]

@@ -122,7 +122,7 @@ def _transpose_leaves(rule, cotangents, *operands, fixed, **params):
 
 def _elementwise_batch(primitive, operands, dims, *, fixed, **params):
   """All elements of a leaf are treated alike, so a batch is a larger leaf."""
-  if any(dim is not batching.not_mapped for dim in dims[:fixed]):
+  if any(dim is not None for dim in dims[:fixed]):
     return map_batch(primitive, operands, dims, fixed=fixed, **params)
   results = primitive.bind(*operands, fixed=fixed, **params)
   return results, list(dims[fixed:])
@@ -130,7 +130,7 @@ def _elementwise_batch(primitive, operands, dims, *, fixed, **params):
 
 def map_batch(primitive, operands, dims, **params):
   """One operation for each element of the batch, in their order."""
-  mapped = [d is not batching.not_mapped for d in dims]
+  mapped = [d is not None for d in dims]
   moved = [
     jax.numpy.moveaxis(x, d, 0)
     for x, d, m in zip(operands, dims, mapped, strict=True)

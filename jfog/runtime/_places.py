@@ -121,6 +121,8 @@ def spmd(
   names = (axis,) if isinstance(axis, str) else tuple(axis)
   if mesh is not None:
     _check_mesh(mesh, names)
+    # Explicit axes would ask the caller to shard every argument beforehand.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
 
   @functools.wraps(fun)
   def mapped(*args, **kwargs):

@@ -20,7 +20,7 @@ from jfog.runtime._communicator import (
 
 _BACKENDS = (None, "mpi", "nccl", "single")
 # How a launcher tells a process the number of ranks that it has started.
-_LAUNCHED_SIZE = ("JFOG_RUN_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LAUNCHED_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Signs of a launcher that does not tell the number.
 _LAUNCHED = ("PMIX_RANK", "PMI_RANK")
 
