@@ -267,7 +267,12 @@ def _mesh_extremum(x, op, comm):
   if op == "prod":
     wide = x.astype(_leaves.accumulation_dtype(x.dtype))
     return jnp.prod(_mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype).astype(x.dtype)
-  return (lax.pmin if op == "min" else lax.pmax)(x, comm.axes)
+  extremum = (lax.pmin if op == "min" else lax.pmax)(x, comm.axes)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return extremum
+  # XLA's collectives on CPU may drop a NaN.
+  is_nan = lax.pmax(jnp.isnan(x).astype(jnp.int32), comm.axes)
+  return jnp.where(is_nan > 0, jnp.asarray(jnp.nan, x.dtype), extremum)
 
 
 @_mesh_extremum.defjvp
@@ -283,11 +288,29 @@ def _no_derivative(op):
   )
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _mesh_broadcast(x, root, comm):
+  """The sum of the root's bits and zeros; a sum of floats would lose a -0."""
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    parts = (_mesh_broadcast(part, root, comm) for part in (x.real, x.imag))
+    return lax.complex(*parts)
   if x.dtype == jnp.bool_:
-    return _mesh_broadcast(x.astype(jnp.uint8), root, comm).astype(jnp.bool_)
+    return _from_root(x.astype(jnp.uint8), root, comm).astype(jnp.bool_)
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return _from_root(x, root, comm)
+  bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+  return lax.bitcast_convert_type(_from_root(bits, root, comm), x.dtype)
+
+
+@_mesh_broadcast.defjvp
+def _mesh_broadcast_jvp(root, comm, primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return _mesh_broadcast(x, root, comm), _from_root(dx, root, comm)
+
+
+def _from_root(x, root, comm):
   x = _compat.varying(x, comm.axes)
-  own = jnp.where(comm.rank == root, x, _mesh.nothing(x))
+  own = jnp.where(comm.rank == root, x, jnp.zeros_like(x))
   return lax.psum(own, comm.axes)
 
 

@@ -130,7 +130,12 @@ class Axis(Communicator):
     """The names of the axes it spans, major first."""
     return (self.name,) if self.local_name is None else (self.name, self.local_name)
 
-  def _bound_axes(self) -> tuple[str, ...]:
+  def require_bound(self) -> tuple[str, ...]:
+    """Its axes, if they are bound where this is traced.
+
+    Raises:
+      NotInitializedError: if one is not.
+    """
     for axis in self.axes:
       if not _compat.axis_is_bound(axis):
         raise NotInitializedError(
@@ -142,12 +147,12 @@ class Axis(Communicator):
   @property
   def size(self) -> int:
     """The product of the sizes of its axes."""
-    return lax.axis_size(self._bound_axes())
+    return lax.axis_size(self.require_bound())
 
   @property
   def rank(self) -> jax.Array:
     """The place along its axes, an int32 scalar, traced."""
-    return lax.axis_index(self._bound_axes())
+    return lax.axis_index(self.require_bound())
 
   @property
   def backend(self) -> str:

@@ -12,6 +12,7 @@ import jax
 
 from jfog.runtime import _native
 from jfog.runtime._communicator import (
+  Axis,
   Communicator,
   NotInitializedError,
   Single,
@@ -195,6 +196,8 @@ def resolve(comm: Communicator | None = None) -> Communicator:
         f"returned or jfog.Axis(name), or give an mpi4py communicator to "
         f"jfog.init(comm=...)."
       )
+    if isinstance(comm, Axis):
+      comm.require_bound()
     return comm
   found = default_axis() or _world
   if found is None:

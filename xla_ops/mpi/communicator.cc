@@ -55,6 +55,16 @@ std::string ErrorText(int code) {
   return std::string(text, length);
 }
 
+// What MPI may still read or write after a failure, and after its communicator
+// is gone, lives as long as the process.
+void Bury(std::vector<std::unique_ptr<std::byte[]>> buffers) {
+  static std::mutex* mutex = new std::mutex;
+  static auto* graveyard =
+      new std::vector<std::vector<std::unique_ptr<std::byte[]>>>;
+  std::lock_guard<std::mutex> lock(*mutex);
+  graveyard->push_back(std::move(buffers));
+}
+
 struct Registry {
   std::mutex mutex;
   std::map<std::int64_t, std::shared_ptr<Communicator>> communicators;
@@ -118,13 +128,15 @@ bool Communicator::failed() {
 }
 
 void Communicator::SendNote(int peer, std::uint64_t value) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  notes_sent_.push_back(value);
+  std::vector<std::unique_ptr<std::byte[]>> note;
+  note.push_back(std::unique_ptr<std::byte[]>(new std::byte[sizeof(value)]));
+  std::memcpy(note.back().get(), &value, sizeof(value));
   MPI_Request request;
-  if (MPI_Isend(&notes_sent_.back(), 1, MPI_UINT64_T, peer, kNoteTag, notes_,
+  if (MPI_Isend(note.back().get(), 1, MPI_UINT64_T, peer, kNoteTag, notes_,
                 &request) == MPI_SUCCESS) {
     MPI_Request_free(&request);
   }
+  Bury(std::move(note));
 }
 
 void Communicator::AnnounceArrival(std::uint64_t sequence) {
@@ -203,11 +215,6 @@ void Communicator::ResetCounters() {
   counters_.operations = 0;
 }
 
-void Communicator::Bury(std::vector<std::unique_ptr<std::byte[]>> buffers) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  graveyard_.push_back(std::move(buffers));
-}
-
 Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
                      std::uint64_t signature, std::uint64_t variant,
                      std::string description)
@@ -231,7 +238,7 @@ void Operation::Release() {
     // communicator has failed, so nobody will look at them again.
     comm_->Fail(ffi::ErrorCode::kInternal,
                 Title() + " was given up with messages pending");
-    comm_->Bury(std::move(buffers_));
+    Bury(std::move(buffers_));
   }
   buffers_.clear();
   requests_.clear();

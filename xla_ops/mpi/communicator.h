@@ -8,7 +8,6 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -80,9 +79,6 @@ class Communicator {
   Counters counters();
   void ResetCounters();
 
-  // Buffers that MPI may still touch after a failure live until the end.
-  void Bury(std::vector<std::unique_ptr<std::byte[]>> buffers);
-
  private:
   void SendNote(int peer, std::uint64_t value);
 
@@ -98,8 +94,6 @@ class Communicator {
   std::mutex mutex_;  // guards all below
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
   std::vector<std::uint64_t> last_note_;
-  std::deque<std::uint64_t> notes_sent_;  // stable addresses until the end
-  std::vector<std::vector<std::unique_ptr<std::byte[]>>> graveyard_;
   Counters counters_;
 };
 

@@ -4,6 +4,7 @@
 #include <mpi.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -17,6 +18,7 @@ namespace {
 std::atomic<bool> started_here{false};
 std::atomic<bool> abandoned{false};
 
+// The communicators that are not parts of others and are in use.
 std::mutex roots_mutex;
 std::vector<std::shared_ptr<Communicator>>& Roots() {
   static auto* roots = new std::vector<std::shared_ptr<Communicator>>;
@@ -119,7 +121,17 @@ std::vector<int> Machines(std::int64_t context) {
   return leaders;
 }
 
-void Close(std::int64_t context) { Unregister(context); }
+void Close(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Lookup(context);
+  if (comm == nullptr) return;
+  Unregister(context);
+  std::lock_guard<std::mutex> lock(roots_mutex);
+  auto& roots = Roots();
+  const auto root = std::find(roots.begin(), roots.end(), comm);
+  if (root == roots.end()) return;
+  roots.erase(root);
+  if (!Finalized()) comm->AnnounceLeave();
+}
 
 void Abandon(const std::string& reason) {
   abandoned = true;

@@ -1,0 +1,160 @@
+"""Ranks that disagree get errors that name both sides, never wrong numbers."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfog
+from jfog import topology
+
+pytestmark = pytest.mark.places("mpi-2", "mpi-3")
+TIMEOUT = 4.0
+
+
+@pytest.fixture
+def world(place):
+  """A world of its own, with a short limit, for a failure spoils it."""
+  jfog.shutdown()
+  yield jfog.init(timeout=TIMEOUT)
+  jfog.shutdown()
+  jfog.init(timeout=60)
+
+
+def outcome(operation):
+  """The text of the error, or None if the operation went well."""
+  try:
+    jax.block_until_ready(operation())
+    jax.effects_barrier()
+  except jax.errors.JaxRuntimeError as error:
+    return str(error)
+  return None
+
+
+def ring_average(x):
+  return jfog.neighbor_allreduce(x, topology.ring(jfog.size()))
+
+
+def everybody_learns(errors):
+  """Some rank says why, and no rank goes on as if nothing had happened."""
+  text = outcome(lambda: ring_average(jnp.ones(2))) or ""
+  return errors or text
+
+
+MISMATCHES = {
+  "dtype": lambda odd: ring_average(
+    jnp.ones(4, jnp.float32 if odd else jnp.complex64)
+  ),
+  "shape": lambda odd: ring_average(jnp.ones(3 if odd else 30_000)),
+  "leaves": lambda odd: ring_average(
+    (jnp.ones(2), jnp.ones(2)) if odd else jnp.ones(4)
+  ),
+  "order": lambda odd: (
+    (jfog.allreduce(jnp.ones(3)), ring_average(jnp.ones(3)))
+    if odd
+    else (ring_average(jnp.ones(3)), jfog.allreduce(jnp.ones(3)))
+  ),
+  "graph": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(3),
+    (topology.fully_connected if odd else topology.fully_connected)(
+      jfog.size()
+    ).lazy()
+    if odd
+    else topology.fully_connected(jfog.size()),
+  ),
+  "step": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(3),
+    topology.Schedule(
+      [topology.ring(jfog.size()), topology.ring(jfog.size()).lazy()]
+    ),
+    int(odd),
+  ),
+  "reduction": lambda odd: jfog.allreduce(jnp.ones(3), "sum" if odd else "max"),
+  "root": lambda odd: jfog.broadcast(jnp.ones(3), int(odd)),
+  "collective": lambda odd: (
+    jfog.broadcast(jnp.ones(3)) if odd else jfog.allgather(jnp.ones(3))
+  ),
+  "count": lambda odd: jfog.allreduce(jnp.ones(3 if odd else 300_000)),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_mismatch(world, name):
+  odd = world.rank == world.size - 1
+  start = time.monotonic()
+  error = outcome(lambda: MISMATCHES[name](odd))
+  assert time.monotonic() - start < 3 * TIMEOUT
+  # Every rank of these cases has a neighbor or a collective that disagrees, but
+  # for the ranks of a ring whose two neighbors do not.
+  if error is None:
+    assert world.size > 2
+    error = outcome(lambda: ring_average(jnp.ones(2)))
+  assert error is not None
+  assert "jfog:" in error
+  assert f"on rank {world.rank}" in error
+  assert error.startswith(("FAILED_PRECONDITION", "DEADLINE_EXCEEDED"))
+  # From now on the first error is the answer to everything.
+  again = outcome(lambda: jfog.allreduce(jnp.ones(1)))
+  assert again is not None
+  assert again.splitlines()[0] == error.splitlines()[0]
+
+
+def test_both_sides_are_named(world):
+  odd = world.rank == 1
+  error = outcome(lambda: MISMATCHES["shape"](odd))
+  if world.rank < 2:
+    other = 1 - world.rank
+    assert error is not None
+    assert f"neighbor_allreduce #0 on rank {world.rank}" in error
+    assert f"does not match rank {other}" in error or (
+      world.size > 2 and "does not match rank" in error
+    )
+    assert "other dtypes or shapes" in error
+
+
+def test_a_rank_that_does_not_come(world):
+  start = time.monotonic()
+  if world.rank == 1:
+    time.sleep(TIMEOUT + 2)
+    return
+  error = outcome(lambda: jfog.neighbor_allreduce(
+    jnp.ones(3), topology.fully_connected(world.size)))
+  assert error is not None
+  assert error.startswith("DEADLINE_EXCEEDED")
+  assert f"neighbor_allreduce #0 on rank {world.rank}" in error
+  assert "for rank 1;" in error
+  assert time.monotonic() - start > TIMEOUT
+  time.sleep(2)
+
+
+def test_a_rank_that_does_not_come_to_a_collective(world):
+  if world.rank == 1:
+    time.sleep(TIMEOUT + 2)
+    return
+  error = outcome(lambda: jfog.allreduce(jnp.ones(3)))
+  assert error is not None
+  assert error.startswith("DEADLINE_EXCEEDED")
+  assert "allreduce #0" in error
+  assert "for rank 1;" in error
+  time.sleep(2)
+
+
+def test_a_new_world_works_after_a_failure(world):
+  if world.rank != 0:
+    time.sleep(TIMEOUT + 1)
+  else:
+    assert outcome(lambda: jfog.allreduce(jnp.ones(3))) is not None
+  jfog.shutdown()
+  jfog.init(timeout=60)
+  x = np.arange(world.size, dtype=np.float32)
+  y = ring_average(jnp.float32(world.rank))
+  truth = topology.ring(world.size).mixing_matrix @ x
+  np.testing.assert_allclose(y, truth[world.rank], rtol=1e-6)
+
+
+def test_use_after_shutdown(world):
+  jfog.shutdown()
+  with pytest.raises(jax.errors.JaxRuntimeError, match="was shut down"):
+    jax.block_until_ready(jfog.allreduce(jnp.ones(2), comm=world))
