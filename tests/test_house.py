@@ -167,6 +167,20 @@ def test_both_builds_list_the_same_sources(build):
   assert sorted(listed) == sources()
 
 
+def test_the_stub_describes_the_native_module():
+  module = (ROOT / "xla_ops" / "mpi" / "module.cc").read_text()
+  stub = ast.parse((PACKAGE / "_mpi.pyi").read_text()).body
+  described = {n.name: n for n in stub if isinstance(n, ast.FunctionDef)}
+  table = {
+    match[1]: re.findall(r'py::arg\("(\w+)"\)', match[0])
+    for match in re.finditer(r'm\.def\("(\w+)".*?;', module, re.DOTALL)
+  }
+  assert table == {
+    name: [argument.arg for argument in node.args.args]
+    for name, node in described.items()
+  }
+
+
 def test_mpi_and_nccl_share_nothing_but_common():
   for path in sorted((ROOT / "xla_ops").rglob("*.*")):
     folder = path.relative_to(ROOT / "xla_ops").parts[0]

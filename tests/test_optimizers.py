@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -438,9 +439,9 @@ def test_limits_on_heterogeneous_data(place, rng, x64):
 )
 def test_state_is_a_pytree_that_stacks_over_ranks(rng, tx, kind):
   x, g = rng.randn(2, 5, 3).astype(np.float32)
-  state = jfog.simulate(tx.init, 5)(x)
+  state: Any = jfog.simulate(tx.init, 5)(x)
   assert isinstance(state, kind)
-  assert isinstance(state, tuple)
+  assert issubclass(kind, tuple)  # a NamedTuple
   assert state.step.dtype == jnp.int32
   assert all(len(leaf) == 5 for leaf in jax.tree.leaves(state))
   traces = []
@@ -450,7 +451,8 @@ def test_state_is_a_pytree_that_stacks_over_ranks(rng, tx, kind):
     return tx.update(*arguments)
 
   update = jax.jit(jfog.simulate(traced, 5))
-  straight, packed = state, state
+  straight: Any = state
+  packed: Any = state
   for _ in range(4):
     expected, straight = update(g, straight, x)
     leaves, structure = jax.tree.flatten(packed)
@@ -512,8 +514,9 @@ def test_extra_arguments_reach_the_inner_transformation(method, every):
     del params, extra
     return jax.tree.map(lambda g: factor * g, updates), state
 
+  wants_factor: Any = update  # optax types the arguments all updates share
   inner = optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), update
+    lambda params: optax.EmptyState(), wants_factor
   )
   tx = METHODS[method](inner, 2, every, None)
 
