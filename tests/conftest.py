@@ -25,6 +25,7 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != _ROOT]
 
 _RANKS = int(os.environ.get("JFOG_TEST_RANKS", "0"))  # inside of a job
 _RESULTS = os.environ.get("JFOG_TEST_RESULTS", "")
+_RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", ""))
 _DEVICES = 4
 if not _RANKS:
   os.environ["XLA_FLAGS"] = (
@@ -272,5 +273,5 @@ def pytest_runtest_logreport(report):
   text = report.longreprtext
   if report.outcome == "skipped":
     text = re.sub(r".*Skipped: ", "", str(report.longrepr[-1]))
-  with open(f"{_RESULTS}/rank-{jfog.rank()}", "a") as file:
+  with open(f"{_RESULTS}/rank-{_RANK}", "a") as file:
     file.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")

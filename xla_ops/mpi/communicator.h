@@ -113,9 +113,10 @@ class Operation {
   // A buffer that lives as long as MPI may need it.
   std::byte* Allocate(std::size_t bytes);
 
-  // Point to point. The buffer starts with a header, which the receiver
-  // compares with its own; both raise the counters.
-  ffi::Error PostReceive(int source, std::byte* buffer, std::size_t bytes);
+  // Point to point: messages of `bytes` bytes that start with a header, which
+  // the receiver compares with its own. The buffer of a receive is allocated.
+  ffi::Error PostReceive(int source, std::size_t bytes,
+                         const std::byte** buffer);
   ffi::Error PostSend(int destination, const std::byte* buffer,
                       std::size_t bytes);
   // A pending request of a collective, started by the caller.
@@ -138,12 +139,16 @@ class Operation {
 
  private:
   struct Pending {
-    int peer;  // -1 for a collective
-    bool receive;
-    std::byte* first;  // of the whole message, for its header; null otherwise
+    int peer;             // -1 for a collective
+    std::byte* envelope;  // of a first message on its way in, else null
+    std::size_t bytes;    // of the whole message on its way in
   };
 
-  ffi::Error CheckCompleted(const std::vector<MPI_Status>& statuses, int code);
+  ffi::Error ReceivePieces(int source, std::byte* buffer, std::size_t bytes);
+  ffi::Error SendPieces(int destination, const std::byte* buffer,
+                        std::size_t bytes, int tag);
+  MPI_Request* Add(Pending pending);
+  ffi::Error Completed(std::size_t index, const MPI_Status& status, bool failed);
   ffi::Error CheckHeader(int source, const Header& theirs);
   // Looks for a reason to stop waiting: a rank that left, the deadline.
   ffi::Error CheckStall(Clock::time_point start);
@@ -158,7 +163,6 @@ class Operation {
   std::string description_;
   std::vector<MPI_Request> requests_;
   std::vector<Pending> pending_;
-  std::vector<std::size_t> expected_;  // bytes of each message's payload
   std::vector<std::unique_ptr<std::byte[]>> buffers_;
   bool warned_ = false;
   bool announced_ = false;

@@ -108,9 +108,9 @@ ffi::Error NeighborAllreduceImpl(
   const std::size_t bytes = leaves.message_bytes;
   std::vector<const std::byte*> received;
   for (int source : round.sources) {
-    std::byte* buffer = operation.Allocate(bytes);
-    received.push_back(buffer);
-    JFOG_RETURN_IF_ERROR(operation.PostReceive(source, buffer, bytes));
+    received.push_back(nullptr);
+    JFOG_RETURN_IF_ERROR(
+        operation.PostReceive(source, bytes, &received.back()));
   }
   // MPI sends from copies: what is still being sent when an operation fails
   // must not be a buffer that XLA uses again.
