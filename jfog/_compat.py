@@ -1,6 +1,7 @@
 """Private JAX in one place: the ordered effect and what else has no public name."""
 
 import jax
+import jax.numpy as jnp
 from jax._src import core, effects
 from jax.interpreters import mlir
 
@@ -83,6 +84,14 @@ def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   tracked = _varying_axes(jax.lax.axis_index(axes))
   missing = tuple(a for a in axes if a in tracked and a not in _varying_axes(x))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+  """Zeros of this shape and dtype, different along the same axes of a mesh."""
+  nothing = jnp.zeros(like.shape, like.dtype)
+  tracked = like.manual_axis_type  # None outside of a shard_map
+  axes = tuple(sorted(tracked.varying)) if tracked else ()
+  return jax.lax.pcast(nothing, axes, to="varying") if axes else nothing
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:

@@ -101,6 +101,12 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
   Raises:
     ValueError: on a mesh, where XLA moves the data and nobody counts.
     NotInitializedError: if there is no communicator.
+
+  Example:
+    >>> import jfog
+    >>> comm = jfog.init(backend="single")
+    >>> jfog.diagnostics.counters()["bytes_sent"]
+    0
   """
   comm = resolve(comm)
   if comm.backend == "single":
@@ -132,6 +138,11 @@ def reset_counters(*, comm: Communicator | None = None) -> None:
   Raises:
     ValueError: on a mesh, which has none.
     NotInitializedError: if there is no communicator.
+
+  Example:
+    >>> import jfog
+    >>> comm = jfog.init(backend="single")
+    >>> jfog.diagnostics.reset_counters()
   """
   comm = resolve(comm)
   if comm.backend == "single":

@@ -81,3 +81,82 @@ def is_stochastic(matrix, axis):
 def powers_below(size, base):
   """1, `base`, `base**2`, .. below `size`."""
   return [base**p for p in range(64) if base**p < size]
+
+
+# Local optimizers: each is a function of all ranks' gradients and parameters,
+# one row for each rank, to all ranks' updates; it keeps its state to itself.
+
+
+def sgd(rate, momentum=0.0, nesterov=False):
+  """Gradient descent; `m <- g + b m`."""
+  trace = 0.0
+
+  def update(g, x):
+    nonlocal trace
+    del x
+    trace = g + momentum * trace
+    return -rate * (g + momentum * trace if nesterov else trace)
+
+  return update
+
+
+def adam(rate, decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+  """Adam, and AdamW where `decay` is not zero."""
+  first, second, count = 0.0, 0.0, 0
+
+  def update(g, x):
+    nonlocal first, second, count
+    count += 1
+    first = b1 * first + (1 - b1) * g
+    second = b2 * second + (1 - b2) * g**2
+    scaled = np.sqrt(second / (1 - b2**count)) + eps
+    return -rate * (first / (1 - b1**count) / scaled + decay * x)
+
+  return update
+
+
+def clipped(bound, inner):
+  """Scales every rank's gradient to a norm of `bound` at most."""
+
+  def update(g, x):
+    norm = np.sqrt((g**2).sum(axis=1, keepdims=True))
+    return inner(np.where(norm > bound, g * bound / norm, g), x)
+
+  return update
+
+
+# Decentralized optimizers: all iterates of all ranks, the start left out.
+
+
+def adapt_then_combine(inner, matrices, gradient, x, steps, every=1):
+  """`X <- W (X + U)`; the matrix is that of the t-th communication."""
+  iterates = []
+  for k in range(steps):
+    x = x + inner(gradient(x), x)
+    if (k + 1) % every == 0:
+      x = matrices[k // every % len(matrices)] @ x
+    iterates.append(x)
+  return np.array(iterates)
+
+
+def adapt_with_combine(inner, matrices, gradient, x, steps, every=1):
+  """`X <- W X + U`."""
+  iterates = []
+  for k in range(steps):
+    matrix = matrices[k // every % len(matrices)]
+    combined = matrix @ x if (k + 1) % every == 0 else x
+    x = combined + inner(gradient(x), x)
+    iterates.append(x)
+  return np.array(iterates)
+
+
+def gradient_allreduce(inner, gradient, x, steps, every=1):
+  """`X <- X + U`, with `U` of the mean of the gradients of `every` steps."""
+  iterates, total = [], 0.0
+  for k in range(steps):
+    total = total + gradient(x)
+    if (k + 1) % every == 0:
+      x = x + inner(mean(len(x)) @ total / every, x)
+      total = 0.0
+    iterates.append(x)
+  return np.array(iterates)

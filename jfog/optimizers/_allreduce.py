@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jfog import _compat
 from jfog.optimizers import _averaging
 from jfog.primitives import allreduce
 from jfog.runtime import Communicator
@@ -69,8 +70,8 @@ def gradient_allreduce(
       jnp.zeros([], jnp.int32), inner.init(params), accumulated
     )
 
-  def update_fn(updates, state, params=None, **extra):
-    step = optax.safe_increment(state.step)
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    step = _averaging.next_step(state.step)
     if every == 1:
       updates, inner_state = inner.update(
         allreduce(updates, comm=comm), state.inner_state, params, **extra
@@ -89,21 +90,17 @@ def gradient_allreduce(
       new, inner_state = inner.update(mean, inner_state, params, **extra)
       return new, inner_state, jax.tree.map(jnp.zeros_like, total)
 
-    # The two branches must agree in the dtypes of the updates, which only the
-    # inner transformation knows.
-    shapes = jax.eval_shape(
-      lambda g, s: inner.update(g, s, params, **extra)[0],
-      updates,
-      state.inner_state,
-    )
+    # The two branches must agree in the types of the updates, which only the
+    # inner transformation knows. Nothing is sent for their sake.
+    operand = (total, state.inner_state)
+    types = jax.eval_shape(communicate, operand, state.step)[0]
 
     def wait(operand, _):
       total, inner_state = operand
-      none = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), shapes)
-      return none, inner_state, total
+      return jax.tree.map(_compat.zeros, types), inner_state, total
 
     new, inner_state, total = _averaging.on_schedule(
-      communicate, wait, (total, state.inner_state), state.step, every, comm
+      communicate, wait, operand, state.step, every, comm
     )
     return new, GradientAllreduceState(step, inner_state, total)
 

@@ -97,6 +97,11 @@ def on_schedule(
   return jax.lax.cond(due, communicate, otherwise, operand, step // every)
 
 
+def next_step(step: jax.Array) -> jax.Array:
+  """`step + 1`, which stays at the greatest int32 once it is there."""
+  return jnp.asarray(optax.safe_increment(step))
+
+
 def accumulated(x: Any) -> jax.Array:
   """`x` in the dtype in which it is averaged: float32 for 16-bit floats."""
   x = jnp.asarray(x)

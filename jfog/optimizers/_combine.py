@@ -76,7 +76,7 @@ def adapt_then_combine(
   def init_fn(params):
     return AdaptThenCombineState(jnp.zeros([], jnp.int32), inner.init(params))
 
-  def update_fn(updates, state, params=None, **extra):
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
     _averaging.require_params(params, name)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
@@ -89,7 +89,7 @@ def adapt_then_combine(
       every,
       comm,
     )
-    step = optax.safe_increment(state.step)
+    step = _averaging.next_step(state.step)
     return (
       _averaging.difference(new, params),
       AdaptThenCombineState(step, inner_state),
@@ -161,7 +161,7 @@ def adapt_with_combine(
   def init_fn(params):
     return AdaptWithCombineState(jnp.zeros([], jnp.int32), inner.init(params))
 
-  def update_fn(updates, state, params=None, **extra):
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
     _averaging.require_params(params, name)
     own = jax.tree.map(_averaging.accumulated, params)
     combined = _averaging.on_schedule(
@@ -174,7 +174,7 @@ def adapt_with_combine(
     updates = _averaging.local_step(
       _averaging.difference(combined, own), updates
     )
-    step = optax.safe_increment(state.step)
+    step = _averaging.next_step(state.step)
     return updates, AdaptWithCombineState(step, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -164,6 +164,12 @@ def shutdown() -> None:
 
   Operations that were traced for the old world are traced again. MPI itself is
   ended when the process ends, because it cannot be started twice.
+
+  Example:
+    >>> import jfog
+    >>> jfog.init(backend="single").size
+    1
+    >>> jfog.shutdown()
   """
   global _world
   world, _world = _world, None
@@ -210,32 +216,72 @@ def resolve(comm: Communicator | None = None) -> Communicator:
 
 
 def rank() -> Any:
-  """This rank in the default communicator: an int, or traced on a mesh."""
+  """This rank in the default communicator: an int, or traced on a mesh.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(lambda x: x + jfog.rank(), 3)(jnp.zeros(3))
+    Array([0., 1., 2.], dtype=float32)
+  """
   return resolve().rank
 
 
 def size() -> int:
-  """The number of ranks of the default communicator."""
+  """The number of ranks of the default communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> jfog.simulate(lambda x: x + jfog.size(), 3)(jnp.zeros(3))
+    Array([3., 3., 3.], dtype=float32)
+  """
   return resolve().size
 
 
 def local_rank() -> Any:
-  """This rank's place on its machine, in the default communicator."""
+  """This rank's place on its machine, in the default communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> x = jnp.zeros(4)
+    >>> jfog.simulate(lambda x: x + jfog.local_rank(), 4, local_size=2)(x)
+    Array([0., 1., 0., 1.], dtype=float32)
+  """
   return resolve().local_rank
 
 
 def local_size() -> int:
-  """The number of ranks on this machine, in the default communicator."""
+  """The number of ranks on this machine, in the default communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> x = jnp.zeros(4)
+    >>> jfog.simulate(lambda x: x + jfog.local_size(), 4, local_size=2)(x)
+    Array([2., 2., 2., 2.], dtype=float32)
+  """
   return resolve().local_size
 
 
 def machine_rank() -> Any:
-  """The index of this rank's machine, in the default communicator."""
+  """The index of this rank's machine, in the default communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> x = jnp.zeros(4)
+    >>> jfog.simulate(lambda x: x + jfog.machine_rank(), 4, local_size=2)(x)
+    Array([0., 0., 1., 1.], dtype=float32)
+  """
   return resolve().machine_rank
 
 
 def machine_size() -> int:
-  """The number of machines of the default communicator."""
+  """The number of machines of the default communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> x = jnp.zeros(4)
+    >>> jfog.simulate(lambda x: x + jfog.machine_size(), 4, local_size=2)(x)
+    Array([2., 2., 2., 2.], dtype=float32)
+  """
   return resolve().machine_size
 
 

@@ -14,7 +14,7 @@ _DRAWS = 100  # of a random graph, until one is connected
 
 
 def exponential(size: int, base: int = 2) -> Topology:
-  """Each rank receives from the ranks `base**p` behind it, `p = 0, 1, ...`
+  """Each rank receives from the ranks `base**p` behind it, for `p = 0, 1, ...`.
 
   `W[i, i - s] = 1 / (1 + number of powers)` for the shifts `s = 0` and all
   powers of `base` below `size`, ranks modulo `size`.

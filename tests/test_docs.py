@@ -1,0 +1,112 @@
+"""Docstrings: every public name has one, and every example in them runs."""
+
+import doctest
+import importlib
+import inspect
+import io
+import pkgutil
+import types
+
+import pytest
+
+import jfog
+
+PUBLIC = ("jfog", "jfog.topology", "jfog.optimizers", "jfog.diagnostics")
+NATIVE = {"_build", "_mpi", "_nccl"}  # made by the build
+
+
+def public_names():
+  """Pairs of a dotted name and what it stands for, each object once."""
+  seen = {}
+  for module in PUBLIC:
+    listing = importlib.import_module(module)
+    is_package = hasattr(listing, "__path__")
+    for name, value in vars(listing).items():
+      own = getattr(value, "__module__", module) == module
+      if name.startswith("_") or not (is_package or own):
+        continue  # what a module imports is its own affair
+      if isinstance(value, types.ModuleType):
+        if value.__name__ in PUBLIC:
+          seen[id(value)] = value.__name__, value
+      elif getattr(value, "__module__", "jfog").startswith("jfog"):
+        seen.setdefault(id(value), (f"{module}.{name}", value))
+  return sorted(seen.values(), key=lambda pair: pair[0])
+
+
+def public_members():
+  """The same of the methods and properties that a public class adds."""
+  members = {}
+  for name, value in public_names():
+    if not inspect.isclass(value):
+      continue
+    for owner in value.__mro__:
+      if not owner.__module__.startswith("jfog"):
+        continue
+      for member, found in vars(owner).items():
+        if member.startswith("_") or not (
+          callable(found)
+          or isinstance(found, (classmethod, staticmethod))
+          or hasattr(found, "__get__")
+        ):
+          continue
+        members.setdefault(f"{name}.{member}", found)
+  return sorted(members.items())
+
+
+def examples():
+  """The docstrings with examples of all modules of the installed package."""
+  finder = doctest.DocTestFinder(exclude_empty=True)
+  found = {}
+  for module in pkgutil.walk_packages(jfog.__path__, "jfog."):
+    if module.name.rpartition(".")[2] in NATIVE:
+      continue
+    for test in finder.find(importlib.import_module(module.name), module.name):
+      if test.examples:
+        found[test.name] = test
+  return [found[name] for name in sorted(found)]
+
+
+@pytest.fixture
+def no_world():
+  """Leaves no world behind, whatever an example starts."""
+  yield
+  jfog.shutdown()
+
+
+def named(pairs):
+  """Parameters with their names as ids."""
+  return [pytest.param(value, id=name) for name, value in pairs]
+
+
+@pytest.mark.parametrize("value", named(public_names()))
+def test_a_public_name_is_documented(value):
+  if isinstance(value, (str, int, float)):
+    return  # a constant; a comment or the module's text says what it is
+  text = inspect.getdoc(value) or ""
+  assert text.split("\n")[0].endswith((".", ":", "?")), (
+    f"the docstring opens with {text[:80]!r}, which is no sentence"
+  )
+  if inspect.isfunction(value):
+    assert "Example:" in text and ">>> " in text, "the docstring has no Example"
+
+
+@pytest.mark.parametrize("value", named(public_members()))
+def test_a_public_method_or_property_is_documented(value):
+  assert inspect.getdoc(value), "there is no docstring"
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_examples_run(test, no_world):
+  report = io.StringIO()
+  runner = doctest.DocTestRunner(verbose=False)
+  runner.run(test, out=report.write, clear_globs=False)
+  if runner.failures:
+    pytest.fail(report.getvalue(), pytrace=False)
+
+
+def test_the_examples_are_found():
+  """A finder that finds nothing would pass everything."""
+  names = {test.name for test in examples()}
+  assert "jfog.topology._graphs.ring" in names
+  assert "jfog.optimizers._combine.adapt_then_combine" in names
+  assert "jfog.runtime._communicator.Axis" in names

@@ -1,0 +1,613 @@
+"""The averaging optimizers against dense iterations in float64."""
+
+import contextlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import networkx as nx
+import numpy as np
+import optax
+import pytest
+import reference
+from jax.sharding import Mesh, PartitionSpec
+
+import jfog
+from jfog import optimizers, topology
+
+WIDTH = 5  # parameters of one rank: {"b": (), "w": (2, 2)}, in this order
+RATE = 0.1
+
+
+def irregular(n):
+  """A directed cycle with chords from rank 0: in-degrees differ."""
+  graph = nx.DiGraph()
+  graph.add_nodes_from(range(n))
+  if n > 1:
+    graph.add_edges_from((i, (i + 1) % n) for i in range(n))
+    graph.add_edges_from((0, i) for i in range(2, n))
+  return topology.from_networkx(graph, weights="uniform_in")
+
+
+# By name, for the number of ranks is the place's.
+GRAPHS = {
+  "ring": topology.ring,
+  "exponential": topology.exponential,
+  "star": topology.star,
+  "irregular": irregular,
+  "one_peer": topology.one_peer_exponential,
+  "base": lambda n: topology.base_k(n, 1),
+}
+
+# The transformation beside its dense truth.
+INNERS = {
+  "sgd": (lambda: optax.sgd(RATE), lambda: reference.sgd(RATE)),
+  "momentum": (
+    lambda: optax.sgd(RATE, momentum=0.8),
+    lambda: reference.sgd(RATE, momentum=0.8),
+  ),
+  "nesterov": (
+    lambda: optax.sgd(RATE, momentum=0.8, nesterov=True),
+    lambda: reference.sgd(RATE, momentum=0.8, nesterov=True),
+  ),
+  "adam": (lambda: optax.adam(RATE), lambda: reference.adam(RATE)),
+  "adamw": (
+    lambda: optax.adamw(RATE, weight_decay=0.3),
+    lambda: reference.adam(RATE, decay=0.3),
+  ),
+  "clipped": (
+    lambda: optax.chain(optax.clip_by_global_norm(0.7), optax.sgd(RATE)),
+    lambda: reference.clipped(0.7, reference.sgd(RATE)),
+  ),
+}
+
+BOTH = ("adapt_then_combine", "adapt_with_combine")
+
+
+class Quadratic:
+  """`f_i(x) = x.H_i.x / 2 - c_i.x` with another `H_i` and `c_i` on each rank."""
+
+  def __init__(self, size, rng):
+    turn = np.linalg.qr(rng.randn(size, WIDTH, WIDTH))[0]
+    curvature = rng.uniform(0.5, 2.0, (size, 1, WIDTH))
+    self.hessian = (turn * curvature) @ turn.transpose(0, 2, 1)
+    self.linear = rng.randn(size, WIDTH)
+    self.start = rng.randn(size, WIDTH)
+
+  def gradient(self, x):
+    """All ranks' gradients, each at its own row."""
+    return np.einsum("nij,nj->ni", self.hessian, x) - self.linear
+
+  def minimizer(self):
+    """Where the sum of all `f_i` is least."""
+    return np.linalg.solve(self.hessian.sum(axis=0), self.linear.sum(axis=0))
+
+
+def tree(x):
+  """One rank's row as a pytree."""
+  return {"b": x[0], "w": x[1:].reshape(2, 2)}
+
+
+def row(params):
+  """The inverse of `tree`."""
+  return jnp.concatenate([params["b"][None], params["w"].ravel()])
+
+
+def iterates(make, steps):
+  """One jitted scan: a rank's problem to its iterates, a row for each."""
+
+  @jax.jit
+  def program(hessian, linear, start, *hyper):
+    tx = make(*hyper)
+
+    def loss(params):
+      x = row(params)
+      return x @ hessian @ x / 2 - linear @ x
+
+    def update(carry, _):
+      params, state = carry
+      updates, state = tx.update(jax.grad(loss)(params), state, params)
+      params = optax.apply_updates(params, updates)
+      return (params, state), row(params)
+
+    params = tree(start)
+    return jax.lax.scan(update, (params, tx.init(params)), length=steps)[1]
+
+  return program
+
+
+def solve(place, make, problem, steps, start=None, hyper=()):
+  """The iterates of all ranks seen here, ranks first."""
+  start = problem.start if start is None else start
+  in_axes = (0, 0, 0, *(None for _ in hyper))
+  return place.run(
+    iterates(make, steps),
+    *(problem.hessian, problem.linear, start, *hyper),
+    in_axes=in_axes,
+  )
+
+
+@contextlib.contextmanager
+def warned(graph):
+  """Expects the warning that a graph without the plain average deserves."""
+  if graph.is_doubly_stochastic:
+    yield
+    return
+  with pytest.warns(UserWarning, match="weighted with pi"):
+    yield
+
+
+def assert_iterates(place, result, truth, tolerance=1e-10):
+  """Compares with a truth whose first axis is the iteration."""
+  expected = place.mine(truth.swapaxes(0, 1))
+  np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  ("method", "inner", "graph", "every"),
+  [
+    ("adapt_then_combine", "sgd", "ring", 1),
+    ("adapt_then_combine", "momentum", "exponential", 1),
+    ("adapt_then_combine", "nesterov", "one_peer", 3),
+    ("adapt_then_combine", "adam", "base", 1),
+    ("adapt_then_combine", "adamw", "star", 3),
+    ("adapt_then_combine", "clipped", "irregular", 1),
+    ("adapt_with_combine", "sgd", "irregular", 3),
+    ("adapt_with_combine", "momentum", "star", 1),
+    ("adapt_with_combine", "adam", "base", 3),
+    ("adapt_with_combine", "adamw", "one_peer", 1),
+  ],
+)
+def test_iterates_are_those_of_the_dense_recursion(
+  place, rng, x64, method, inner, graph, every
+):
+  graph = GRAPHS[graph](place.size)
+  make, truth = INNERS[inner]
+  problem = Quadratic(place.size, rng)
+  with warned(graph):
+    tx = getattr(optimizers, method)(make(), graph, every)
+  result = solve(place, lambda: tx, problem, 60)
+  matrices = [reference.mixing(graph, t) for t in range(len(graph))]
+  dense = getattr(reference, method)(
+    truth(), matrices, problem.gradient, problem.start, 60, every
+  )
+  assert_iterates(place, result, dense)
+
+
+@pytest.mark.parametrize(
+  ("inner", "every"), [("sgd", 1), ("adamw", 1), ("adam", 3), ("clipped", 3)]
+)
+def test_gradient_allreduce_is_the_dense_recursion(
+  place, rng, x64, inner, every
+):
+  make, truth = INNERS[inner]
+  problem = Quadratic(place.size, rng)
+  result = solve(
+    place, lambda: optimizers.gradient_allreduce(make(), every), problem, 60
+  )
+  dense = reference.gradient_allreduce(
+    truth(), problem.gradient, problem.start, 60, every
+  )
+  assert_iterates(place, result, dense)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_a_schedule_advances_with_communications(place, method):
+  """The averaging adds its step, so the sum tells which steps it saw."""
+  tx = getattr(optimizers, method)(
+    optax.set_to_zero(), lambda x, step: x + 10.0**step, every=3
+  )
+
+  @jax.jit
+  def program(x):
+    def update(carry, _):
+      x, state = carry
+      updates, state = tx.update(jnp.zeros_like(x), state, x)
+      return (x + updates, state), x + updates
+
+    (_, state), seen = jax.lax.scan(update, (x, tx.init(x)), length=10)
+    return seen, state.step
+
+  seen, count = place.run(program, np.zeros(place.size, np.float32))
+  expected = [0, 0, 1, 1, 1, 11, 11, 11, 111, 111]
+  expected = np.broadcast_to(expected, (place.size, 10))
+  np.testing.assert_array_equal(seen, place.mine(expected))
+  np.testing.assert_array_equal(count, place.mine(np.full(place.size, 10)))
+
+
+def test_averaging_may_be_a_function(place, rng):
+  """Two rounds in one step, by a function of the user's own."""
+  graph = topology.one_peer_exponential(place.size)
+
+  def average(params, step):
+    params = jfog.neighbor_allreduce(params, graph, 2 * step)
+    return jfog.neighbor_allreduce(params, graph, 2 * step + 1)
+
+  tx = optimizers.adapt_then_combine(optax.sgd(1.0), average)
+
+  @jax.jit
+  def program(x, g):
+    state = tx.init(x)
+    for _ in range(2):
+      updates, state = tx.update(g, state, x)
+      x = optax.apply_updates(x, updates)
+    return x
+
+  x, g = rng.randn(2, place.size, 3).astype(np.float32)
+  truth = x.astype(float)
+  for step in range(2):
+    truth = reference.mixing(graph, 2 * step) @ (truth - g)
+    truth = reference.mixing(graph, 2 * step + 1) @ truth
+  result = place.run(program, x, g)
+  np.testing.assert_allclose(result, place.mine(truth), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_half_parameters_get_float32_updates_and_are_rounded_once(
+  place, rng, method
+):
+  graph = topology.fully_connected(place.size)
+  tx = getattr(optimizers, method)(optax.sgd(0.5), graph)
+
+  @jax.jit
+  def program(x, g):
+    updates, _ = tx.update(g, tx.init(x), x)
+    return updates, optax.apply_updates(x, updates)
+
+  x, g = jnp.asarray(rng.randn(2, place.size, 50), jnp.bfloat16)
+  updates, y = place.run(program, x, g)
+  assert updates.dtype == jnp.float32
+  assert y.dtype == jnp.bfloat16
+  x, g = np.asarray(x, float), np.asarray(g, float)
+  matrix = reference.mean(place.size)
+  local = -0.5 * g
+  new = matrix @ (x + local) if "then" in method else matrix @ x + local
+  np.testing.assert_allclose(updates, place.mine(new - x), rtol=1e-5, atol=1e-5)
+  # Rounding once is off by half a unit in the last place at most, up to what
+  # float32 makes of the sum itself.
+  error = np.abs(np.asarray(y, float) - place.mine(new))
+  _, exponent = np.frexp(place.mine(new))
+  assert (error <= 0.5 * 2.0 ** (exponent - 8) + 1e-5).all()
+
+
+def test_half_gradients_are_accumulated_in_float32(place):
+  """In bfloat16, 256 + 1 is 256: sixteen ones would be lost."""
+  tx = optimizers.gradient_allreduce(optax.sgd(1.0), every=17)
+
+  @jax.jit
+  def program(x):
+    def update(carry, g):
+      x, state = carry
+      updates, state = tx.update(g, state, x)
+      return (optax.apply_updates(x, updates), state), None
+
+    gradients = jnp.ones(17, jnp.bfloat16).at[0].set(256)
+    return jax.lax.scan(update, (x, tx.init(x)), gradients)[0][0]
+
+  y = place.run(program, jnp.zeros(place.size, jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(
+    np.asarray(y, float), place.mine(np.full(place.size, -16.0))
+  )
+
+
+def test_wrapped_by_other_transformations(place, rng):
+  """`masked` and `partition` hide leaves, `chain` comes before."""
+  graph = topology.fully_connected(place.size)
+  average = optimizers.adapt_then_combine(optax.sgd(1.0), graph)
+  labels = {"own": "own", "shared": "shared"}
+  chained = optax.chain(
+    optax.clip(0.25),
+    optax.partition({"own": optax.sgd(1.0), "shared": average}, labels),
+  )
+  masked = optax.chain(
+    optax.clip(0.25),
+    optax.masked(average, {"own": False, "shared": True}),
+    optax.masked(optax.scale(-1.0), {"own": True, "shared": False}),
+  )
+
+  @jax.jit
+  def program(x, g):
+    results = []
+    for tx in (chained, masked):
+      updates, _ = tx.update(g, tx.init(x), x)
+      results.append(optax.apply_updates(x, updates))
+    return results
+
+  x, g = (
+    {key: rng.randn(place.size, 3).astype(np.float32) for key in labels}
+    for _ in range(2)
+  )
+  local = {key: x[key] - np.clip(g[key], -0.25, 0.25) for key in labels}
+  truth = {**local, "shared": reference.mean(place.size) @ local["shared"]}
+  for result in place.run(program, x, g):
+    for key in labels:
+      np.testing.assert_allclose(
+        result[key], place.mine(truth)[key], rtol=1e-5, atol=1e-6
+      )
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_equal_float32_values_do_not_drift(place, rng, method):
+  """Weights of thirds, none exact: a weighted sum would creep away."""
+  graph = topology.ring(place.size)
+  tx = getattr(optimizers, method)(optax.sgd(0.1), graph)
+
+  @jax.jit
+  def program(x):
+    def update(carry, _):
+      x, state = carry
+      updates, state = tx.update(jnp.zeros_like(x), state, x)
+      return (optax.apply_updates(x, updates), state), None
+
+    return jax.lax.scan(update, (x, tx.init(x)), length=500)[0][0]
+
+  x = np.broadcast_to(rng.randn(20).astype(np.float32), (place.size, 20))
+  np.testing.assert_array_equal(place.run(program, x), place.mine(x))
+
+
+# What the iterates have in common, and where they end.
+
+
+def test_gradient_allreduce_is_atc_of_the_complete_graph(place, rng, x64):
+  problem = Quadratic(place.size, rng)
+  start = np.broadcast_to(problem.start[0], problem.start.shape)
+  graph = topology.fully_connected(place.size)
+  one, other = (
+    solve(place, make, problem, 300, start)
+    for make in (
+      lambda: optimizers.adapt_then_combine(optax.sgd(RATE), graph),
+      lambda: optimizers.gradient_allreduce(optax.sgd(RATE)),
+    )
+  )
+  np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.places("simulate-5")
+def test_limits_on_heterogeneous_data(place, rng, x64):
+  problem = Quadratic(place.size, rng)
+  graph = topology.ring(place.size)
+  matrix = reference.mixing(graph)
+  eye = np.eye(place.size)
+
+  def limit(make):
+    run = jax.jit(place.map(iterates(make, 3000), in_axes=(0, 0, 0, None)))
+
+    def at(rate):
+      x = run(problem.hessian, problem.linear, problem.start, rate)
+      np.testing.assert_allclose(x[:, -1], x[:, -2], rtol=0, atol=1e-13)
+      return np.asarray(x[:, -1])
+
+    return at
+
+  def bias(x):
+    return np.linalg.norm(x - problem.minimizer())
+
+  atc = limit(lambda a: optimizers.adapt_then_combine(optax.sgd(a), graph))
+  awc = limit(lambda a: optimizers.adapt_with_combine(optax.sgd(a), graph))
+  heavy = limit(
+    lambda a: optimizers.adapt_then_combine(optax.sgd(a, momentum=0.5), graph)
+  )
+
+  # ATC: (I - W (I - a H)) X = a W c, with H the blocks of all ranks.
+  rate = 0.04
+  blocks = np.zeros((place.size, WIDTH, place.size, WIDTH))
+  for i in range(place.size):
+    blocks[i, :, i] = problem.hessian[i]
+  blocks = blocks.reshape(place.size * WIDTH, -1)
+  wide = np.kron(matrix, np.eye(WIDTH))
+  system = np.eye(len(wide)) - wide @ (np.eye(len(wide)) - rate * blocks)
+  truth = np.linalg.solve(system, rate * wide @ problem.linear.ravel())
+  np.testing.assert_allclose(atc(rate).ravel(), truth, rtol=1e-11, atol=1e-11)
+
+  # Momentum b amplifies the step by 1/(1 - b).
+  np.testing.assert_allclose(heavy(rate / 2), atc(rate), rtol=1e-11, atol=1e-11)
+
+  # AWC: (I - W) X = -a g(X).
+  x = awc(rate)
+  np.testing.assert_allclose(
+    (eye - matrix) @ x, -rate * problem.gradient(x), rtol=1e-11, atol=1e-11
+  )
+
+  assert 0 < bias(atc(rate)) < bias(awc(rate))
+  for method in (atc, awc):
+    ratio = bias(method(rate)) / bias(method(rate / 2))
+    assert 1.7 < ratio < 2.3
+
+
+# States, communicators and what is passed on.
+
+
+@pytest.mark.parametrize(
+  ("tx", "kind"),
+  [
+    (
+      optimizers.adapt_then_combine(optax.adam(RATE), topology.ring(5), 3),
+      optimizers.AdaptThenCombineState,
+    ),
+    (
+      optimizers.adapt_with_combine(optax.adam(RATE), topology.ring(5), 3),
+      optimizers.AdaptWithCombineState,
+    ),
+    (
+      optimizers.gradient_allreduce(optax.adam(RATE), 3),
+      optimizers.GradientAllreduceState,
+    ),
+  ],
+  ids=["adapt_then_combine", "adapt_with_combine", "gradient_allreduce"],
+)
+def test_state_is_a_pytree_that_stacks_over_ranks(rng, tx, kind):
+  x, g = rng.randn(2, 5, 3).astype(np.float32)
+  state: Any = jfog.simulate(tx.init, 5)(x)
+  assert isinstance(state, kind)
+  assert issubclass(kind, tuple)  # a NamedTuple
+  assert state.step.dtype == jnp.int32
+  assert all(len(leaf) == 5 for leaf in jax.tree.leaves(state))
+  traces = []
+
+  def traced(*arguments):
+    traces.append(1)
+    return tx.update(*arguments)
+
+  update = jax.jit(jfog.simulate(traced, 5))
+  straight: Any = state
+  packed: Any = state
+  for _ in range(4):
+    expected, straight = update(g, straight, x)
+    leaves, structure = jax.tree.flatten(packed)
+    saved = [np.asarray(leaf) for leaf in leaves]
+    result, packed = update(g, jax.tree.unflatten(structure, saved), x)
+    np.testing.assert_array_equal(result, expected)
+  np.testing.assert_array_equal(packed.step, np.full(5, 4))
+  assert jax.tree.structure(packed) == jax.tree.structure(state)
+  assert len(traces) == 1  # with and without communication
+
+
+METHODS = {
+  "adapt_then_combine": lambda inner, n, every, comm: (
+    optimizers.adapt_then_combine(
+      inner, topology.one_peer_exponential(n), every, comm=comm
+    )
+  ),
+  "adapt_with_combine": lambda inner, n, every, comm: (
+    optimizers.adapt_with_combine(
+      inner, topology.one_peer_exponential(n), every, comm=comm
+    )
+  ),
+  "gradient_allreduce": lambda inner, n, every, comm: (
+    optimizers.gradient_allreduce(inner, every, comm=comm)
+  ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("axis", ["vmap", "shard_map"])
+def test_an_axis_of_the_users_own(rng, x64, method, every, axis):
+  problem = Quadratic(4, rng)
+  arguments = problem.hessian, problem.linear, problem.start
+  make = METHODS[method]
+  expected = jfog.simulate(
+    iterates(lambda: make(optax.adam(RATE), 4, every, None), 5), 4
+  )(*arguments)
+  program = iterates(
+    lambda: make(optax.adam(RATE), 4, every, jfog.Axis("data")), 5
+  )
+  if axis == "vmap":
+    result = jax.vmap(program, axis_name="data")(*arguments)
+  else:
+    spec = PartitionSpec("data")
+    result = jax.shard_map(
+      lambda *args: program(*(x[0] for x in args))[None],
+      mesh=Mesh(np.array(jax.devices()[:4]), ("data",)),
+      in_specs=spec,
+      out_specs=spec,
+    )(*arguments)
+  np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("every", [1, 2])
+def test_extra_arguments_reach_the_inner_transformation(method, every):
+  def update(updates, state, params=None, *, factor, **extra):
+    del params, extra
+    return jax.tree.map(lambda g: factor * g, updates), state
+
+  wants_factor: Any = update  # optax types the arguments all updates share
+  inner = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), wants_factor
+  )
+  tx = METHODS[method](inner, 2, every, None)
+
+  def program(x, g):
+    state = tx.init(x)
+    for _ in range(2):
+      updates, state = tx.update(g, state, x, factor=-3.0, other="ignored")
+      x = x + updates
+    return x
+
+  x = jfog.simulate(program, 2)(jnp.zeros(2), jnp.ones(2))
+  expected = -6.0 if method != "gradient_allreduce" or every == 1 else -3.0
+  np.testing.assert_array_equal(x, np.full(2, expected))
+
+
+# What is wrong is refused when the transformation is built.
+
+PLAIN = optax.sgd(RATE)
+
+
+def pushing(n):
+  """Column-stochastic and not row-stochastic."""
+  return irregular(n).transpose()
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_update_needs_params(method):
+  tx = getattr(optimizers, method)(PLAIN, topology.ring(2))
+  with pytest.raises(ValueError, match=f"{method}.*tx.update"):
+    tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_below_one(method, every):
+  with pytest.raises(ValueError, match=f"{method}: every={every}"):
+    METHODS[method](PLAIN, 2, every, None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("every", [1.5, True, "2", None])
+def test_every_that_is_no_int(method, every):
+  with pytest.raises(TypeError, match=f"{method}: every="):
+    METHODS[method](PLAIN, 2, every, None)
+
+
+@pytest.mark.parametrize("method", BOTH)
+@pytest.mark.parametrize("graph", [None, np.eye(3), "ring", nx.path_graph(3)])
+def test_no_graph(method, graph):
+  with pytest.raises(TypeError, match=f"(?s){method}: graph=.*Topology"):
+    getattr(optimizers, method)(PLAIN, graph)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_a_protocol_is_no_mixing_graph(method):
+  with pytest.raises(TypeError, match=f"{method}: .*several rounds"):
+    getattr(optimizers, method)(PLAIN, topology.ceca(5))
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_rows_that_do_not_sum_to_one(method):
+  make = getattr(optimizers, method)
+  for graph in (pushing(4), topology.Schedule([topology.ring(4), pushing(4)])):
+    with pytest.raises(ValueError, match=f"{method}: .*not row-stochastic"):
+      make(PLAIN, graph)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      make(PLAIN, graph, check=False)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_rows_only_warns_of_the_weighted_average(method):
+  graph = irregular(4)
+  with pytest.warns(UserWarning, match=r"pi = \[.*\] instead of 1/n") as caught:
+    getattr(optimizers, method)(PLAIN, graph)
+  assert caught[0].filename == __file__
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    getattr(optimizers, method)(PLAIN, graph, check=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_communicator(method):
+  tx = METHODS[method](PLAIN, 2, 2, None)
+  x = jnp.zeros(2)
+  with pytest.raises(jfog.NotInitializedError):
+    tx.update(x, tx.init(x), x)
+
+
+def test_size_of_another_world(rng):
+  tx = optimizers.adapt_then_combine(PLAIN, topology.ring(3))
+  x = rng.randn(2, 3)
+  with pytest.raises(ValueError, match="3 ranks, the communicator has 2"):
+    jfog.simulate(lambda x: tx.update(x, tx.init(x), x), 2)(x)
