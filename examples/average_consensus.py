@@ -18,7 +18,7 @@ import jfog
 from jfog import topology
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
+import matplotlib.pyplot as plt
 
 GRAPHS = {
   "ring": topology.ring,
@@ -82,7 +82,9 @@ def report(curves, n, path):
   line = "{:<24} {:>6} {:>8} {:>7} {:>12} {:>11}".format
   print(line(*head))
   figure, axes = plt.subplots(figsize=(10, 6))
-  styles = [(color, line) for line in "- -- -. :".split() for color in range(6)]
+  styles = [
+    (color, line) for line in ["-", "--", "-.", ":"] for color in range(6)
+  ]
   for (name, (graph, errors)), (color, style) in zip(
     curves.items(), styles, strict=False
   ):
@@ -90,8 +92,12 @@ def report(curves, n, path):
     exact = graph.rounds_to_exact_average()
     print(
       line(
-        name, f"{sends:.2f}", f"{graph.spectral_gap:.3f}", len(graph),
-        "-" if exact is None else f"{exact} rounds", f"{errors[-1]:.1e}",
+        name,
+        f"{sends:.2f}",
+        f"{graph.spectral_gap:.3f}",
+        len(graph),
+        "-" if exact is None else f"{exact} rounds",
+        f"{errors[-1]:.1e}",
       )
     )
     label = name if exact is None else f"{name} (exact after {exact})"
@@ -101,7 +107,8 @@ def report(curves, n, path):
       axes.plot(exact, floor[exact], "o", color=f"C{color}")
   print("* spectral gap of one period")
   axes.set(
-    xlabel="round", ylabel="error (floor 1e-8)",
+    xlabel="round",
+    ylabel="error (floor 1e-8)",
     title=f"Average consensus of {n} ranks",
   )
   axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -25,7 +25,7 @@ from jfog.diagnostics import bytes_per_step, consensus_distance
 from jfog.optimizers import adapt_then_combine, gradient_allreduce
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
+import matplotlib.pyplot as plt
 
 METHODS = (
   "one-peer exponential",
@@ -88,7 +88,10 @@ def init_params(key):
 
 def logits(params, x):
   """The network; a convolution of patches is a product of matrices."""
-  dense = lambda name, x: x @ params[name]["w"] + params[name]["b"]
+
+  def dense(name, x):
+    return x @ params[name]["w"] + params[name]["b"]
+
   h = jax.nn.relu(dense("conv", x)).reshape(-1, 3, 2, 3, 2, 16)
   h = h.max(axis=(2, 4)).reshape(-1, 144)
   return dense("out", jax.nn.relu(dense("hidden", h)))
@@ -119,9 +122,7 @@ def make_epoch(tx, seed):
 
   def epoch(params, state, data, test, number):
     key = jax.random.fold_in(jax.random.key(seed + 1), jfog.rank())
-    order = jax.random.permutation(
-      jax.random.fold_in(key, number), len(data.y)
-    )
+    order = jax.random.permutation(jax.random.fold_in(key, number), len(data.y))
     batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
 
     def step(carry, batch):
@@ -148,7 +149,10 @@ def train(method, arguments, world, n, data, test, progress):
   if world.size > 1:
     data = jax.tree.map(lambda x: x[world.rank], data)
   else:
-    stack = lambda x: jnp.broadcast_to(x, (n, *x.shape))
+
+    def stack(x):
+      return jnp.broadcast_to(x, (n, *x.shape))
+
     params, state = jax.tree.map(stack, (params, state))
     epoch = jfog.simulate(
       epoch, n, in_axes=(0, 0, 0, None, None), out_axes=(0, 0, 0)
@@ -224,7 +228,11 @@ def parse():
   parser.add_argument("--learning-rate", type=float, default=0.05)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
-    "--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
+    "--methods",
+    nargs="+",
+    choices=METHODS,
+    default=METHODS,
+    metavar="METHOD",
     help="some of: " + ", ".join(METHODS),
   )
   parser.add_argument(
@@ -242,8 +250,10 @@ def main():
   data, test = load(n, arguments.split, arguments.seed)
   results = {}
   with tqdm(
-    total=len(arguments.methods) * arguments.epochs, disable=world.rank != 0,
-    unit="epoch", mininterval=1.0,
+    total=len(arguments.methods) * arguments.epochs,
+    disable=world.rank != 0,
+    unit="epoch",
+    mininterval=1.0,
   ) as progress:
     for method in arguments.methods:
       results[method] = train(method, arguments, world, n, data, test, progress)

@@ -34,7 +34,7 @@ def communication_effect() -> effects.Effect:
   return _EFFECT
 
 
-def ordered_ffi_lowering(target: str, aliases):
+def ordered_ffi_lowering(target: str, aliases: dict[int, int]):
   """A lowering rule to the FFI handler `target` with a token in and out.
 
   The handler's operands are the token of the ordered effect followed by the
@@ -42,8 +42,8 @@ def ordered_ffi_lowering(target: str, aliases):
 
   Args:
     target: the name under which the handler is registered.
-    aliases: a function of the number of the primitive's operands to a dict
-      from an operand's index to that of the result that shares its buffer.
+    aliases: from the index of an operand of the primitive to that of the
+      result that may share its buffer.
   """
 
   def rule(ctx, *operands, **attributes):
@@ -52,11 +52,10 @@ def ordered_ffi_lowering(target: str, aliases):
       avals_in=[core.abstract_token, *ctx.avals_in],
       avals_out=[core.abstract_token, *ctx.avals_out],
     )
-    shared = aliases(len(operands)).items()
     lower = jax.ffi.build_ffi_lowering_function(
       target,
       has_side_effect=True,
-      operand_output_aliases={i + 1: o + 1 for i, o in shared},
+      operand_output_aliases={i + 1: o + 1 for i, o in aliases.items()},
     )
     call = lower(with_token, ctx.tokens_in.get(effect), *operands, **attributes)
     token, *results = call.results

@@ -89,12 +89,6 @@ class Place:
     rank = jfog.rank()
     return jax.tree.map(lambda x: x[rank], stacked)
 
-  def per_rank(self, result: Any) -> list:
-    """A result as a list over the ranks seen here, one for a scalar rank."""
-    if self.kind in ("simulate", "mesh"):
-      return [jax.tree.map(lambda x: x[i], result) for i in range(self.size)]
-    return [result]
-
 
 def pytest_configure(config):
   """Declares the markers."""

@@ -114,8 +114,11 @@ def test_a_rank_that_does_not_come(world):
   if world.rank == 1:
     time.sleep(TIMEOUT + 2)
     return
-  error = outcome(lambda: jfog.neighbor_allreduce(
-    jnp.ones(3), topology.fully_connected(world.size)))
+  error = outcome(
+    lambda: jfog.neighbor_allreduce(
+      jnp.ones(3), topology.fully_connected(world.size)
+    )
+  )
   assert error is not None
   assert error.startswith("DEADLINE_EXCEEDED")
   assert f"neighbor_allreduce #0 on rank {world.rank}" in error

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import jfog
+import jfog.runtime
 from jfog import topology
 from jfog.runtime import _native, _world
 
@@ -116,8 +118,14 @@ def test_the_users_own_shard_map(check_vma):
 
   run = jax.jit(
     jax.shard_map(
-      program, mesh=mesh, in_specs=(spec, PartitionSpec()),
-      out_specs=(spec, PartitionSpec(None, "model"), PartitionSpec(None, "model")),
+      program,
+      mesh=mesh,
+      in_specs=(spec, PartitionSpec()),
+      out_specs=(
+        spec,
+        PartitionSpec(None, "model"),
+        PartitionSpec(None, "model"),
+      ),
       check_vma=check_vma,
     )
   )
@@ -136,7 +144,7 @@ def test_an_axis_of_another_name_needs_comm():
   np.testing.assert_allclose(run(x), [2.0, 2.0])
   with pytest.raises(jfog.NotInitializedError):
     jax.vmap(jfog.allreduce, axis_name="data")(x)
-  with pytest.raises(jfog.NotInitializedError, match="'data'.*not bound"):
+  with pytest.raises(jfog.NotInitializedError, match=r"'data'.*not bound"):
     jfog.allreduce(x, comm=comm)
   mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
   run = jfog.spmd(lambda x: jfog.allreduce(x, comm=comm), mesh, axis="data")
@@ -211,7 +219,7 @@ def test_bad_meshes():
   with pytest.raises(ValueError, match="different names"):
     jfog.Axis("a", local="a")
   with pytest.raises(TypeError, match="axis name"):
-    jfog.Axis(0)
+    jfog.Axis(cast(Any, 0))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +245,7 @@ def test_bad_init(arguments, error, text):
 def test_a_second_init_with_other_arguments():
   jfog.init(backend="single")
   jfog.init()
-  with pytest.raises(ValueError, match="jfog.shutdown"):
+  with pytest.raises(ValueError, match=r"jfog\.shutdown"):
     jfog.init(backend="mpi")
 
 
@@ -294,7 +302,7 @@ def test_the_loaded_library_is_compared_with_the_built_one():
   check("Open MPI v5.0.11", "Open MPI v5.0.3, package: Debian")
   check("MPICH Version: 4.0.2", "MPICH Version:\t4.1\nMPICH Release date")
   for loaded in ("Open MPI v4.1.4, package: x", "MPICH Version: 5.0", ""):
-    with pytest.raises(RuntimeError, match="built with 'Open MPI v5.0.11'"):
+    with pytest.raises(RuntimeError, match=r"built with 'Open MPI v5\.0\.11'"):
       check("Open MPI v5.0.11", loaded)
 
 
@@ -321,9 +329,7 @@ def test_an_mpi_world(place):
   # The same jitted function in a simulation inside of the job.
   mean = jax.jit(jfog.allreduce)
   np.testing.assert_allclose(mean(jnp.float32(world.rank)), (n - 1) / 2)
-  np.testing.assert_allclose(
-    jfog.simulate(mean, 3)(jnp.arange(3.0)), [1.0] * 3
-  )
+  np.testing.assert_allclose(jfog.simulate(mean, 3)(jnp.arange(3.0)), [1.0] * 3)
   jfog.shutdown()
   jfog.init(timeout=60)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -80,7 +81,9 @@ def allreduce(
   return structure.unflatten(results)
 
 
-def broadcast(x: Any, root: int = 0, *, comm: Communicator | None = None) -> Any:
+def broadcast(
+  x: Any, root: int = 0, *, comm: Communicator | None = None
+) -> Any:
   """Gives every rank the value of one.
 
   Computes `y[i] = x[root]`. All ranks take part and wait for the root. The
@@ -266,7 +269,9 @@ def _mesh_extremum(x, op, comm):
   x = _compat.varying(x, comm.axes)
   if op == "prod":
     wide = x.astype(_leaves.accumulation_dtype(x.dtype))
-    return jnp.prod(_mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype).astype(x.dtype)
+    return jnp.prod(
+      _mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype
+    ).astype(x.dtype)
   extremum = (lax.pmin if op == "min" else lax.pmax)(x, comm.axes)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     return extremum
@@ -415,8 +420,7 @@ def _allgather_batch(primitive, operands, dims, **params):
   ]
   results = primitive.bind(*moved, **params)
   return results, [
-    d if d is None else y.ndim - 1
-    for y, d in zip(results, dims, strict=True)
+    d if d is None else y.ndim - 1 for y, d in zip(results, dims, strict=True)
   ]
 
 

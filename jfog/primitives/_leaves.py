@@ -46,7 +46,7 @@ def require_inexact(
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise TypeError(
         f"{operation}: the leaf {name} has dtype {leaf.dtype}, which holds no "
-        f"fractions; use allreduce(..., op=\"sum\"), or cast the leaf to a "
+        f'fractions; use allreduce(..., op="sum"), or cast the leaf to a '
         f"float dtype."
       )
 
@@ -66,9 +66,10 @@ def accumulation_dtype(dtype: Any) -> np.dtype:
 _NATIVE = frozenset(
   jnp.dtype(name)
   for name in (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 "
-    "float32 float64 complex64 complex128"
-  ).split()
+    *("bool", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+  )
 )
 
 
@@ -95,6 +96,4 @@ def to_native(
 
 def like(results: Sequence[jax.Array], leaves: Sequence[jax.Array]):
   """Casts results back to the dtypes of the leaves they came from."""
-  return [
-    y.astype(x.dtype) for y, x in zip(results, leaves, strict=True)
-  ]
+  return [y.astype(x.dtype) for y, x in zip(results, leaves, strict=True)]

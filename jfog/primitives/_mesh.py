@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
 from jfog import _compat
-from jfog.runtime import Communicator
+from jfog.runtime import Axis, Communicator
 
 
 def are_virtual(axes: tuple[str, ...]) -> bool:
@@ -38,7 +39,7 @@ def uniform(value: Any, comm: Communicator) -> Any:
   What chooses a branch around a collective must not differ between ranks. Under
   `simulate` it would be batched besides, and every branch computed.
   """
-  if comm.backend != "mesh" or not isinstance(value, jax.core.Tracer):
+  if not isinstance(comm, Axis) or not isinstance(value, jax.core.Tracer):
     return value
   value = _compat.varying(lax.stop_gradient(value), comm.axes)
   if value.dtype == jnp.bool_:

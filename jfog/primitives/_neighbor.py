@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -98,7 +99,11 @@ def neighbor_allreduce(
     fixed = (index,) if row is None else (index, row)
     weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
     mixed = neighbor_allreduce_p.bind(
-      *fixed, *native, fixed=len(fixed), graph=graph, weighting=weighting,
+      *fixed,
+      *native,
+      fixed=len(fixed),
+      graph=graph,
+      weighting=weighting,
       comm=comm,
     )
     mixed = _leaves.like(mixed, leaves)
@@ -158,7 +163,9 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
       f"{(comm.size, comm.size)} is wanted: weights[dst, src]."
     )
   if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-    raise TypeError("neighbor_allreduce: weights is complex; pass real weights.")
+    raise TypeError(
+      "neighbor_allreduce: weights is complex; pass real weights."
+    )
   if weights.dtype != jnp.float64:
     weights = weights.astype(jnp.float32)
   return weights[comm.rank]
@@ -167,7 +174,9 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
 def _difference_rows(topology: Topology) -> np.ndarray:
   """The rows to evaluate in difference form; shape (size,), bool."""
   matrix = topology.mixing_matrix
-  return (np.abs(matrix.sum(axis=1) - 1) <= _TOLERANCE) & (matrix.diagonal() != 0)
+  return (np.abs(matrix.sum(axis=1) - 1) <= _TOLERANCE) & (
+    matrix.diagonal() != 0
+  )
 
 
 # The mesh: permutations of lax and plain arithmetic, which differentiate and
@@ -198,7 +207,7 @@ def _mix(leaves, topology, row, axes, rank) -> list[jax.Array]:
 def _base(own, topology, row, rank):
   """`(first summand, what is subtracted from every received value)`."""
   if row is not None:
-    return row.astype(_real(own.dtype))[rank] * own, None
+    return row[rank].astype(_real(own.dtype)) * own, None
   difference = _difference_rows(topology)
   if difference.all():
     return own, own
@@ -226,6 +235,7 @@ def _mix_permuted(x, topology, row, axes, rank):
     if (sources < 0).any():
       term = jnp.where(receives, term, _mesh.nothing(term))
     total = term if total is None else total + term
+  assert total is not None  # who keeps nothing of its own receives
   return total.astype(x.dtype)
 
 
@@ -251,7 +261,10 @@ def _mix_gathered(x, topology, row, axes, rank):
   weights, receives = _weights(topology, sources, row, rank, own.dtype)
   picked = jnp.asarray(np.maximum(sources, 0))[:, rank]
   total, _ = lax.scan(
-    add, total, (picked, weights, receives), unroll=max(1, min(slots, _UNROLLED))
+    add,
+    total,
+    (picked, weights, receives),
+    unroll=max(1, min(slots, _UNROLLED)),
   )
   return total.astype(x.dtype)
 
@@ -310,6 +323,7 @@ def _jvp(primitive, primals, tangents, *, fixed, weighting, **params):
   second sum needs the neighbors' leaves one by one, for its transpose
   drow[j] = <dy, x[j]>: each is fetched by a row that selects it.
   """
+  out: list[Any]
   results, out = _primitive.linear_jvp(
     primitive, primals, tangents, fixed=fixed, weighting=weighting, **params
   )
@@ -337,8 +351,12 @@ def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
   # The adjoint of x -> W x is ct -> W.T ct: every edge turns around, and with
   # runtime weights the rank that weighted what it got weights what it sends.
   return neighbor_allreduce_p.bind(
-    *operands, *cotangents, fixed=fixed, graph=_turned(graph),
-    weighting=_TURNED[weighting], comm=comm,
+    *operands,
+    *cotangents,
+    fixed=fixed,
+    graph=_turned(graph),
+    weighting=_TURNED[weighting],
+    comm=comm,
   )
 
 

@@ -52,7 +52,9 @@ def _color(edges, size: int, colors: int):
         other = int(table[at, color])
         if other < 0:
           break
-        path.append((other, at, color) if at_destination else (at, other, color))
+        path.append(
+          (other, at, color) if at_destination else (at, other, color)
+        )
         at, at_destination = other, not at_destination
         color = b if color == a else a
       for s, d, color in path:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -49,18 +50,18 @@ def define(
   """
   primitive = Primitive(name)
   primitive.multiple_results = True
-  primitive.def_impl(lambda *operands, **params: _compiled(
-    primitive, tuple(params.items())
-  )(*operands))
+  primitive.def_impl(
+    lambda *operands, **params: _compiled(primitive, tuple(params.items()))(
+      *operands
+    )
+  )
 
   def effectful_abstract_eval(*operands, **params):
     results = list(abstract_eval(*operands, **params))
     return results, {_compat.communication_effect()}
 
   primitive.def_effectful_abstract_eval(effectful_abstract_eval)
-  ad.primitive_jvps[primitive] = functools.partial(
-    jvp or linear_jvp, primitive
-  )
+  ad.primitive_jvps[primitive] = functools.partial(jvp or linear_jvp, primitive)
   if transpose is not None:
     ad.primitive_transposes[primitive] = functools.partial(
       _transpose_leaves, transpose
@@ -72,9 +73,9 @@ def define(
   for platform, backend in _BACKENDS.items():
 
     def lower(ctx, *operands, fixed, _backend=backend, **params):
-      aliases = lambda count: {i: i - fixed for i in range(fixed, count)}
+      shared = range(fixed, len(operands)) if in_place else ()
       rule = _compat.ordered_ffi_lowering(
-        f"jfog_{_backend}_{name}", aliases if in_place else lambda count: {}
+        f"jfog_{_backend}_{name}", {i: i - fixed for i in shared}
       )
       return rule(ctx, *operands, **attributes(**params))
 

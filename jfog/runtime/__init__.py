@@ -4,7 +4,9 @@ from jfog.runtime._communicator import AXIS_NAME as AXIS_NAME
 from jfog.runtime._communicator import LOCAL_AXIS_NAME as LOCAL_AXIS_NAME
 from jfog.runtime._communicator import Axis as Axis
 from jfog.runtime._communicator import Communicator as Communicator
-from jfog.runtime._communicator import NotInitializedError as NotInitializedError
+from jfog.runtime._communicator import (
+  NotInitializedError as NotInitializedError,
+)
 from jfog.runtime._communicator import Single as Single
 from jfog.runtime._native import build as build
 from jfog.runtime._native import mpi as mpi

@@ -77,7 +77,11 @@ class Single(Communicator):
 
   size = 1
   rank = 0
-  backend = "single"
+
+  @property
+  def backend(self) -> str:
+    """`"single"`."""
+    return "single"
 
   @property
   def local(self) -> Communicator:
@@ -121,14 +125,18 @@ class Axis(Communicator):
       if axis is not None and not isinstance(axis, str):
         raise TypeError(f"an axis name is a str, got {axis!r}.")
     if name == local:
-      raise ValueError(f"the two axes need different names, got {name!r} twice.")
+      raise ValueError(
+        f"the two axes need different names, got {name!r} twice."
+      )
     object.__setattr__(self, "name", name)
     object.__setattr__(self, "local_name", local)
 
   @property
   def axes(self) -> tuple[str, ...]:
     """The names of the axes it spans, major first."""
-    return (self.name,) if self.local_name is None else (self.name, self.local_name)
+    return (
+      (self.name,) if self.local_name is None else (self.name, self.local_name)
+    )
 
   def require_bound(self) -> tuple[str, ...]:
     """Its axes, if they are bound where this is traced.

@@ -18,9 +18,7 @@ def build() -> types.SimpleNamespace:
   try:
     from jfog import _build
   except ImportError:  # never installed
-    return types.SimpleNamespace(
-      MPI_FAMILY="", MPI_LIBRARY="", MPI_LAUNCHER=""
-    )
+    return types.SimpleNamespace(MPI_FAMILY="", MPI_LIBRARY="", MPI_LAUNCHER="")
   return types.SimpleNamespace(**vars(_build))
 
 

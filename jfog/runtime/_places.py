@@ -64,7 +64,9 @@ def simulate(
     _check_stacked(args, axes, size)
     _check_stacked(kwargs, keyword_axes, size)
     if local_size == 1:
-      run = jax.vmap(fun, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=size)
+      run = jax.vmap(
+        fun, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=size
+      )
       return run(*args, **kwargs)
     # Machines are the outer axis, so that rank = machine * local_size + local.
     inner = jax.vmap(

@@ -147,8 +147,10 @@ def init(
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _launched_size()
-  if backend == "mpi" or comm is not None or (
-    backend is None and launched is not None
+  if (
+    backend == "mpi"
+    or comm is not None
+    or (backend is None and launched is not None)
   ):
     world = _mpi_world(comm, launched, local_size, float(timeout))
   else:

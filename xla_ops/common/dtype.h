@@ -49,7 +49,8 @@ struct Float16 {
   explicit Float16(float value) {
     std::uint32_t wide;
     std::memcpy(&wide, &value, sizeof(wide));
-    const std::uint16_t sign = static_cast<std::uint16_t>((wide >> 16) & 0x8000u);
+    const std::uint16_t sign =
+        static_cast<std::uint16_t>((wide >> 16) & 0x8000u);
     wide &= 0x7fffffffu;
     if (wide > 0x7f800000u) {
       bits = sign | 0x7e00u;

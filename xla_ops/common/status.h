@@ -16,10 +16,10 @@ inline ffi::Error MakeError(ffi::ErrorCode code, const std::string& text) {
 
 }  // namespace jfog
 
-#define JFOG_RETURN_IF_ERROR(expression)                      \
-  do {                                                        \
-    ::xla::ffi::Error jfog_error = (expression);              \
-    if (jfog_error.failure()) return jfog_error;              \
+#define JFOG_RETURN_IF_ERROR(expression)         \
+  do {                                           \
+    ::xla::ffi::Error jfog_error = (expression); \
+    if (jfog_error.failure()) return jfog_error; \
   } while (false)
 
 #endif  // JFOG_XLA_OPS_COMMON_STATUS_H_

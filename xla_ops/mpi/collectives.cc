@@ -17,14 +17,20 @@ namespace {
 using Ints = ffi::Span<const std::int32_t>;
 using Longs = ffi::Span<const std::int64_t>;
 
-enum Reduction : std::int64_t { kSum = 0, kMean = 1, kMin = 2, kMax = 3, kProd = 4 };
+enum Reduction : std::int64_t {
+  kSum = 0,
+  kMean = 1,
+  kMin = 2,
+  kMax = 3,
+  kProd = 4
+};
 
 // MPI counts elements in an int; longer vectors are reduced in pieces.
 constexpr std::size_t kPiece = std::size_t{1} << 28;
 
-// Minimum and maximum by our own functions: MPI leaves that of a NaN and a number
-// open, where here a NaN wins as in NumPy, and MPICH 4.0.2 compares unsigned
-// integers as signed ones.
+// Minimum and maximum by our own functions: MPI leaves that of a NaN and a
+// number open, where here a NaN wins as in NumPy, and MPICH 4.0.2 compares
+// unsigned integers as signed ones.
 template <typename T, bool kMaximum>
 void Extremum(void* in, void* inout, int* length, MPI_Datatype*) {
   const T* a = static_cast<const T*>(in);
@@ -47,18 +53,30 @@ MPI_Op ExtremumOp() {
 template <bool kMaximum>
 MPI_Op ExtremumOf(DataType type) {
   switch (type) {
-    case DataType::PRED: return kMaximum ? MPI_LOR : MPI_LAND;
-    case DataType::S8: return ExtremumOp<std::int8_t, kMaximum>();
-    case DataType::U8: return ExtremumOp<std::uint8_t, kMaximum>();
-    case DataType::S16: return ExtremumOp<std::int16_t, kMaximum>();
-    case DataType::U16: return ExtremumOp<std::uint16_t, kMaximum>();
-    case DataType::S32: return ExtremumOp<std::int32_t, kMaximum>();
-    case DataType::U32: return ExtremumOp<std::uint32_t, kMaximum>();
-    case DataType::S64: return ExtremumOp<std::int64_t, kMaximum>();
-    case DataType::U64: return ExtremumOp<std::uint64_t, kMaximum>();
-    case DataType::F32: return ExtremumOp<float, kMaximum>();
-    case DataType::F64: return ExtremumOp<double, kMaximum>();
-    default: return MPI_OP_NULL;
+    case DataType::PRED:
+      return kMaximum ? MPI_LOR : MPI_LAND;
+    case DataType::S8:
+      return ExtremumOp<std::int8_t, kMaximum>();
+    case DataType::U8:
+      return ExtremumOp<std::uint8_t, kMaximum>();
+    case DataType::S16:
+      return ExtremumOp<std::int16_t, kMaximum>();
+    case DataType::U16:
+      return ExtremumOp<std::uint16_t, kMaximum>();
+    case DataType::S32:
+      return ExtremumOp<std::int32_t, kMaximum>();
+    case DataType::U32:
+      return ExtremumOp<std::uint32_t, kMaximum>();
+    case DataType::S64:
+      return ExtremumOp<std::int64_t, kMaximum>();
+    case DataType::U64:
+      return ExtremumOp<std::uint64_t, kMaximum>();
+    case DataType::F32:
+      return ExtremumOp<float, kMaximum>();
+    case DataType::F64:
+      return ExtremumOp<double, kMaximum>();
+    default:
+      return MPI_OP_NULL;
   }
 }
 
@@ -69,20 +87,34 @@ DataType WireType(DataType type) {
 
 MPI_Datatype MpiType(DataType type) {
   switch (type) {
-    case DataType::PRED: return MPI_C_BOOL;
-    case DataType::S8: return MPI_INT8_T;
-    case DataType::U8: return MPI_UINT8_T;
-    case DataType::S16: return MPI_INT16_T;
-    case DataType::U16: return MPI_UINT16_T;
-    case DataType::S32: return MPI_INT32_T;
-    case DataType::U32: return MPI_UINT32_T;
-    case DataType::S64: return MPI_INT64_T;
-    case DataType::U64: return MPI_UINT64_T;
-    case DataType::F32: return MPI_FLOAT;
-    case DataType::F64: return MPI_DOUBLE;
-    case DataType::C64: return MPI_C_FLOAT_COMPLEX;
-    case DataType::C128: return MPI_C_DOUBLE_COMPLEX;
-    default: return MPI_DATATYPE_NULL;
+    case DataType::PRED:
+      return MPI_C_BOOL;
+    case DataType::S8:
+      return MPI_INT8_T;
+    case DataType::U8:
+      return MPI_UINT8_T;
+    case DataType::S16:
+      return MPI_INT16_T;
+    case DataType::U16:
+      return MPI_UINT16_T;
+    case DataType::S32:
+      return MPI_INT32_T;
+    case DataType::U32:
+      return MPI_UINT32_T;
+    case DataType::S64:
+      return MPI_INT64_T;
+    case DataType::U64:
+      return MPI_UINT64_T;
+    case DataType::F32:
+      return MPI_FLOAT;
+    case DataType::F64:
+      return MPI_DOUBLE;
+    case DataType::C64:
+      return MPI_C_FLOAT_COMPLEX;
+    case DataType::C128:
+      return MPI_C_DOUBLE_COMPLEX;
+    default:
+      return MPI_DATATYPE_NULL;
   }
 }
 
@@ -144,14 +176,20 @@ void Divide(std::byte* wire, std::size_t count, int size) {
   for (std::size_t k = 0; k < count; ++k) values[k] /= T(size);
 }
 
-void DivideBy(DataType wire_type, std::byte* wire, std::size_t count, int size) {
+void DivideBy(DataType wire_type, std::byte* wire, std::size_t count,
+              int size) {
   // A complex number over a real one is two real divisions.
   switch (wire_type) {
-    case DataType::F32: return Divide<float>(wire, count, size);
-    case DataType::F64: return Divide<double>(wire, count, size);
-    case DataType::C64: return Divide<float>(wire, 2 * count, size);
-    case DataType::C128: return Divide<double>(wire, 2 * count, size);
-    default: return;
+    case DataType::F32:
+      return Divide<float>(wire, count, size);
+    case DataType::F64:
+      return Divide<double>(wire, count, size);
+    case DataType::C64:
+      return Divide<float>(wire, 2 * count, size);
+    case DataType::C128:
+      return Divide<double>(wire, 2 * count, size);
+    default:
+      return;
   }
 }
 
@@ -260,8 +298,9 @@ ffi::Error BroadcastImpl(ffi::Token, ffi::RemainingArgs args,
         static_cast<int>(std::min(kPiece, leaves.message_bytes - start));
     MPI_Request* request = operation.AddCollective();
     JFOG_MPI_RETURN_IF_ERROR(
-        operation, MPI_Ibcast(packed + start, count, MPI_BYTE,
-                              static_cast<int>(root), (*comm)->comm(), request));
+        operation,
+        MPI_Ibcast(packed + start, count, MPI_BYTE, static_cast<int>(root),
+                   (*comm)->comm(), request));
   }
   const std::size_t bytes = leaves.message_bytes - sizeof(Header);
   Count(**comm, is_root ? bytes : 0, is_root ? 0 : bytes);

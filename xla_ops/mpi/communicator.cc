@@ -447,9 +447,9 @@ ffi::Error Operation::CheckStall(Clock::time_point start) {
     if (comm_->HasLeft(rank)) left.push_back(rank);
   }
   if (!left.empty() && waited > 1) {
-    return Fail(ffi::ErrorCode::kAborted,
-                "(" + description_ + ") waits for " + RankList(left) +
-                    ", which has already ended");
+    return Fail(ffi::ErrorCode::kAborted, "(" + description_ + ") waits for " +
+                                              RankList(left) +
+                                              ", which has already ended");
   }
   if (!announced_ && waited > 0.05 * comm_->timeout()) {
     announced_ = true;

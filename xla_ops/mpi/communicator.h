@@ -88,7 +88,7 @@ class Communicator {
   int size_ = 1;
   double timeout_;
   std::shared_ptr<Communicator> root_;  // null for a root itself
-  std::vector<int> root_ranks_;         // this communicator's ranks, in the root
+  std::vector<int> root_ranks_;  // this communicator's ranks, in the root
   std::atomic<std::uint64_t> sequence_{0};
 
   std::mutex mutex_;  // guards all below
@@ -148,7 +148,8 @@ class Operation {
   ffi::Error SendPieces(int destination, const std::byte* buffer,
                         std::size_t bytes, int tag);
   MPI_Request* Add(Pending pending);
-  ffi::Error Completed(std::size_t index, const MPI_Status& status, bool failed);
+  ffi::Error Completed(std::size_t index, const MPI_Status& status,
+                       bool failed);
   ffi::Error CheckHeader(int source, const Header& theirs);
   // Looks for a reason to stop waiting: a rank that left, the deadline.
   ffi::Error CheckStall(Clock::time_point start);

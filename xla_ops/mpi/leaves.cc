@@ -38,9 +38,9 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
   const std::size_t size = results.size();
   if (args.size() != first + size) {
     return ffi::Unexpected(MakeError(
-        ffi::ErrorCode::kInternal,
-        "got " + std::to_string(args.size()) + " operands for " +
-            std::to_string(size) + " results"));
+        ffi::ErrorCode::kInternal, "got " + std::to_string(args.size()) +
+                                       " operands for " + std::to_string(size) +
+                                       " results"));
   }
   std::size_t offset = sizeof(Header);
   for (std::size_t i = 0; i < size; ++i) {

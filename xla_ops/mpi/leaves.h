@@ -16,7 +16,7 @@ namespace jfog::mpi {
 // an offset that suits its alignment.
 struct Leaves {
   std::vector<DataType> types;
-  std::vector<std::size_t> counts;   // elements of the inputs
+  std::vector<std::size_t> counts;  // elements of the inputs
   std::vector<std::size_t> output_counts;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
@@ -25,7 +25,9 @@ struct Leaves {
   std::uint64_t signature = 0;
 
   std::size_t size() const { return types.size(); }
-  std::size_t bytes(std::size_t i) const { return counts[i] * SizeOf(types[i]); }
+  std::size_t bytes(std::size_t i) const {
+    return counts[i] * SizeOf(types[i]);
+  }
   // "3 leaves, float32 x 1200, ..."
   std::string Describe() const;
 };

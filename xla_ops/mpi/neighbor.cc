@@ -64,12 +64,13 @@ ffi::Error NeighborAllreduceImpl(
   }
   JFOG_RETURN_IF_ERROR(comm->Refusal());
 
-  const std::int64_t period = static_cast<std::int64_t>(source_begin.size()) - 1;
+  const std::int64_t period =
+      static_cast<std::int64_t>(source_begin.size()) - 1;
   const std::int64_t at = *step.typed_data();
   if (period < 1 || at < 0 || at >= period) {
-    return MakeError(ffi::ErrorCode::kInternal,
-                     "step " + std::to_string(at) + " of a period of " +
-                         std::to_string(period));
+    return MakeError(ffi::ErrorCode::kInternal, "step " + std::to_string(at) +
+                                                    " of a period of " +
+                                                    std::to_string(period));
   }
   const bool has_row = weighting != kGraph;
   auto leaves_or = ReadLeaves(args, has_row ? 1 : 0, results);
@@ -143,9 +144,9 @@ ffi::Error NeighborAllreduceImpl(
     if (!WeightedSum(leaves.types[i], leaves.counts[i], leaves.inputs[i],
                      round.self_weight, terms, round.difference,
                      leaves.outputs[i])) {
-      return operation.Fail(ffi::ErrorCode::kInvalidArgument,
-                            std::string("has no weighted sum of ") +
-                                NameOf(leaves.types[i]));
+      return operation.Fail(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string("has no weighted sum of ") + NameOf(leaves.types[i]));
     }
   }
   return ffi::Error::Success();

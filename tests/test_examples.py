@@ -1,0 +1,93 @@
+"""The examples run, and give on MPI what they give in simulation."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jfog import launch, runtime
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+DEADLINE = 300.0  # seconds; each takes about ten when all is quiet
+needs_mpi = pytest.mark.skipif(
+  not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
+)
+
+
+def run(name, folder, *arguments, ranks=0):
+  """Runs an example, alone or on MPI ranks; returns what it printed."""
+  prefix = launch.command_line(["-np", str(ranks)]) if ranks else []
+  done = subprocess.run(
+    [*prefix, sys.executable, str(EXAMPLES / name), *arguments],
+    cwd=folder,
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=DEADLINE,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def is_png(path):
+  return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def rows(text):
+  """The table's last column by the name of the graph."""
+  found = {}
+  for line in text.splitlines():
+    words = line.rsplit(None, 1)
+    if len(words) == 2 and line[24:25] == " ":
+      found[line[:24].strip()] = words[1]
+  return found
+
+
+def test_average_consensus(tmp_path):
+  text = run("average_consensus.py", tmp_path, "--ranks", "6", "--rounds", "12")
+  errors = rows(text)
+  for name in ("fully connected", "base-2", "base-3", "hyper-hypercube"):
+    assert float(errors[name]) < 1e-6
+  for name in ("ring", "chain", "one-peer exponential", "star"):
+    assert 1e-6 < float(errors[name]) < 0.9
+  assert "left out: hypercube" in text
+  assert is_png(tmp_path / "average_consensus.png")
+
+
+@needs_mpi
+def test_average_consensus_on_mpi(tmp_path):
+  name, arguments = "average_consensus.py", ("--rounds", "4")
+  on_mpi = rows(run(name, tmp_path, *arguments, ranks=3))
+  simulated = rows(run(name, tmp_path, *arguments, "--ranks", "3"))
+  assert on_mpi.keys() == simulated.keys()
+  assert len(on_mpi) > 12
+  for graph in simulated:
+    if graph != "graph":
+      difference = abs(float(on_mpi[graph]) - float(simulated[graph]))
+      assert difference < 1e-2 * float(simulated[graph]) + 1e-6, graph
+
+
+@needs_mpi
+@pytest.mark.parametrize("split", ["iid", "label"])
+def test_digits_are_equal_on_mpi_and_in_simulation(tmp_path, split):
+  methods = ("one-peer exponential", "gradient allreduce")
+  arguments = ("--epochs", "4", "--split", split, "--methods", *methods)
+  text = run("digits.py", tmp_path, *arguments, "--json", "mpi.json", ranks=3)
+  assert all(method in text for method in methods)
+  assert is_png(tmp_path / "digits.png")
+  run("digits.py", tmp_path, *arguments, "--ranks", "3", "--json", "sim.json")
+  on_mpi = json.loads((tmp_path / "mpi.json").read_text())
+  simulated = json.loads((tmp_path / "sim.json").read_text())
+  for method in methods:
+    got, truth = on_mpi[method], simulated[method]
+    # One of the 357 test images may fall on the other side by rounding.
+    assert got["accuracy"] == pytest.approx(truth["accuracy"], abs=0.003)
+    assert got["consensus_distance"] == pytest.approx(
+      truth["consensus_distance"], rel=1e-3, abs=1e-5
+    )
+    assert got["bytes_per_step"] == truth["bytes_per_step"] > 0
+    assert got["accuracy"][-1] > 0.85
