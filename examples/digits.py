@@ -73,17 +73,29 @@ def patches(images):
   return windows.reshape(len(images), 36, 9).astype(np.float32)
 
 
-def init_params(key):
-  """A convolution of 16 channels and two dense layers."""
+def init_params(seed):
+  """A convolution of 16 channels and two dense layers, equal on all ranks."""
   shapes = {"conv": (9, 16), "hidden": (144, 64), "out": (64, 10)}
-  keys = jax.random.split(key, len(shapes))
+  random = np.random.RandomState(seed)
   return {
     name: {
-      "w": jax.random.normal(k, shape) * (2 / shape[0]) ** 0.5,
+      "w": jnp.asarray(
+        random.randn(*shape) * (2 / shape[0]) ** 0.5, jnp.float32
+      ),
       "b": jnp.zeros(shape[1]),
     }
-    for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    for name, shape in shapes.items()
   }
+
+
+def batches(n, images, seed, epoch):
+  """Which images each rank sees in each step of an epoch."""
+  steps = images // BATCH
+  order = [
+    np.random.RandomState((seed, rank, epoch)).permutation(images)
+    for rank in range(n)
+  ]
+  return np.stack(order)[:, : steps * BATCH].reshape(n, steps, BATCH)
 
 
 def logits(params, x):
@@ -109,22 +121,23 @@ def accuracy(params, data):
   return jnp.mean(jnp.argmax(logits(params, data.x), axis=-1) == data.y)
 
 
-def optimizer(method, n, learning_rate):
-  """The decentralized optimizer of a method."""
-  inner = optax.sgd(learning_rate, momentum=0.9)
+def optimizer(method, n, learning_rate, steps):
+  """The decentralized optimizer of a method.
+
+  The learning rate falls to zero: what keeps the ranks apart, and the bias that
+  different data leave, is proportional to it.
+  """
+  schedule = optax.cosine_decay_schedule(learning_rate, steps)
+  inner = optax.sgd(schedule, momentum=0.9)
   if method in GRAPHS:
     return adapt_then_combine(inner, GRAPHS[method](n))
   return gradient_allreduce(inner) if method == "gradient allreduce" else inner
 
 
-def make_epoch(tx, seed):
+def make_epoch(tx):
   """One rank's program of one epoch."""
 
-  def epoch(params, state, data, test, number):
-    key = jax.random.fold_in(jax.random.key(seed + 1), jfog.rank())
-    order = jax.random.permutation(jax.random.fold_in(key, number), len(data.y))
-    batches = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
-
+  def epoch(params, state, data, batches, test):
     def step(carry, batch):
       params, state = carry
       grads = jax.grad(loss)(params, data.x[batch], data.y[batch])
@@ -141,26 +154,28 @@ def make_epoch(tx, seed):
 
 def train(method, arguments, world, n, data, test, progress):
   """Trains by one method; returns the curves and the bytes sent."""
-  tx = optimizer(method, n, arguments.learning_rate)
-  params = init_params(jax.random.key(arguments.seed))
+  images = data.y.shape[1]
+  steps = arguments.epochs * (images // BATCH)
+  tx = optimizer(method, n, arguments.learning_rate, steps)
+  params = init_params(arguments.seed)
   state = tx.init(params)
   size = bytes_per_step(topology.ring(2), params)  # one message: all parameters
-  epoch = make_epoch(tx, arguments.seed)
-  if world.size > 1:
-    data = jax.tree.map(lambda x: x[world.rank], data)
-  else:
+  epoch = make_epoch(tx)
 
-    def stack(x):
-      return jnp.broadcast_to(x, (n, *x.shape))
+  def here(stacked):  # what of a value for each rank this process works on
+    return stacked[world.rank] if world.size > 1 else stacked
 
-    params, state = jax.tree.map(stack, (params, state))
-    epoch = jfog.simulate(
-      epoch, n, in_axes=(0, 0, 0, None, None), out_axes=(0, 0, 0)
+  if world.size == 1:
+    params, state = jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (n, *x.shape)), (params, state)
     )
+    epoch = jfog.simulate(epoch, n, in_axes=(0, 0, 0, 0, None))
+  data = jax.tree.map(here, data)
   epoch = jax.jit(epoch)
   curves = []
   for number in range(arguments.epochs):
-    params, state, metrics = epoch(params, state, data, test, number)
+    order = here(batches(n, images, arguments.seed, number))
+    params, state, metrics = epoch(params, state, data, order, test)
     # The metrics are averages over ranks, equal on all of them.
     curves.append(np.asarray(metrics).reshape(-1, 3)[0].tolist())
     progress.set_description(method)
@@ -225,7 +240,7 @@ def parse():
   )
   parser.add_argument("--split", choices=("iid", "label"), default="iid")
   parser.add_argument("--epochs", type=int, default=30)
-  parser.add_argument("--learning-rate", type=float, default=0.05)
+  parser.add_argument("--learning-rate", type=float, default=0.1)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
     "--methods",
