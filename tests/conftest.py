@@ -95,6 +95,9 @@ def pytest_configure(config):
   config.addinivalue_line(
     "markers", "places(*names): run in these places or kinds of places only"
   )
+  config.addinivalue_line(
+    "markers", "mpi(*sizes): on MPI run with these numbers of ranks only"
+  )
   config.addinivalue_line("markers", "soak: long; runs with --soak only")
 
 
@@ -109,7 +112,9 @@ def pytest_generate_tests(metafunc):
   """Gives a test the places it is meant for."""
   if "place" not in metafunc.fixturenames:
     return
-  names = [*PLACES, *(f"mpi-{n}" for n in MPI_SIZES)]
+  sizes = metafunc.definition.get_closest_marker("mpi")
+  sizes = sizes.args if sizes else MPI_SIZES
+  names = [*PLACES, *(f"mpi-{n}" for n in sizes)]
   if marker := metafunc.definition.get_closest_marker("places"):
     extra = [n for n in marker.args if "-" in n and n not in names]
     names = [

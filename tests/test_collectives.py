@@ -38,6 +38,7 @@ def test_allreduce(place, x, op):
   np.testing.assert_allclose(y, everywhere(place, truth), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize(
   "dtype",
   [
@@ -105,6 +106,7 @@ def test_allreduce_of_a_pytree(place, x):
   assert y["empty"].shape[-1] == 0
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize("op", ["min", "max"])
 def test_nan_wins(place, op):
   x = np.arange(place.size * 2, dtype=np.float32).reshape(place.size, 2)
@@ -114,6 +116,7 @@ def test_nan_wins(place, op):
   np.testing.assert_array_equal(y, truth)
 
 
+@pytest.mark.mpi(2, 3)
 def test_derivatives_of_allreduce(place, x, rng):
   n = place.size
   c = rng.randn(*x.shape).astype(np.float32)
@@ -136,6 +139,7 @@ def test_derivatives_of_allreduce(place, x, rng):
       place.run(jax.grad(lambda x, op=op: jfog.allreduce(x, op).sum()), x)
 
 
+@pytest.mark.mpi(2, 5)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_broadcast_gives_the_roots_bits(place, rng, dtype):
   root = place.size - 1
@@ -178,6 +182,7 @@ def test_allgather(place, x, rng):
     assert y[name].dtype == leaf.dtype
 
 
+@pytest.mark.mpi(3)
 def test_derivative_and_vmap_of_allgather(place, x, rng):
   n = place.size
   c = rng.randn(n, n * 3, 2).astype(np.float32)
@@ -246,6 +251,7 @@ def test_sub_communicators(place, x):
 # What is wrong is refused before anything is sent, on every rank alike.
 
 
+@pytest.mark.mpi(2)
 def test_bad_arguments(place, x):
   with pytest.raises(ValueError, match="'average'"):
     place.run(lambda x: jfog.allreduce(x, "average"), x)

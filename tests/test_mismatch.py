@@ -10,7 +10,7 @@ import pytest
 import jfog
 from jfog import topology
 
-pytestmark = pytest.mark.places("mpi-2", "mpi-3")
+pytestmark = pytest.mark.places("mpi-3")
 TIMEOUT = 4.0
 
 

@@ -73,6 +73,7 @@ def test_value_is_the_dense_product(place, x, name):
     np.testing.assert_allclose(y, place.mine(truth), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mpi(2, 5)
 def test_eager_value_and_python_step(place, x):
   graph = topology.one_peer_exponential(place.size)
   y = place.run(lambda x: average(x, graph, 1), x)
@@ -80,6 +81,7 @@ def test_eager_value_and_python_step(place, x):
   np.testing.assert_allclose(y, place.mine(truth), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize(
   "dtype",
   [
@@ -143,6 +145,7 @@ def test_pytree_keeps_structure_shapes_and_dtypes(place, rng):
       np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mpi(1, 2)
 def test_tree_without_leaves(place):
   graph = topology.ring(place.size)
   assert jfog.simulate(lambda: (), 1)() == ()
@@ -166,6 +169,7 @@ def test_reverse_derivative_is_the_transposed_product(place, x, rng, name):
   np.testing.assert_allclose(grad, place.mine(truth), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mpi(3)
 def test_second_derivative(place, x):
   graph = GRAPHS["uniform_in"](place.size)
 
@@ -183,6 +187,7 @@ def test_second_derivative(place, x):
   np.testing.assert_allclose(result, place.mine(truth), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.mpi(2, 5)
 def test_forward_derivative(place, x, rng):
   graph = topology.exponential(place.size)
   dx = rng.randn(*x.shape).astype(np.float32)
@@ -198,6 +203,7 @@ def test_forward_derivative(place, x, rng):
   )
 
 
+@pytest.mark.mpi(3)
 def test_vmap_over_leaves_and_over_steps(place, x):
   graph = topology.one_peer_exponential(place.size)
   y = place.run(
@@ -246,6 +252,7 @@ def test_control_flow_and_remat(place, x):
   )
 
 
+@pytest.mark.mpi(2, 3)
 def test_gradient_through_scan_and_remat(place, x):
   graph = topology.one_peer_exponential(place.size)
 
@@ -266,6 +273,7 @@ def test_gradient_through_scan_and_remat(place, x):
   np.testing.assert_allclose(grad, place.mine(truth), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.mpi(3, 5)
 @pytest.mark.parametrize("name", ["complete", "uniform_in", "one_peer"])
 def test_runtime_weights_replace_the_graphs_on_its_edges(place, x, rng, name):
   graph = GRAPHS[name](place.size)
@@ -277,6 +285,7 @@ def test_runtime_weights_replace_the_graphs_on_its_edges(place, x, rng, name):
   np.testing.assert_allclose(y, place.mine(truth), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize("name", ["complete", "uniform_in"])
 def test_derivatives_with_runtime_weights(place, x, rng, name):
   n = place.size
@@ -300,6 +309,7 @@ def test_derivatives_with_runtime_weights(place, x, rng, name):
   np.testing.assert_allclose(dw, place.mine(rows), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.mpi(3, 4)
 @pytest.mark.parametrize("name", ["ring", "star", "base", "one_peer_star"])
 def test_equal_values_come_back_bit_for_bit(place, rng, name):
   graph = GRAPHS[name](place.size)
@@ -311,6 +321,7 @@ def test_equal_values_come_back_bit_for_bit(place, rng, name):
     np.testing.assert_array_equal(y, place.mine(x))
 
 
+@pytest.mark.mpi(1, 3)
 def test_a_pure_move_returns_the_senders_bits(place, rng):
   graph = GRAPHS["move"](place.size)
   x = rng.randn(place.size, 9).astype(np.float32)
@@ -323,6 +334,7 @@ def test_a_pure_move_returns_the_senders_bits(place, rng):
   )
 
 
+@pytest.mark.mpi(2)
 def test_argument_is_not_changed(place, x):
   graph = topology.ring(place.size)
 
@@ -405,6 +417,7 @@ def test_a_traced_step_compiles_to_one_branch(place, x):
 # What is wrong is refused before anything is sent, on every rank alike.
 
 
+@pytest.mark.mpi(2, 3)
 def test_size_mismatch_names_both_sizes(place, x):
   graph = topology.ring(place.size + 2)
   with pytest.raises(
@@ -414,12 +427,14 @@ def test_size_mismatch_names_both_sizes(place, x):
     place.run(lambda x: average(x, graph), x)
 
 
+@pytest.mark.mpi(2, 3)
 def test_schedule_without_step(place, x):
   graph = topology.one_peer_exponential(place.size)
   with pytest.raises(ValueError, match="needs a step"):
     place.run(lambda x: average(x, graph), x)
 
 
+@pytest.mark.mpi(2)
 @pytest.mark.parametrize("step", [1.5, True, "1", np.zeros(2, np.int32)])
 def test_step_that_is_no_integer(place, x, step):
   graph = topology.one_peer_exponential(place.size)
@@ -427,6 +442,7 @@ def test_step_that_is_no_integer(place, x, step):
     place.run(lambda x: average(x, graph, step), x)
 
 
+@pytest.mark.mpi(2)
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_integer_leaf_is_named(place, x, dtype):
   graph = topology.ring(place.size)
@@ -437,17 +453,20 @@ def test_integer_leaf_is_named(place, x, dtype):
     )
 
 
+@pytest.mark.mpi(2)
 @pytest.mark.parametrize("graph", [None, np.eye(3), "ring"])
 def test_no_graph(place, x, graph):
   with pytest.raises(TypeError, match="Topology or Schedule"):
     place.run(lambda x: average(x, graph), x)
 
 
+@pytest.mark.mpi(2)
 def test_protocol_is_no_graph(place, x):
   with pytest.raises(TypeError, match="several rounds"):
     place.run(lambda x: average(x, topology.ceca(place.size)), x)
 
 
+@pytest.mark.mpi(2)
 def test_bad_weights(place, x):
   graph = topology.ring(place.size)
   for weights, error in (
@@ -458,6 +477,7 @@ def test_bad_weights(place, x):
       place.run(functools.partial(average, graph=graph, weights=weights), x)
 
 
+@pytest.mark.mpi(2)
 def test_leaf_that_is_no_array(place, x):
   graph = topology.ring(place.size)
   with pytest.raises(TypeError, match=r"x\['name'\]"):

@@ -144,6 +144,7 @@ def assert_iterates(place, result, truth, tolerance=1e-10):
   np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.mpi(3, 4)
 @pytest.mark.parametrize(
   ("method", "inner", "graph", "every"),
   [
@@ -175,6 +176,7 @@ def test_iterates_are_those_of_the_dense_recursion(
   assert_iterates(place, result, dense)
 
 
+@pytest.mark.mpi(2, 3)
 @pytest.mark.parametrize(
   ("inner", "every"), [("sgd", 1), ("adamw", 1), ("adam", 3), ("clipped", 3)]
 )
@@ -192,6 +194,7 @@ def test_gradient_allreduce_is_the_dense_recursion(
   assert_iterates(place, result, dense)
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize("method", BOTH)
 def test_a_schedule_advances_with_communications(place, method):
   """The averaging adds its step, so the sum tells which steps it saw."""
@@ -216,6 +219,7 @@ def test_a_schedule_advances_with_communications(place, method):
   np.testing.assert_array_equal(count, place.mine(np.full(place.size, 10)))
 
 
+@pytest.mark.mpi(2, 5)
 def test_averaging_may_be_a_function(place, rng):
   """Two rounds in one step, by a function of the user's own."""
   graph = topology.one_peer_exponential(place.size)
@@ -243,6 +247,7 @@ def test_averaging_may_be_a_function(place, rng):
   np.testing.assert_allclose(result, place.mine(truth), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize("method", BOTH)
 def test_half_parameters_get_float32_updates_and_are_rounded_once(
   place, rng, method
@@ -271,6 +276,7 @@ def test_half_parameters_get_float32_updates_and_are_rounded_once(
   assert (error <= 0.5 * 2.0 ** (exponent - 8) + 1e-5).all()
 
 
+@pytest.mark.mpi(2)
 def test_half_gradients_are_accumulated_in_float32(place):
   """In bfloat16, 256 + 1 is 256: sixteen ones would be lost."""
   tx = optimizers.gradient_allreduce(optax.sgd(1.0), every=17)
@@ -292,6 +298,7 @@ def test_half_gradients_are_accumulated_in_float32(place):
   )
 
 
+@pytest.mark.mpi(3)
 def test_wrapped_by_other_transformations(place, rng):
   """`masked` and `partition` hide leaves, `chain` comes before."""
   graph = topology.fully_connected(place.size)
@@ -328,6 +335,7 @@ def test_wrapped_by_other_transformations(place, rng):
       )
 
 
+@pytest.mark.mpi(3)
 @pytest.mark.parametrize("method", BOTH)
 def test_equal_float32_values_do_not_drift(place, rng, method):
   """Weights of thirds, none exact: a weighted sum would creep away."""
@@ -350,6 +358,7 @@ def test_equal_float32_values_do_not_drift(place, rng, method):
 # What the iterates have in common, and where they end.
 
 
+@pytest.mark.mpi(4)
 def test_gradient_allreduce_is_atc_of_the_complete_graph(place, rng, x64):
   problem = Quadratic(place.size, rng)
   start = np.broadcast_to(problem.start[0], problem.start.shape)
