@@ -157,15 +157,18 @@ def train(method, arguments, world, n, data, test, progress):
   images = data.y.shape[1]
   steps = arguments.epochs * (images // BATCH)
   tx = optimizer(method, n, arguments.learning_rate, steps)
+  progress.set_description(method)
   params = init_params(arguments.seed)
   state = tx.init(params)
   size = bytes_per_step(topology.ring(2), params)  # one message: all parameters
   epoch = make_epoch(tx)
 
-  def here(stacked):  # what of a value for each rank this process works on
-    return stacked[world.rank] if world.size > 1 else stacked
+  on_mpi = world.backend == "mpi"
 
-  if world.size == 1:
+  def here(stacked):  # what of a value for each rank this process works on
+    return stacked[world.rank] if on_mpi else stacked
+
+  if not on_mpi:
     params, state = jax.tree.map(
       lambda x: jnp.broadcast_to(x, (n, *x.shape)), (params, state)
     )
@@ -178,12 +181,9 @@ def train(method, arguments, world, n, data, test, progress):
     params, state, metrics = epoch(params, state, data, order, test)
     # The metrics are averages over ranks, equal on all of them.
     curves.append(np.asarray(metrics).reshape(-1, 3)[0].tolist())
-    progress.set_description(method)
     progress.update()
   if method in GRAPHS:
-    sent = bytes_per_step(GRAPHS[method](n), params) / (
-      1 if world.size > 1 else n
-    )
+    sent = bytes_per_step(GRAPHS[method](n), params) / (1 if on_mpi else n)
   elif method == "gradient allreduce":
     sent = 2 * (n - 1) / n * size
   else:
@@ -261,7 +261,8 @@ def main():
   """Trains by every method and reports."""
   arguments = parse()
   world = jfog.init()
-  n = world.size if world.size > 1 else arguments.ranks
+  on_mpi = world.backend == "mpi"
+  n = world.size if on_mpi else arguments.ranks
   data, test = load(n, arguments.split, arguments.seed)
   results = {}
   with tqdm(
@@ -273,8 +274,7 @@ def main():
     for method in arguments.methods:
       results[method] = train(method, arguments, world, n, data, test, progress)
   if world.rank == 0:
-    place = "MPI" if world.size > 1 else "virtual"
-    report(results, arguments, n, place)
+    report(results, arguments, n, "MPI" if on_mpi else "virtual")
     if arguments.json:
       arguments.json.write_text(json.dumps(results))
 

@@ -71,6 +71,29 @@ def test_average_consensus_on_mpi(tmp_path):
     assert difference < 1e-2 * float(simulated[graph]) + 1e-6, graph
 
 
+def test_digits_on_virtual_ranks(tmp_path):
+  methods = ("static exponential", "no communication")
+  run(
+    "digits.py",
+    tmp_path,
+    *("--ranks", "5", "--epochs", "5", "--json", "sim.json"),
+    *("--methods", *methods),
+  )
+  curves = json.loads((tmp_path / "sim.json").read_text())
+  shared, alone = (curves[method] for method in methods)
+  assert shared["accuracy"][-1] > 0.9
+  assert shared["accuracy"][-1] > alone["accuracy"][-1]
+  assert shared["consensus_distance"][-1] < alone["consensus_distance"][-1]
+  assert alone["bytes_per_step"] == 0
+  assert is_png(tmp_path / "digits.png")
+
+
+@needs_mpi
+def test_a_job_of_one_rank_trains_one_rank(tmp_path):
+  arguments = ("--epochs", "1", "--methods", "ring")
+  assert "1 ranks (MPI)" in run("digits.py", tmp_path, *arguments, ranks=1)
+
+
 @needs_mpi
 @pytest.mark.parametrize("split", ["iid", "label"])
 def test_digits_are_equal_on_mpi_and_in_simulation(tmp_path, split):

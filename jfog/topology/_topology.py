@@ -430,13 +430,13 @@ def stationary_distribution(matrix: np.ndarray) -> np.ndarray:
 
 
 def is_exact_average(matrix: np.ndarray) -> bool:
-  """Returns whether all entries are `1/size`, relatively up to 1e-9.
+  """Returns whether all entries are `1/size`, relatively up to 1e-12.
 
   Example:
     >>> is_exact_average(np.full((3, 3), 1 / 3))
     True
   """
-  return bool(np.abs(matrix * len(matrix) - 1.0).max() <= 1e-9)
+  return bool(np.abs(matrix * len(matrix) - 1.0).max() <= 1e-12)
 
 
 def format_gap(gap: float) -> str:
