@@ -164,7 +164,7 @@ class Schedule:
 
     Returns:
       The smallest `r` up to the period with `W_{r-1} ... W_0 = 11^T / size`,
-      all entries relatively within 1e-9; `None` if there is none.
+      all entries relatively within 1e-12; `None` if there is none.
 
     Example:
       >>> Schedule([np.full((2, 2), 0.5)] * 3).rounds_to_exact_average()
