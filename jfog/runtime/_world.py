@@ -410,6 +410,7 @@ def _install_hooks() -> None:
       return
     # Whatever waits for peers gives up at once, MPI is not finalized, and the
     # launcher sees a nonzero exit and ends the other ranks.
+    atexit.unregister(_finish)
     _native.mpi().abandon(f"this rank failed with {kind.__name__}: {value}")
 
   sys.excepthook = excepthook
