@@ -134,12 +134,19 @@ def place(request):
     yield Place(name, int(size))
     return
   if kind == "single":
+    jfog.shutdown()
     jfog.init(backend="single")
     yield Place(name, 1)
     jfog.shutdown()
     return
   size, _, local = size.partition("x")
   yield Place(name, int(size), int(local or 1))
+
+
+@pytest.fixture
+def in_job() -> bool:
+  """Whether this process is a rank of a job, and not the one that reports it."""
+  return _RANKS > 0
 
 
 @pytest.fixture
