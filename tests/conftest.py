@@ -39,7 +39,8 @@ import numpy as np  # noqa: E402
 import jfog  # noqa: E402
 import jfog.runtime  # noqa: E402
 
-PLACES = ("single", "simulate-5", "simulate-6x2", f"mesh-{_DEVICES}")
+PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
+TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
 MPI_SIZES = (1, 2, 3, 4, 5)
 _JOB_DEADLINE = 900.0  # seconds; a quiet machine needs a tenth of it
 
@@ -96,6 +97,9 @@ def pytest_configure(config):
     "markers", "places(*names): run in these places or kinds of places only"
   )
   config.addinivalue_line(
+    "markers", "two_axes: also run on machines x local ranks"
+  )
+  config.addinivalue_line(
     "markers", "mpi(*sizes): on MPI run with these numbers of ranks only"
   )
   config.addinivalue_line("markers", "soak: long; runs with --soak only")
@@ -115,6 +119,8 @@ def pytest_generate_tests(metafunc):
   sizes = metafunc.definition.get_closest_marker("mpi")
   sizes = sizes.args if sizes else MPI_SIZES
   names = [*PLACES, *(f"mpi-{n}" for n in sizes)]
+  if metafunc.definition.get_closest_marker("two_axes"):
+    names.append(TWO_AXES)
   if marker := metafunc.definition.get_closest_marker("places"):
     extra = [n for n in marker.args if "-" in n and n not in names]
     names = [

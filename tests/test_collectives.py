@@ -31,6 +31,7 @@ def everywhere(place, truth):
   return place.mine(np.broadcast_to(truth, (place.size, *truth.shape)))
 
 
+@pytest.mark.two_axes
 @pytest.mark.parametrize("op", REDUCTIONS)
 def test_allreduce(place, x, op):
   y = place.run(jax.jit(lambda x: jfog.allreduce(x, op)), x)
@@ -116,6 +117,7 @@ def test_nan_wins(place, op):
   np.testing.assert_array_equal(y, truth)
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(2, 3)
 def test_derivatives_of_allreduce(place, x, rng):
   n = place.size
@@ -139,6 +141,7 @@ def test_derivatives_of_allreduce(place, x, rng):
       place.run(jax.grad(lambda x, op=op: jfog.allreduce(x, op).sum()), x)
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(2, 5)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_broadcast_gives_the_roots_bits(place, rng, dtype):
@@ -167,6 +170,7 @@ def test_broadcast_of_a_tree_and_its_derivative(place, x, rng):
   np.testing.assert_allclose(grad, place.mine(truth), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.two_axes
 def test_allgather(place, x, rng):
   n = place.size
   tree = {
@@ -182,6 +186,7 @@ def test_allgather(place, x, rng):
     assert y[name].dtype == leaf.dtype
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(3)
 def test_derivative_and_vmap_of_allgather(place, x, rng):
   n = place.size

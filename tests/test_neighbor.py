@@ -63,6 +63,7 @@ def product(matrix, x):
   return (matrix @ flat).reshape(x.shape)
 
 
+@pytest.mark.two_axes
 @pytest.mark.parametrize("name", GRAPHS)
 def test_value_is_the_dense_product(place, x, name):
   graph = GRAPHS[name](place.size)
@@ -115,6 +116,7 @@ def test_dtypes(place, rng, x64, dtype):
   )
 
 
+@pytest.mark.two_axes
 def test_pytree_keeps_structure_shapes_and_dtypes(place, rng):
   n = place.size
   graph = topology.exponential(n)
@@ -156,6 +158,7 @@ def test_tree_without_leaves(place):
   assert out[1] == {"none": None}
 
 
+@pytest.mark.two_axes
 @pytest.mark.parametrize("name", ["exponential", "uniform_in", "one_peer"])
 def test_reverse_derivative_is_the_transposed_product(place, x, rng, name):
   graph = GRAPHS[name](place.size)
@@ -285,6 +288,7 @@ def test_runtime_weights_replace_the_graphs_on_its_edges(place, x, rng, name):
   np.testing.assert_allclose(y, place.mine(truth), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(3)
 @pytest.mark.parametrize("name", ["complete", "uniform_in"])
 def test_derivatives_with_runtime_weights(place, x, rng, name):

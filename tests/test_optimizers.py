@@ -176,6 +176,7 @@ def test_iterates_are_those_of_the_dense_recursion(
   assert_iterates(place, result, dense)
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(2, 3)
 @pytest.mark.parametrize(
   ("inner", "every"), [("sgd", 1), ("adamw", 1), ("adam", 3), ("clipped", 3)]
@@ -219,6 +220,7 @@ def test_a_schedule_advances_with_communications(place, method):
   np.testing.assert_array_equal(count, place.mine(np.full(place.size, 10)))
 
 
+@pytest.mark.two_axes
 @pytest.mark.mpi(2, 5)
 def test_averaging_may_be_a_function(place, rng):
   """Two rounds in one step, by a function of the user's own."""
