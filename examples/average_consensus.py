@@ -125,12 +125,12 @@ def run(graph, n, rounds, seed, world):
   return errors / errors[0] if errors[0] > 0 else errors
 
 
-def graphs_of(n, verbose):
-  """The graphs that there are for `n` ranks, by name."""
+def graphs_of(n, names, verbose):
+  """Those of the named graphs that there are for `n` ranks, by name."""
   graphs = {}
-  for name, make in (STATIC | TIME_VARYING).items():
+  for name in names:
     try:
-      graphs[name] = make(n)
+      graphs[name] = (STATIC | TIME_VARYING)[name](n)
     except ValueError as reason:
       if verbose:
         print(f"left out: {name}: {reason}")
@@ -205,6 +205,15 @@ def main():
   parser.add_argument(
     "--output", type=pathlib.Path, default=pathlib.Path("average_consensus.png")
   )
+  names = tuple(STATIC | TIME_VARYING)
+  parser.add_argument(
+    "--graphs",
+    nargs="+",
+    choices=names,
+    default=names,
+    metavar="GRAPH",
+    help="some of: " + ", ".join(names),
+  )
   arguments = parser.parse_args()
   jax.config.update("jax_enable_x64", True)
   world = jfog.init()
@@ -215,7 +224,9 @@ def main():
     n = world.size
   curves = {
     name: (graph, run(graph, n, arguments.rounds, arguments.seed, world))
-    for name, graph in graphs_of(n, verbose=world.rank == 0).items()
+    for name, graph in graphs_of(
+      n, arguments.graphs, verbose=world.rank == 0
+    ).items()
   }
   if world.rank == 0:
     table(curves, n)

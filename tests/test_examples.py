@@ -61,14 +61,18 @@ def test_average_consensus(tmp_path):
 
 @needs_mpi
 def test_average_consensus_on_mpi(tmp_path):
-  name, arguments = "average_consensus.py", ("--rounds", "4")
+  graphs = ("ring", "star", "one-peer exponential", "base-2", "CECA")
+  name, arguments = (
+    "average_consensus.py",
+    ("--rounds", "4", "--graphs", *graphs),
+  )
   on_mpi = rows(run(name, tmp_path, *arguments, ranks=3))
   simulated = rows(run(name, tmp_path, *arguments, "--ranks", "3"))
-  assert on_mpi.keys() == simulated.keys()
-  assert len(on_mpi) > 12
+  assert set(on_mpi) == set(simulated) == set(graphs)
   for graph in simulated:
     difference = abs(float(on_mpi[graph]) - float(simulated[graph]))
-    assert difference < 1e-2 * float(simulated[graph]) + 1e-6, graph
+    # The table shows two digits, and rounding may turn on the last one.
+    assert difference < 0.11 * float(simulated[graph]) + 1e-6, graph
 
 
 def test_digits_on_virtual_ranks(tmp_path):
