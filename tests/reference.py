@@ -5,6 +5,11 @@ import functools
 import numpy as np
 
 
+def assert_close(actual, desired, tolerance=1e-12):
+  """Asserts equality up to an absolute tolerance."""
+  np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance)
+
+
 def mixing(graph, step=0):
   """The matrix that the accessors of `graph[step]` describe, rank by rank."""
   topology = graph[step]

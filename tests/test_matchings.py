@@ -30,10 +30,6 @@ GRAPHS = {
 }
 
 
-def close(actual, desired, tolerance=1e-12):
-  np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance)
-
-
 def edges_of(graph):
   return sorted(
     (i, j) for i, j in np.argwhere(graph.mixing_matrix).tolist() if i < j
@@ -48,7 +44,7 @@ def check_matchings(graph):
     assert ((matrix > 0).sum(axis=1) <= 2).all()
     assert set(np.unique(matrix)) <= {0.0, 0.5, 1.0}
     assert (matrix == matrix.T).all()
-    close(matrix @ matrix, matrix)
+    reference.assert_close(matrix @ matrix, matrix)
     seen.append(edges_of(schedule[t]))
   assert sorted(itertools.chain(*seen)) == edges_of(graph)
   assert len(schedule) <= graph.degree + 1
@@ -184,7 +180,7 @@ def test_rho_is_the_expected_contraction_and_the_least(name, budget):
     return reference.contraction(expected)
 
   assert plan.rho < 1 and plan.alpha > 0
-  close(contraction(plan.alpha), plan.rho, 1e-9)
+  reference.assert_close(contraction(plan.alpha), plan.rho, 1e-9)
   for factor in (0.5, 0.99, 1.01, 1.5):
     assert contraction(factor * plan.alpha) >= plan.rho - 1e-9
 
@@ -197,7 +193,7 @@ def test_full_budget_is_the_fixed_graph(name):
   truth = np.eye(graph.size) - 2 / (values[1] + values[-1]) * L
   schedule = jt.matcha(graph, budget=1.0, seed=0, period=4)
   assert len(schedule) == 4 and len(set(schedule.rounds)) == 1
-  close(schedule[0].mixing_matrix, truth, 1e-10)
+  reference.assert_close(schedule[0].mixing_matrix, truth, 1e-10)
   assert jt.matcha(graph, 1, seed=9, period=4) == schedule
 
 
@@ -213,7 +209,7 @@ def test_rounds_are_drawn_matching_by_matching(name):
     for L, p in zip(laplacians, plan.probabilities, strict=True):
       if stream.random_sample() < p:
         matrix -= plan.alpha * L
-    close(schedule[t].mixing_matrix, matrix)
+    reference.assert_close(schedule[t].mixing_matrix, matrix)
   assert schedule.is_symmetric and schedule.is_doubly_stochastic
   assert schedule == jt.matcha(graph, budget=0.4, seed=11, period=40)
   assert schedule != jt.matcha(graph, budget=0.4, seed=12, period=40)

@@ -22,9 +22,9 @@ enum Weighting : std::int64_t {
                      // sum_j (row_j[me] x_j)
 };
 
-// This rank's rows of every round. Entries of round t lie at [begin[t],
-// begin[t + 1]) of the arrays behind the offsets; the last element of every
-// array but the offsets is padding, for attributes may not be empty.
+// This rank's row of one round, cut out of the attributes, which hold all
+// rounds: those of round t lie at [begin[t], begin[t + 1]). The last element of
+// every array but the offsets is padding, for attributes may not be empty.
 struct Round {
   std::vector<int> sources;
   std::vector<double> source_weights;
