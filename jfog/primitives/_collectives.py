@@ -1,6 +1,7 @@
 """Collectives over all ranks: allreduce, broadcast, allgather, barrier."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _leaves, _mesh, _primitive
+from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives._calls import Call
 from jfog.runtime import Communicator, resolve
 
 # In the order in which collectives.cc numbers them.
 _REDUCTIONS = ("sum", "mean", "min", "max", "prod")
 
 
+@_calls.operation
 def allreduce(
   x: Any, op: str = "mean", *, comm: Communicator | None = None
 ) -> Any:
@@ -69,18 +72,19 @@ def allreduce(
           f"allreduce: the leaf {name} is complex and has no {op}; reduce its "
           f"absolute value or its parts."
         )
-  if not leaves:
-    return x
-  if comm.backend in ("mesh", "single"):
+  if not leaves or comm.backend in ("mesh", "single"):
     reduce = _mesh_allreduce if op in ("sum", "mean") else _mesh_extremum
-    results = [reduce(leaf, op, comm) for leaf in leaves]
-  else:
-    native = _leaves.to_native(leaves, names, "allreduce")
-    results = allreduce_p.bind(*native, fixed=0, op=op, comm=comm)
-    results = _leaves.like(results, leaves)
-  return structure.unflatten(results)
+    return Call(leaves, structure, [reduce(leaf, op, comm) for leaf in leaves])
+  return Call(
+    leaves,
+    structure,
+    primitive=allreduce_p,
+    operands=_leaves.to_native(leaves, names, "allreduce"),
+    params={"op": op, "comm": comm},
+  )
 
 
+@_calls.operation
 def broadcast(
   x: Any, root: int = 0, *, comm: Communicator | None = None
 ) -> Any:
@@ -122,16 +126,20 @@ def broadcast(
     )
   leaves, names, structure = _leaves.flatten(x, "broadcast")
   if not leaves or comm.backend == "single":
-    return structure.unflatten(leaves)
+    return Call(leaves, structure, leaves)
   if comm.backend == "mesh":
     results = [_mesh_broadcast(leaf, root, comm) for leaf in leaves]
-  else:
-    native = _leaves.to_native(leaves, names, "broadcast")
-    results = broadcast_p.bind(*native, fixed=0, root=int(root), comm=comm)
-    results = _leaves.like(results, leaves)
-  return structure.unflatten(results)
+    return Call(leaves, structure, results)
+  return Call(
+    leaves,
+    structure,
+    primitive=broadcast_p,
+    operands=_leaves.to_native(leaves, names, "broadcast"),
+    params={"root": int(root), "comm": comm},
+  )
 
 
+@_calls.operation
 def allgather(
   x: Any,
   *,
@@ -177,16 +185,40 @@ def allgather(
     for leaf, name in zip(leaves, names, strict=True)
   ]
   if not leaves or comm.backend == "single":
-    return structure.unflatten(leaves)
+    return Call(leaves, structure, leaves)
   if comm.backend == "mesh":
     results = [_mesh_allgather(leaf, comm) for leaf in leaves]
-  else:
-    native = _leaves.to_native(leaves, names, "allgather")
-    results = allgather_p.bind(
-      *native, fixed=0, axis_sizes=tuple(sizes), comm=comm
-    )
-    results = _leaves.like(results, leaves)
-  return structure.unflatten(results)
+    return Call(leaves, structure, results)
+  return Call(
+    leaves,
+    structure,
+    primitive=allgather_p,
+    operands=_leaves.to_native(leaves, names, "allgather"),
+    params={"axis_sizes": tuple(sizes), "comm": comm},
+  )
+
+
+allreduce_start = _calls.start_of(
+  allreduce,
+  """>>> total = lambda x: jfog.wait(jfog.allreduce_start(x, "sum"))
+    >>> jfog.simulate(total, 2)(jnp.array([1.0, 3.0]))
+    Array([4., 4.], dtype=float32)""",
+)
+
+broadcast_start = _calls.start_of(
+  broadcast,
+  """>>> first = lambda x: jfog.wait(jfog.broadcast_start(x))
+    >>> jfog.simulate(first, 2)(jnp.array([1.0, 3.0]))
+    Array([1., 1.], dtype=float32)""",
+)
+
+allgather_start = _calls.start_of(
+  allgather,
+  """>>> all_of = lambda x: jfog.wait(jfog.allgather_start(x))
+    >>> jfog.simulate(all_of, 2)(jnp.array([1.0, 3.0]))
+    Array([[1., 3.],
+           [1., 3.]], dtype=float32)""",
+)
 
 
 def barrier(*, comm: Communicator | None = None) -> None:
@@ -332,12 +364,14 @@ def _like_operands(*operands, fixed, **params):
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
 
 
-def _allreduce_jvp(primitive, primals, tangents, *, op, **params):
+def _allreduce_tangents(primitive, primals, results, tangents, *, op, **params):
   if op not in ("sum", "mean") and any(
     type(dx) is not ad.Zero for dx in tangents
   ):
     raise _no_derivative(op)
-  return _primitive.linear_jvp(primitive, primals, tangents, op=op, **params)
+  return _primitive.linear_tangents(
+    primitive, primals, results, tangents, op=op, **params
+  )
 
 
 def _allreduce_transpose(cotangents, *, fixed, op, comm):
@@ -347,11 +381,11 @@ def _allreduce_transpose(cotangents, *, fixed, op, comm):
 allreduce_p = _primitive.define(
   "allreduce",
   abstract_eval=_like_operands,
-  attributes=lambda *, op, comm: {
+  attributes=lambda *leaves, op, comm: {
     "context": np.int64(comm.context),
     "reduction": np.int64(_REDUCTIONS.index(op)),
   },
-  jvp=_allreduce_jvp,
+  tangents=_allreduce_tangents,
   transpose=_allreduce_transpose,
   in_place=True,
 )
@@ -368,7 +402,7 @@ def _broadcast_transpose(cotangents, *, fixed, root, comm):
 broadcast_p = _primitive.define(
   "broadcast",
   abstract_eval=_like_operands,
-  attributes=lambda *, root, comm: {
+  attributes=lambda *leaves, root, comm: {
     "context": np.int64(comm.context),
     "root": np.int64(root),
   },
@@ -385,21 +419,23 @@ def _allgather_abstract_eval(*operands, fixed, axis_sizes, comm):
   ]
 
 
-def _allgather_jvp(primitive, primals, tangents, *, fixed, axis_sizes, comm):
+def _allgather_tangents(
+  primitive, primals, results, tangents, *, fixed, axis_sizes, comm
+):
   """Linear, but each leaf comes with its own lengths."""
-  params = {"fixed": fixed, "comm": comm}
-  results = primitive.bind(*primals, axis_sizes=axis_sizes, **params)
-  out = [_primitive.zero_tangent(y) for y in results]
+  del primals
+  out: list[Any] = [_primitive.zero_tangent(y) for y in results]
   moving = [i for i, dx in enumerate(tangents) if type(dx) is not ad.Zero]
   if moving:
     dy = primitive.bind(
       *(tangents[i] for i in moving),
       axis_sizes=tuple(axis_sizes[i] for i in moving),
-      **params,
+      fixed=fixed,
+      comm=comm,
     )
     for i, tangent in zip(moving, dy, strict=True):
       out[i] = tangent
-  return results, out
+  return out
 
 
 def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
@@ -412,34 +448,25 @@ def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
   return own
 
 
-def _allgather_batch(primitive, operands, dims, **params):
-  # Axis 0 is concatenated, so the batch moves out of its way, to the end.
-  moved = [
-    x if d is None else jnp.moveaxis(x, d, -1)
-    for x, d in zip(operands, dims, strict=True)
-  ]
-  results = primitive.bind(*moved, **params)
-  return results, [
-    d if d is None else y.ndim - 1 for y, d in zip(results, dims, strict=True)
-  ]
-
-
-def _allgather_attributes(*, axis_sizes, comm):
-  rows = np.array(axis_sizes, np.int64).ravel()
-  return {"context": np.int64(comm.context), "rows": rows}
+def _allgather_attributes(*leaves, axis_sizes, comm):
+  return {
+    "context": np.int64(comm.context),
+    "rows": np.array(axis_sizes, np.int64).ravel(),
+    "row_sizes": np.array([math.prod(x.shape[1:]) for x in leaves], np.int64),
+  }
 
 
 allgather_p = _primitive.define(
   "allgather",
   abstract_eval=_allgather_abstract_eval,
   attributes=_allgather_attributes,
-  jvp=_allgather_jvp,
+  tangents=_allgather_tangents,
   transpose=_allgather_transpose,
-  batch=_allgather_batch,
+  batch_axis=-1,  # axis 0 is concatenated
 )
 
 barrier_p = _primitive.define(
   "barrier",
   abstract_eval=lambda *, fixed, comm: [],
-  attributes=lambda *, comm: {"context": np.int64(comm.context)},
+  attributes=lambda *leaves, comm: {"context": np.int64(comm.context)},
 )

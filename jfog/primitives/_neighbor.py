@@ -13,7 +13,8 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _leaves, _mesh, _primitive
+from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives._calls import Call
 from jfog.primitives._permutations import permutations
 from jfog.runtime import Communicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
@@ -23,6 +24,7 @@ _TOLERANCE = 1e-9  # of the sum of a row, for the difference form
 _UNROLLED = 16
 
 
+@_calls.operation
 def neighbor_allreduce(
   x: Any,
   graph: Topology | Schedule,
@@ -89,25 +91,28 @@ def neighbor_allreduce(
   leaves, names, structure = _leaves.flatten(x, "neighbor_allreduce")
   _leaves.require_inexact(leaves, names, "neighbor_allreduce")
   row = None if weights is None else _row(weights, comm)
-  if not leaves:
-    return x
-  if comm.backend in ("mesh", "single"):
-    mixed = _on_mesh(leaves, graph, index, row, comm)
-  else:
-    native = _leaves.to_native(leaves, names, "neighbor_allreduce")
-    index = np.int32(index) if isinstance(index, int) else index
-    fixed = (index,) if row is None else (index, row)
-    weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
-    mixed = neighbor_allreduce_p.bind(
-      *fixed,
-      *native,
-      fixed=len(fixed),
-      graph=graph,
-      weighting=weighting,
-      comm=comm,
-    )
-    mixed = _leaves.like(mixed, leaves)
-  return structure.unflatten(mixed)
+  if not leaves or comm.backend in ("mesh", "single"):
+    mixed = _on_mesh(leaves, graph, index, row, comm) if leaves else []
+    return Call(leaves, structure, mixed)
+  index = np.int32(index) if isinstance(index, int) else index
+  weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
+  return Call(
+    leaves,
+    structure,
+    primitive=neighbor_allreduce_p,
+    fixed=(index,) if row is None else (index, row),
+    operands=_leaves.to_native(leaves, names, "neighbor_allreduce"),
+    params={"graph": graph, "weighting": weighting, "comm": comm},
+  )
+
+
+neighbor_allreduce_start = _calls.start_of(
+  neighbor_allreduce,
+  """>>> graph = jfog.topology.ring(4, "right")
+    >>> average = lambda x: jfog.wait(jfog.neighbor_allreduce_start(x, graph))
+    >>> jfog.simulate(average, 4)(jnp.array([0.0, 2.0, 4.0, 6.0]))
+    Array([3., 1., 3., 5.], dtype=float32)""",
+)
 
 
 def check_graph(graph: Any, size: int, operation: str) -> Topology | Schedule:
@@ -316,20 +321,27 @@ def _abstract_eval(*operands, fixed, graph, weighting, comm):
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
 
 
-def _jvp(primitive, primals, tangents, *, fixed, weighting, **params):
+def _tangents(
+  primitive, primals, results, tangents, *, fixed, weighting, **params
+):
   """Linear in the leaves, and linear in the row of weights.
 
   y = sum_j row[j] x[j], so dy = sum_j row[j] dx[j] + sum_j drow[j] x[j]. The
   second sum needs the neighbors' leaves one by one, for its transpose
   drow[j] = <dy, x[j]>: each is fetched by a row that selects it.
   """
-  out: list[Any]
-  results, out = _primitive.linear_jvp(
-    primitive, primals, tangents, fixed=fixed, weighting=weighting, **params
+  out = _primitive.linear_tangents(
+    primitive,
+    primals,
+    results,
+    tangents,
+    fixed=fixed,
+    weighting=weighting,
+    **params,
   )
   drow = tangents[1] if fixed == 2 else None
   if drow is None or type(drow) is ad.Zero:
-    return results, out
+    return out
   if weighting is Weighting.SOURCE:
     raise TypeError(
       "neighbor_allreduce: a second derivative with respect to weights is not "
@@ -344,7 +356,7 @@ def _jvp(primitive, primals, tangents, *, fixed, weighting, **params):
     for i, x in enumerate(fetched):
       term = drow[j].astype(_real(x.dtype)) * x
       out[i] = ad.add_tangents(out[i], term.astype(x.dtype))
-  return results, out
+  return out
 
 
 def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
@@ -365,8 +377,9 @@ def _turned(graph):
   return graph.transpose()
 
 
-def _attributes(*, graph, weighting, comm):
+def _attributes(*leaves, graph, weighting, comm):
   """This rank's rows of every round; the step selects among them at run time."""
+  del leaves
   source_begin, sources, source_weights = [0], [], []
   destination_begin, destinations = [0], []
   self_weights, difference = [], []
@@ -407,7 +420,7 @@ neighbor_allreduce_p = _primitive.define(
   "neighbor_allreduce",
   abstract_eval=_abstract_eval,
   attributes=_attributes,
-  jvp=_jvp,
+  tangents=_tangents,
   transpose=_transpose,
   in_place=True,
 )

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,6 +168,10 @@ def shutdown() -> None:
   Operations that were traced for the old world are traced again. MPI itself is
   ended when the process ends, because it cannot be started twice.
 
+  Handles that are still open end here: waiting on one is an error. What they
+  stand for goes on in the background, for the other ranks may wait for it. A
+  `ResourceWarning` counts them.
+
   Example:
     >>> import jfog
     >>> jfog.init(backend="single").size
@@ -178,9 +183,16 @@ def shutdown() -> None:
   if isinstance(world, MpiCommunicator):
     parts = (world, world.local_part, world.machines_part)
     jax.effects_barrier()
+    forgotten = 0
     for part in parts:
       if isinstance(part, MpiCommunicator):
-        _native.mpi().close(part.context)
+        forgotten += _native.mpi().close(part.context)
+    if forgotten:
+      warnings.warn(
+        f"{forgotten} operations were started and never waited on.",
+        ResourceWarning,
+        stacklevel=2,
+      )
   if world is not None:
     jax.clear_caches()
 

@@ -9,21 +9,45 @@ namespace {
 
 // One block's accumulators stay in the first-level cache while the terms pass.
 constexpr std::size_t kBlock = 1024;
+// Up to this many terms are added in one pass.
+constexpr std::size_t kFused = 4;
 
-// T is stored, A accumulates, R is the type of a weight.
+// T is stored, A accumulates, R is the type of a weight. Every form adds the
+// same numbers in the same order, so the bits do not depend on the form.
+template <typename T, typename A, typename R, std::size_t N, bool kDifference>
+void SumFused(std::size_t count, const T* x, R self,
+              const std::vector<Term>& terms, T* y) {
+  const T* values[N + 1] = {};
+  R weights[N + 1] = {};
+  for (std::size_t t = 0; t < N; ++t) {
+    values[t] = static_cast<const T*>(terms[t].values);
+    weights[t] = static_cast<R>(terms[t].weight);
+  }
+  // An element of y depends on no other element than its own of x.
+#pragma GCC ivdep
+  for (std::size_t k = 0; k < count; ++k) {
+    const A own = static_cast<A>(x[k]);
+    A sum = kDifference ? own : self * own;
+    for (std::size_t t = 0; t < N; ++t) {
+      const A value = static_cast<A>(values[t][k]);
+      sum += weights[t] * (kDifference ? value - own : value);
+    }
+    y[k] = static_cast<T>(sum);
+  }
+}
+
 template <typename T, typename A, typename R>
-void Sum(std::size_t count, const T* x, double self_weight,
-         const std::vector<Term>& terms, bool difference, T* y) {
+void SumBlocks(std::size_t count, const T* x, R self,
+               const std::vector<Term>& terms, bool difference, T* y) {
   A own[kBlock];
   A sum[kBlock];
-  const R self = static_cast<R>(self_weight);
   for (std::size_t start = 0; start < count; start += kBlock) {
     const std::size_t n = std::min(kBlock, count - start);
     for (std::size_t k = 0; k < n; ++k) own[k] = static_cast<A>(x[start + k]);
     std::size_t first = 0;
     if (difference) {
       std::copy_n(own, n, sum);
-    } else if (self_weight == 0 && !terms.empty()) {
+    } else if (self == R(0) && !terms.empty()) {
       const T* values = static_cast<const T*>(terms[0].values) + start;
       const R weight = static_cast<R>(terms[0].weight);
       for (std::size_t k = 0; k < n; ++k) {
@@ -50,38 +74,59 @@ void Sum(std::size_t count, const T* x, double self_weight,
   }
 }
 
-template <typename T, typename A, typename R>
-bool Run(std::size_t count, const void* x, double self_weight,
+template <typename T, typename A, typename R, std::size_t N = 0>
+void Sum(std::size_t count, const void* x, double self_weight,
          const std::vector<Term>& terms, bool difference, void* y) {
-  Sum<T, A, R>(count, static_cast<const T*>(x), self_weight, terms, difference,
-               static_cast<T*>(y));
-  return true;
+  const T* in = static_cast<const T*>(x);
+  T* out = static_cast<T*>(y);
+  const R self = static_cast<R>(self_weight);
+  if constexpr (N <= kFused) {
+    if (terms.size() != N) {
+      return Sum<T, A, R, N + 1>(count, x, self_weight, terms, difference, y);
+    }
+    if (difference) return SumFused<T, A, R, N, true>(count, in, self, terms, out);
+    if (self != R(0) || N == 0) {
+      return SumFused<T, A, R, N, false>(count, in, self, terms, out);
+    }
+  }
+  SumBlocks<T, A, R>(count, in, self, terms, difference, out);
 }
 
 }  // namespace
 
-bool WeightedSum(DataType type, std::size_t count, const void* x,
+void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y) {
+  const auto run = [&](auto sum) {
+    sum(count, x, self_weight, terms, difference, y);
+  };
   switch (type) {
     case DataType::F32:
-      return Run<float, float, float>(count, x, self_weight, terms, difference,
-                                      y);
+      return run(Sum<float, float, float>);
     case DataType::F64:
-      return Run<double, double, double>(count, x, self_weight, terms,
-                                         difference, y);
+      return run(Sum<double, double, double>);
     case DataType::BF16:
-      return Run<Bfloat16, float, float>(count, x, self_weight, terms,
-                                         difference, y);
+      return run(Sum<Bfloat16, float, float>);
     case DataType::F16:
-      return Run<Float16, float, float>(count, x, self_weight, terms,
-                                        difference, y);
+      return run(Sum<Float16, float, float>);
     case DataType::C64:
-      return Run<std::complex<float>, std::complex<float>, float>(
-          count, x, self_weight, terms, difference, y);
+      return run(Sum<std::complex<float>, std::complex<float>, float>);
     case DataType::C128:
-      return Run<std::complex<double>, std::complex<double>, double>(
-          count, x, self_weight, terms, difference, y);
+      return run(Sum<std::complex<double>, std::complex<double>, double>);
+    default:
+      return;
+  }
+}
+
+bool HasWeightedSum(DataType type) {
+  switch (type) {
+    case DataType::F32:
+    case DataType::F64:
+    case DataType::BF16:
+    case DataType::F16:
+    case DataType::C64:
+    case DataType::C128:
+      return true;
     default:
       return false;
   }

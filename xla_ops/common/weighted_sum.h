@@ -22,11 +22,13 @@ struct Term {
 // over `count` elements, self first and then the terms in their order. Weights
 // are rounded once to the type that accumulates: float32 for float32 and the
 // 16-bit floats, float64 for float64 and complex128, and so on. A self weight
-// of zero leaves x out, so that a pure move returns the sender's bits. Returns
-// false for a type without arithmetic (integers, bool).
-bool WeightedSum(DataType type, std::size_t count, const void* x,
+// of zero leaves x out, so that a pure move returns the sender's bits.
+void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y);
+
+// False for a type without arithmetic (integers, bool).
+bool HasWeightedSum(DataType type);
 
 }  // namespace jfog
 

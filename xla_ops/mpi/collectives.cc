@@ -6,10 +6,13 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <optional>
+#include <utility>
 #include <vector>
 
-#include "mpi/communicator.h"
-#include "mpi/leaves.h"
+#include "mpi/buffers.h"
+#include "mpi/call.h"
+#include "mpi/operation.h"
 
 namespace jfog::mpi {
 namespace {
@@ -150,13 +153,17 @@ void Narrow(const std::byte* wire, std::size_t count, void* y) {
   for (std::size_t k = 0; k < count; ++k) narrow[k] = T(wide[k]);
 }
 
+void Copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
 void Pack(DataType type, const void* x, std::size_t count, std::byte* wire) {
   if (type == DataType::BF16) {
     Widen<Bfloat16>(x, count, wire);
   } else if (type == DataType::F16) {
     Widen<Float16>(x, count, wire);
   } else {
-    std::memcpy(wire, x, count * SizeOf(type));
+    Copy(wire, x, count * SizeOf(type));
   }
 }
 
@@ -166,7 +173,7 @@ void Unpack(DataType type, const std::byte* wire, std::size_t count, void* y) {
   } else if (type == DataType::F16) {
     Narrow<Float16>(wire, count, y);
   } else {
-    std::memcpy(y, wire, count * SizeOf(type));
+    Copy(y, wire, count * SizeOf(type));
   }
 }
 
@@ -193,188 +200,363 @@ void DivideBy(DataType wire_type, std::byte* wire, std::size_t count,
   }
 }
 
-// The communicator of a call, ready for work.
-ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
-                                                  const char* name) {
-  std::shared_ptr<Communicator> comm = Lookup(context);
-  if (comm == nullptr) {
-    return ffi::Unexpected(
-        MakeError(ffi::ErrorCode::kFailedPrecondition,
-                  std::string(name) + " on a communicator that was shut down"));
+// A collective over all ranks: they agree on what they are about to do, and then
+// the data moves by one of MPI's own. Of one communicator one is under way at a
+// time, in program order.
+class Collective : public Operation {
+ protected:
+  using Operation::Operation;
+
+  // Starts MPI's collectives on memory of our own, with `Add`.
+  virtual ffi::Error Begin() = 0;
+  // Writes the results.
+  virtual ffi::Error Finish() = 0;
+
+  // Memory for as long as MPI needs it.
+  std::byte* Allocate(std::size_t bytes) {
+    buffers_.emplace_back(bytes);
+    return buffers_.back().get();
   }
-  ffi::Error refusal = comm->Refusal();
-  if (refusal.failure()) return ffi::Unexpected(refusal);
-  return comm;
-}
+  // The next request; one was made room for.
+  MPI_Request* Add() { return Slot(used_++); }
+  void Reserve(std::size_t requests) {
+    used_ = 0;
+    Resize(requests);
+  }
 
-// A collective's payload is counted as what this rank contributes and gets,
-// under this rank itself: which peers it crosses is the MPI library's secret.
-void Count(Communicator& comm, std::size_t sent, std::size_t received) {
-  comm.CountSent(comm.rank(), sent);
-  comm.CountReceived(comm.rank(), received);
-}
+  // A collective's payload is counted as what this rank contributes and gets,
+  // under this rank itself: which peers it crosses is the MPI library's secret.
+  void Count(std::size_t sent, std::size_t received) {
+    comm().CountSent(comm().rank(), sent);
+    comm().CountReceived(comm().rank(), received);
+  }
 
-ffi::Error AllreduceImpl(ffi::Token, ffi::RemainingArgs args,
-                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                         std::int64_t context, std::int64_t reduction) {
-  auto comm = Ready(context, "allreduce");
-  if (!comm) return comm.error();
-  auto leaves_or = ReadLeaves(args, 0, results);
-  if (!leaves_or) return leaves_or.error();
-  const Leaves& leaves = *leaves_or;
-  const auto op = static_cast<Reduction>(reduction);
-  Operation operation(*comm, "allreduce", leaves.signature, reduction,
-                      leaves.Describe());
-  JFOG_RETURN_IF_ERROR(operation.Agree());
+ private:
+  enum Stage { kQueued, kAgreeing, kComparing, kMoving };
 
+  ffi::Error Post() override {
+    ticket_ = comm().TakeTicket();
+    return Proceed();
+  }
+
+  ffi::Error Resume(bool* moved) override {
+    *moved = stage_ == kQueued && comm().turn() == ticket_;
+    return *moved ? Proceed() : ffi::Error::Success();
+  }
+
+  bool is_queued() const override { return stage_ == kQueued; }
+
+  ffi::Error Proceed() {
+    if (comm().turn() != ticket_) return ffi::Error::Success();
+    stage_ = kAgreeing;
+    // The maximum of a value and that of its complement are each other's
+    // complement exactly where all ranks brought the same value.
+    const std::uint64_t own = Fingerprint();
+    agreed_ = reinterpret_cast<std::uint64_t*>(Allocate(2 * sizeof(own)));
+    agreed_[0] = own;
+    agreed_[1] = ~own;
+    Reserve(1);
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(MPI_IN_PLACE, agreed_, 2,
+                                            MPI_UINT64_T, MPI_MAX,
+                                            comm().comm(), Add()));
+    return ffi::Error::Success();
+  }
+
+  ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
+
+  ffi::Error Drained(bool* ended) override {
+    switch (stage_) {
+      case kAgreeing:
+        if (agreed_[0] != ~agreed_[1]) return Compare();
+        stage_ = kMoving;
+        return Begin();
+      case kComparing:
+        for (int rank = 0; rank < comm().size(); ++rank) {
+          JFOG_RETURN_IF_ERROR(CheckHeader(rank, headers_[rank]));
+        }
+        return Fail(ffi::ErrorCode::kInternal, "disagrees for unknown reasons");
+      default:
+        *ended = true;
+        return Finish();
+    }
+  }
+
+  // All ranks see the disagreement, so all can name the two sides of it.
+  ffi::Error Compare() {
+    stage_ = kComparing;
+    const Header mine = MakeHeader(leaves().payload_bytes);
+    std::byte* sent = Allocate(sizeof(Header));
+    std::memcpy(sent, &mine, sizeof(mine));
+    headers_ = reinterpret_cast<Header*>(
+        Allocate(sizeof(Header) * static_cast<std::size_t>(comm().size())));
+    Reserve(1);
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(
+        sent, sizeof(Header), MPI_BYTE, headers_, sizeof(Header), MPI_BYTE,
+        comm().comm(), Add()));
+    return ffi::Error::Success();
+  }
+
+  // Which ranks a collective waits for MPI does not tell: those that have not
+  // said that they are here.
+  std::vector<int> Missing() const override {
+    std::vector<int> missing;
+    for (int rank = 0; rank < comm().size(); ++rank) {
+      const std::optional<Header> note = comm().LastNote(rank);
+      const bool is_here = note && Matches(*note);
+      if (rank != comm().rank() && !is_here) missing.push_back(rank);
+    }
+    return missing;
+  }
+
+  void Bury() override {
+    for (Buffer& buffer : buffers_) buffer.Bury();
+  }
+
+  // Also after a failure, so that what is queued behind sees it.
+  void Ended() override { comm().EndTurn(); }
+
+  Stage stage_ = kQueued;
+  std::uint64_t ticket_ = 0;
+  std::size_t used_ = 0;
+  std::uint64_t* agreed_ = nullptr;
+  Header* headers_ = nullptr;
+  std::vector<Buffer> buffers_;
+};
+
+class AllreduceOperation : public Collective {
+ public:
+  AllreduceOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+                     Reduction reduction)
+      : Collective(std::move(comm), "allreduce", std::move(leaves), reduction),
+        reduction_(reduction) {}
+
+ private:
   // Leaves of one wire type form one vector, whatever their number.
-  std::map<DataType, std::size_t> totals;
-  std::vector<std::size_t> starts;
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    std::size_t& total = totals[WireType(leaves.types[i])];
-    starts.push_back(total);
-    total += leaves.counts[i];
+  struct Vector {
+    std::size_t count = 0;
+    std::byte* wire = nullptr;
+  };
+
+  ffi::Error Begin() override {
+    std::size_t pieces = 0;
+    for (const Leaf& leaf : leaves()) {
+      Vector& vector = vectors_[WireType(leaf.type)];
+      starts_.push_back(vector.count);
+      vector.count += leaf.count;
+    }
+    for (auto& [type, vector] : vectors_) {
+      vector.wire = Allocate(vector.count * SizeOf(type));
+      pieces += (vector.count + kPiece - 1) / kPiece;
+    }
+    for (std::size_t i = 0; i < leaves().size(); ++i) {
+      const Leaf& leaf = leaves()[i];
+      Pack(leaf.type, leaf.input, leaf.count, Place(i));
+    }
+    Reserve(pieces);
+    for (const auto& [type, vector] : vectors_) {
+      for (std::size_t start = 0; start < vector.count; start += kPiece) {
+        const int count =
+            static_cast<int>(std::min(kPiece, vector.count - start));
+        JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(
+            MPI_IN_PLACE, vector.wire + start * SizeOf(type), count,
+            MpiType(type), MpiOp(reduction_, type), comm().comm(), Add()));
+      }
+      Count(vector.count * SizeOf(type), vector.count * SizeOf(type));
+    }
+    return ffi::Error::Success();
   }
-  std::map<DataType, std::byte*> vectors;
-  for (const auto& [type, total] : totals) {
-    const MPI_Op mpi_op = MpiOp(op, type);
-    if (MpiType(type) == MPI_DATATYPE_NULL || mpi_op == MPI_OP_NULL) {
-      return operation.Fail(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string("has no such reduction of ") + NameOf(type));
+
+  ffi::Error Finish() override {
+    if (reduction_ == kMean) {
+      for (const auto& [type, vector] : vectors_) {
+        DivideBy(type, vector.wire, vector.count, comm().size());
+      }
     }
-    const std::size_t width = SizeOf(type);
-    std::byte* wire = operation.Allocate(total * width);
-    vectors[type] = wire;
-    for (std::size_t i = 0; i < leaves.size(); ++i) {
-      if (WireType(leaves.types[i]) != type) continue;
-      Pack(leaves.types[i], leaves.inputs[i], leaves.counts[i],
-           wire + starts[i] * width);
+    for (std::size_t i = 0; i < leaves().size(); ++i) {
+      const Leaf& leaf = leaves()[i];
+      Unpack(leaf.type, Place(i), leaf.count, leaf.output);
     }
+    return ffi::Error::Success();
+  }
+
+  std::byte* Place(std::size_t i) {
+    const DataType type = WireType(leaves()[i].type);
+    return vectors_[type].wire + starts_[i] * SizeOf(type);
+  }
+
+  const Reduction reduction_;
+  std::map<DataType, Vector> vectors_;
+  std::vector<std::size_t> starts_;  // of the leaves, in their vectors
+};
+
+class BroadcastOperation : public Collective {
+ public:
+  BroadcastOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+                     std::int64_t root)
+      : Collective(std::move(comm), "broadcast", std::move(leaves), root),
+        root_(static_cast<int>(root)) {}
+
+ private:
+  ffi::Error Begin() override {
+    const std::size_t total = leaves().payload_bytes;
+    const bool is_root = comm().rank() == root_;
+    packed_ = Allocate(total);
+    if (is_root) {
+      for (const Leaf& leaf : leaves()) {
+        Copy(packed_ + leaf.offset, leaf.input, leaf.bytes());
+      }
+    }
+    Reserve((total + kPiece - 1) / kPiece);
     for (std::size_t start = 0; start < total; start += kPiece) {
       const int count = static_cast<int>(std::min(kPiece, total - start));
-      MPI_Request* request = operation.AddCollective();
-      JFOG_MPI_RETURN_IF_ERROR(
-          operation,
-          MPI_Iallreduce(MPI_IN_PLACE, wire + start * width, count,
-                         MpiType(type), mpi_op, (*comm)->comm(), request));
+      JFOG_MPI_RETURN_IF_ERROR(MPI_Ibcast(packed_ + start, count, MPI_BYTE,
+                                          root_, comm().comm(), Add()));
     }
-    Count(**comm, total * width, total * width);
+    Count(is_root ? total : 0, is_root ? 0 : total);
+    return ffi::Error::Success();
   }
-  JFOG_RETURN_IF_ERROR(operation.WaitAll());
-  for (const auto& [type, total] : totals) {
-    if (op == kMean) DivideBy(type, vectors[type], total, (*comm)->size());
-  }
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    const DataType type = WireType(leaves.types[i]);
-    Unpack(leaves.types[i], vectors[type] + starts[i] * SizeOf(type),
-           leaves.counts[i], leaves.outputs[i]);
-  }
-  return ffi::Error::Success();
-}
 
-ffi::Error BroadcastImpl(ffi::Token, ffi::RemainingArgs args,
-                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                         std::int64_t context, std::int64_t root) {
-  auto comm = Ready(context, "broadcast");
-  if (!comm) return comm.error();
-  auto leaves_or = ReadLeaves(args, 0, results);
-  if (!leaves_or) return leaves_or.error();
-  const Leaves& leaves = *leaves_or;
-  Operation operation(*comm, "broadcast", leaves.signature, root,
-                      leaves.Describe());
-  JFOG_RETURN_IF_ERROR(operation.Agree());
-  const bool is_root = (*comm)->rank() == root;
-  std::byte* packed = operation.Allocate(leaves.message_bytes);
-  if (is_root) {
-    for (std::size_t i = 0; i < leaves.size(); ++i) {
-      std::memcpy(packed + leaves.offsets[i], leaves.inputs[i],
-                  leaves.bytes(i));
+  ffi::Error Finish() override {
+    for (const Leaf& leaf : leaves()) {
+      Copy(leaf.output, packed_ + leaf.offset, leaf.bytes());
     }
+    return ffi::Error::Success();
   }
-  for (std::size_t start = sizeof(Header); start < leaves.message_bytes;
-       start += kPiece) {
-    const int count =
-        static_cast<int>(std::min(kPiece, leaves.message_bytes - start));
-    MPI_Request* request = operation.AddCollective();
-    JFOG_MPI_RETURN_IF_ERROR(
-        operation,
-        MPI_Ibcast(packed + start, count, MPI_BYTE, static_cast<int>(root),
-                   (*comm)->comm(), request));
-  }
-  const std::size_t bytes = leaves.message_bytes - sizeof(Header);
-  Count(**comm, is_root ? bytes : 0, is_root ? 0 : bytes);
-  JFOG_RETURN_IF_ERROR(operation.WaitAll());
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    std::memcpy(leaves.outputs[i], packed + leaves.offsets[i], leaves.bytes(i));
-  }
-  return ffi::Error::Success();
-}
 
-// `rows[i * size + r]` is the length of axis 0 that rank r brings of leaf i.
+  const int root_;
+  std::byte* packed_ = nullptr;
+};
+
 // Ranks bring different lengths, so what must agree are the rows and results.
-ffi::Error AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
-                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                         std::int64_t context, Longs rows) {
-  auto comm = Ready(context, "allgather");
-  if (!comm) return comm.error();
-  auto leaves_or = ReadLeaves(args, 0, results);
-  if (!leaves_or) return leaves_or.error();
-  const Leaves& leaves = *leaves_or;
-  const std::size_t size = (*comm)->size();
-  std::uint64_t signature = leaves.size();
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    signature = Mix(signature, static_cast<std::uint64_t>(leaves.types[i]));
-    signature = Mix(signature, leaves.output_counts[i]);
-  }
-  for (std::int64_t length : rows) signature = Mix(signature, length);
-  Operation operation(*comm, "allgather", signature, 0, leaves.Describe());
-  JFOG_RETURN_IF_ERROR(operation.Agree());
-  std::vector<std::vector<int>> lengths(leaves.size()), starts(leaves.size());
-  std::vector<std::byte*> gathered(leaves.size());
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    const std::size_t width = SizeOf(leaves.types[i]);
-    std::size_t total_rows = 0;
-    for (std::size_t r = 0; r < size; ++r) total_rows += rows[i * size + r];
-    const std::size_t row_bytes =
-        total_rows == 0 ? 0 : leaves.output_counts[i] / total_rows * width;
-    std::size_t total = 0;
-    for (std::size_t r = 0; r < size; ++r) {
-      const std::size_t bytes = rows[i * size + r] * row_bytes;
-      if (total + bytes > std::numeric_limits<int>::max()) {
-        return operation.Fail(ffi::ErrorCode::kInvalidArgument,
-                              "gathers more than 2 GiB of one leaf");
+class AllgatherOperation : public Collective {
+ public:
+  // `rows[i * size + r]` is the length of axis 0 that rank r brings of leaf i;
+  // `row_bytes[i]` the bytes of one of it.
+  AllgatherOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+                     Longs rows, std::vector<std::size_t> row_bytes)
+      : Collective(std::move(comm), "allgather", std::move(leaves), 0) {
+    const std::size_t size = this->comm().size();
+    std::uint64_t signature = this->leaves().size();
+    for (std::size_t i = 0; i < this->leaves().size(); ++i) {
+      const Leaf& leaf = this->leaves()[i];
+      signature = Mix(signature, static_cast<std::uint64_t>(leaf.type));
+      signature = Mix(signature, row_bytes[i]);
+      std::size_t total = 0;
+      lengths_.emplace_back();
+      starts_.emplace_back();
+      for (std::size_t r = 0; r < size; ++r) {
+        const std::size_t bytes = rows[i * size + r] * row_bytes[i];
+        signature = Mix(signature, bytes);
+        lengths_.back().push_back(static_cast<int>(bytes));
+        starts_.back().push_back(static_cast<int>(total));
+        total += bytes;
       }
-      lengths[i].push_back(static_cast<int>(bytes));
-      starts[i].push_back(static_cast<int>(total));
-      total += bytes;
     }
-    gathered[i] = operation.Allocate(total);
-    std::memcpy(gathered[i] + starts[i][(*comm)->rank()], leaves.inputs[i],
-                leaves.bytes(i));
-    MPI_Request* request = operation.AddCollective();
-    JFOG_MPI_RETURN_IF_ERROR(
-        operation,
-        MPI_Iallgatherv(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, gathered[i],
-                        lengths[i].data(), starts[i].data(), MPI_BYTE,
-                        (*comm)->comm(), request));
-    Count(**comm, leaves.bytes(i), total - leaves.bytes(i));
+    SetSignature(signature);
   }
-  JFOG_RETURN_IF_ERROR(operation.WaitAll());
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    std::memcpy(leaves.outputs[i], gathered[i],
-                starts[i].back() + lengths[i].back());
+
+ private:
+  ffi::Error Begin() override {
+    Reserve(leaves().size());
+    for (std::size_t i = 0; i < leaves().size(); ++i) {
+      const Leaf& leaf = leaves()[i];
+      gathered_.push_back(Allocate(leaf.output_bytes()));
+      Copy(gathered_[i] + starts_[i][comm().rank()], leaf.input, leaf.bytes());
+      JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgatherv(
+          MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, gathered_[i], lengths_[i].data(),
+          starts_[i].data(), MPI_BYTE, comm().comm(), Add()));
+      Count(leaf.bytes(), leaf.output_bytes() - leaf.bytes());
+    }
+    return ffi::Error::Success();
   }
-  return ffi::Error::Success();
+
+  ffi::Error Finish() override {
+    for (std::size_t i = 0; i < leaves().size(); ++i) {
+      Copy(leaves()[i].output, gathered_[i], leaves()[i].output_bytes());
+    }
+    return ffi::Error::Success();
+  }
+
+  std::vector<std::vector<int>> lengths_, starts_;  // in bytes, of every rank
+  std::vector<std::byte*> gathered_;
+};
+
+// To agree is to have met.
+class BarrierOperation : public Collective {
+ public:
+  explicit BarrierOperation(std::shared_ptr<Communicator> comm)
+      : Collective(std::move(comm), "barrier", Leaves(), 0) {}
+
+ private:
+  ffi::Error Begin() override { return ffi::Error::Success(); }
+  ffi::Error Finish() override { return ffi::Error::Success(); }
+};
+
+Completion AllreduceImpl(ffi::Token, ffi::RemainingArgs args,
+                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                         std::int64_t context, std::int64_t mode,
+                         std::int64_t reduction_number) {
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "allreduce"));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
+  const auto reduction = static_cast<Reduction>(reduction_number);
+  for (const Leaf& leaf : leaves) {
+    const DataType type = WireType(leaf.type);
+    if (MpiType(type) == MPI_DATATYPE_NULL ||
+        MpiOp(reduction, type) == MPI_OP_NULL) {
+      return MakeError(ffi::ErrorCode::kInvalidArgument,
+                       std::string("allreduce has no such reduction of ") +
+                           NameOf(leaf.type));
+    }
+  }
+  if (mode == kStart) leaves.Stage();
+  return Launch(std::make_shared<AllreduceOperation>(comm, std::move(leaves),
+                                                     reduction),
+                results, mode);
 }
 
-ffi::Error BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
-                       ffi::RemainingRets, std::int64_t context) {
-  auto comm = Ready(context, "barrier");
-  if (!comm) return comm.error();
-  Operation operation(*comm, "barrier", 0, 0, "no leaves");
-  // To agree is to have met.
-  return operation.Agree();
+Completion BroadcastImpl(ffi::Token, ffi::RemainingArgs args,
+                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                         std::int64_t context, std::int64_t mode,
+                         std::int64_t root) {
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "broadcast"));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
+  if (mode == kStart) leaves.Stage();
+  return Launch(
+      std::make_shared<BroadcastOperation>(comm, std::move(leaves), root),
+      results, mode);
+}
+
+Completion AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
+                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                         std::int64_t context, std::int64_t mode, Longs rows,
+                         Longs row_sizes) {
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "allgather"));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
+  std::vector<std::size_t> row_bytes;
+  const std::size_t size = comm->size();
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    Leaf& leaf = leaves[i];
+    std::size_t total = 0;
+    for (std::size_t r = 0; r < size; ++r) total += rows[i * size + r];
+    leaf.output_count = total * row_sizes[i];
+    row_bytes.push_back(row_sizes[i] * SizeOf(leaf.type));
+    if (leaf.output_bytes() >
+        static_cast<std::size_t>(std::numeric_limits<int>::max())) {
+      return MakeError(ffi::ErrorCode::kInvalidArgument,
+                       "allgather of more than 2 GiB of one leaf");
+    }
+  }
+  if (mode == kStart) leaves.Stage();
+  return Launch(std::make_shared<AllgatherOperation>(
+                    comm, std::move(leaves), rows, std::move(row_bytes)),
+                results, mode);
+}
+
+Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
+                       ffi::RemainingRets results, std::int64_t context,
+                       std::int64_t mode) {
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "barrier"));
+  return Launch(std::make_shared<BarrierOperation>(comm), results, mode);
 }
 
 }  // namespace
@@ -384,8 +566,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Allreduce, AllreduceImpl,
                                   .Arg<ffi::Token>()  // order in
                                   .RemainingArgs()    // leaves
                                   .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, like operands
+                                  .RemainingRets()    // leaves, or handle
                                   .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
                                   .Attr<std::int64_t>("reduction"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Broadcast, BroadcastImpl,
@@ -393,8 +576,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Broadcast, BroadcastImpl,
                                   .Arg<ffi::Token>()  // order in
                                   .RemainingArgs()    // leaves
                                   .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, like operands
+                                  .RemainingRets()    // leaves, or handle
                                   .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
                                   .Attr<std::int64_t>("root"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Allgather, AllgatherImpl,
@@ -402,9 +586,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Allgather, AllgatherImpl,
                                   .Arg<ffi::Token>()  // order in
                                   .RemainingArgs()    // leaves
                                   .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, concatenated
+                                  .RemainingRets()    // leaves, or handle
                                   .Attr<std::int64_t>("context")
-                                  .Attr<Longs>("rows"));
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<Longs>("rows")
+                                  .Attr<Longs>("row_sizes"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Barrier, BarrierImpl,
                               ffi::Ffi::Bind()
@@ -412,6 +598,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Barrier, BarrierImpl,
                                   .RemainingArgs()    // none
                                   .Ret<ffi::Token>()  // order out
                                   .RemainingRets()    // none
-                                  .Attr<std::int64_t>("context"));
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode"));
 
 }  // namespace jfog::mpi

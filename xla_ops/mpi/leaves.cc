@@ -1,6 +1,8 @@
 // The leaves of one operation: their layout inside a message, their signature.
 #include "mpi/leaves.h"
 
+#include <cstring>
+
 #include "mpi/communicator.h"
 
 namespace jfog::mpi {
@@ -9,55 +11,83 @@ namespace {
 constexpr std::size_t kAlignment = 16;
 constexpr std::size_t kDescribed = 3;
 
-// Dtypes and element counts, in order.
-std::uint64_t Signature(const Leaves& leaves) {
-  std::uint64_t hash = leaves.size();
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    hash = Mix(hash, static_cast<std::uint64_t>(leaves.types[i]));
-    hash = Mix(hash, leaves.counts[i]);
-  }
-  return hash;
+std::size_t RoundUp(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 }  // namespace
 
+std::uint64_t Leaves::Signature() const {
+  std::uint64_t hash = size();
+  for (const Leaf& leaf : leaves) {
+    hash = Mix(hash, static_cast<std::uint64_t>(leaf.type));
+    hash = Mix(hash, leaf.count);
+  }
+  return hash;
+}
+
 std::string Leaves::Describe() const {
+  if (leaves.empty()) return "no leaves";
   std::string text = std::to_string(size());
   text += size() == 1 ? " leaf" : " leaves";
   for (std::size_t i = 0; i < size() && i < kDescribed; ++i) {
-    text += std::string(", ") + NameOf(types[i]) + " x " +
-            std::to_string(counts[i]);
+    text += std::string(", ") + NameOf(leaves[i].type) + " x " +
+            std::to_string(leaves[i].count);
   }
   if (size() > kDescribed) text += ", ...";
   return text;
 }
 
-ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
-                                ffi::RemainingRets results) {
-  Leaves leaves;
-  const std::size_t size = results.size();
-  if (args.size() != first + size) {
-    return ffi::Unexpected(MakeError(
-        ffi::ErrorCode::kInternal, "got " + std::to_string(args.size()) +
-                                       " operands for " + std::to_string(size) +
-                                       " results"));
+void Leaves::Stage() {
+  std::size_t total = payload_bytes;
+  for (const Leaf& leaf : leaves) {
+    if (leaf.output_count != leaf.count) total += RoundUp(leaf.output_bytes());
   }
-  std::size_t offset = sizeof(Header);
+  staging = Buffer(total);
+  std::byte* apart = staging.get() + payload_bytes;
+  for (Leaf& leaf : leaves) {
+    std::byte* own = staging.get() + leaf.offset;
+    if (leaf.bytes() > 0) std::memcpy(own, leaf.input, leaf.bytes());
+    leaf.input = own;
+    leaf.output = own;
+    if (leaf.output_count != leaf.count) {
+      leaf.output = apart;
+      apart += RoundUp(leaf.output_bytes());
+    }
+  }
+}
+
+ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
+                                ffi::RemainingRets* results) {
+  Leaves leaves;
+  const std::size_t size = args.size() < first ? 0 : args.size() - first;
+  if (results != nullptr && results->size() != size) {
+    return ffi::Unexpected(MakeError(
+        ffi::ErrorCode::kInternal,
+        "got " + std::to_string(size) + " operands for " +
+            std::to_string(results->size()) + " results"));
+  }
+  leaves.leaves.reserve(size);
+  std::size_t offset = 0;
   for (std::size_t i = 0; i < size; ++i) {
     auto x = args.get<ffi::AnyBuffer>(first + i);
     if (!x) return ffi::Unexpected(x.error());
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!y) return ffi::Unexpected(y.error());
-    leaves.types.push_back(x->element_type());
-    leaves.counts.push_back(x->element_count());
-    leaves.output_counts.push_back((*y)->element_count());
-    leaves.inputs.push_back(x->untyped_data());
-    leaves.outputs.push_back((*y)->untyped_data());
-    leaves.offsets.push_back(offset);
-    offset += (leaves.bytes(i) + kAlignment - 1) / kAlignment * kAlignment;
+    Leaf leaf{x->element_type(),
+              x->element_count(),
+              x->element_count(),
+              static_cast<const std::byte*>(x->untyped_data()),
+              nullptr,
+              offset};
+    if (results != nullptr) {
+      auto y = results->get<ffi::AnyBuffer>(i);
+      if (!y) return ffi::Unexpected(y.error());
+      leaf.output_count = (*y)->element_count();
+      leaf.output = static_cast<std::byte*>((*y)->untyped_data());
+    }
+    offset += RoundUp(leaf.bytes());
+    leaves.leaves.push_back(leaf);
   }
-  leaves.message_bytes = offset;
-  leaves.signature = Signature(leaves);
+  leaves.payload_bytes = offset;
   return leaves;
 }
 

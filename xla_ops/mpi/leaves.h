@@ -9,32 +9,75 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "mpi/buffers.h"
 
 namespace jfog::mpi {
 
-// All leaves of a pytree travel in one message: a header, then every leaf at
-// an offset that suits its alignment.
-struct Leaves {
-  std::vector<DataType> types;
-  std::vector<std::size_t> counts;  // elements of the inputs
-  std::vector<std::size_t> output_counts;
-  std::vector<const void*> inputs;
-  std::vector<void*> outputs;
-  std::vector<std::size_t> offsets;  // bytes from the start of the message
-  std::size_t message_bytes = 0;     // the header included
-  std::uint64_t signature = 0;
+struct Leaf {
+  DataType type;
+  std::size_t count;         // elements of the input
+  std::size_t output_count;  // elements of the output
+  const std::byte* input;
+  std::byte* output;
+  std::size_t offset;  // bytes from the start of the payload
 
-  std::size_t size() const { return types.size(); }
-  std::size_t bytes(std::size_t i) const {
-    return counts[i] * SizeOf(types[i]);
-  }
-  // "3 leaves, float32 x 1200, ..."
-  std::string Describe() const;
+  std::size_t bytes() const { return count * SizeOf(type); }
+  std::size_t output_bytes() const { return output_count * SizeOf(type); }
 };
 
-// Reads the operands from `first` on, one for each result.
+// All leaves of a pytree form one payload, every leaf at an offset that suits
+// its alignment.
+struct Leaves {
+  std::vector<Leaf> leaves;
+  std::size_t payload_bytes = 0;
+  Buffer staging;
+
+  std::size_t size() const { return leaves.size(); }
+  const Leaf& operator[](std::size_t i) const { return leaves[i]; }
+  Leaf& operator[](std::size_t i) { return leaves[i]; }
+  auto begin() const { return leaves.begin(); }
+  auto end() const { return leaves.end(); }
+
+  // Dtypes and element counts, in order.
+  std::uint64_t Signature() const;
+  // "3 leaves, float32 x 1200, ..."
+  std::string Describe() const;
+
+  // Copies the inputs to memory of our own, which the outputs share where they
+  // are of the same length, for an operation that outlives its call.
+  void Stage();
+
+  // Calls `f(leaf, first, count, bytes)` for every run of elements of one leaf
+  // between two multiples of 16 bytes of the payload; `bytes` counts from
+  // `begin`.
+  template <typename F>
+  void ForEachRun(std::size_t begin, std::size_t end, F f) const;
+};
+
+// Reads the operands from `first` on, and one result for each if `results` are
+// given; without them outputs are null and counted like the inputs.
 ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
-                                ffi::RemainingRets results);
+                                ffi::RemainingRets* results);
+
+template <typename F>
+void Leaves::ForEachRun(std::size_t begin, std::size_t end, F f) const {
+  // The last leaf that starts at or before `begin`.
+  std::size_t low = 0, high = leaves.size();
+  while (high - low > 1) {
+    const std::size_t middle = (low + high) / 2;
+    (leaves[middle].offset <= begin ? low : high) = middle;
+  }
+  for (std::size_t i = low; i < leaves.size() && leaves[i].offset < end; ++i) {
+    const Leaf& leaf = leaves[i];
+    const std::size_t start = leaf.offset < begin ? begin : leaf.offset;
+    const std::size_t stop =
+        leaf.offset + leaf.bytes() < end ? leaf.offset + leaf.bytes() : end;
+    if (start >= stop) continue;
+    const std::size_t width = SizeOf(leaf.type);
+    f(leaf, (start - leaf.offset) / width, (stop - start) / width,
+      start - begin);
+  }
+}
 
 }  // namespace jfog::mpi
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "mpi/call.h"
 #include "mpi/collectives.h"
 #include "mpi/neighbor.h"
 #include "mpi/process.h"
@@ -44,10 +45,13 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("registrations", [] {
     py::dict targets;
     targets["jfog_mpi_neighbor_allreduce"] = Capsule(NeighborAllreduce);
+    targets["jfog_mpi_peer_allreduce"] = Capsule(PeerAllreduce);
     targets["jfog_mpi_allreduce"] = Capsule(Allreduce);
     targets["jfog_mpi_broadcast"] = Capsule(Broadcast);
     targets["jfog_mpi_allgather"] = Capsule(Allgather);
     targets["jfog_mpi_barrier"] = Capsule(Barrier);
+    targets["jfog_mpi_wait"] = Capsule(Wait);
+    targets["jfog_mpi_poll"] = Capsule(Poll);
     return targets;
   });
 }

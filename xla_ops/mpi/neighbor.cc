@@ -2,11 +2,13 @@
 #include "mpi/neighbor.h"
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/communicator.h"
-#include "mpi/leaves.h"
+#include "mpi/agreement.h"
+#include "mpi/call.h"
+#include "mpi/exchange.h"
 
 namespace jfog::mpi {
 namespace {
@@ -22,48 +24,102 @@ enum Weighting : std::int64_t {
                      // sum_j (row_j[me] x_j)
 };
 
-// This rank's row of one round, cut out of the attributes, which hold all
-// rounds: those of round t lie at [begin[t], begin[t + 1]). The last element of
-// every array but the offsets is padding, for attributes may not be empty.
+// What one rank does in one round.
 struct Round {
   std::vector<int> sources;
   std::vector<double> source_weights;
   std::vector<int> destinations;
-  std::vector<double> destination_weights;  // of kSource
+  std::vector<double> destination_weights;  // empty where the receivers weight
   double self_weight = 1;
   bool difference = false;
 };
 
-// Reads row[i] of a float32 or float64 operand.
-double Weight(const ffi::AnyBuffer& row, std::size_t i) {
-  if (row.element_type() == DataType::F64) {
-    return static_cast<const double*>(row.untyped_data())[i];
+// The weighted sum of one's own payload and those of the sources.
+class Average : public Exchange {
+ public:
+  Average(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
+          std::uint64_t variant, Round round)
+      : Exchange(std::move(comm), name, std::move(leaves), variant,
+                 std::move(round.sources), std::move(round.destinations),
+                 round.destination_weights.empty()),
+        round_(std::move(round)) {
+    for (double weight : round_.source_weights) {
+      terms_.push_back({nullptr, weight});
+    }
   }
-  return static_cast<const float*>(row.untyped_data())[i];
-}
 
-ffi::Error CheckRow(const ffi::AnyBuffer& row, int size) {
-  if ((row.element_type() == DataType::F32 ||
-       row.element_type() == DataType::F64) &&
-      row.element_count() == static_cast<std::size_t>(size)) {
+ private:
+  void Pack(std::size_t destination, std::size_t begin, std::size_t end,
+            std::byte* to) override {
+    leaves().ForEachRun(begin, end, [&](const Leaf& leaf, std::size_t first,
+                                        std::size_t count, std::size_t at) {
+      const std::size_t width = SizeOf(leaf.type);
+      const std::byte* x = leaf.input + first * width;
+      if (round_.destination_weights.empty()) {
+        std::memcpy(to + at, x, count * width);
+      } else {
+        WeightedSum(leaf.type, count, x,
+                    round_.destination_weights[destination], {}, false,
+                    to + at);
+      }
+    });
+  }
+
+  ffi::Error Consume(std::size_t begin, std::size_t end,
+                     const std::vector<const std::byte*>& received) override {
+    leaves().ForEachRun(begin, end, [&](const Leaf& leaf, std::size_t first,
+                                        std::size_t count, std::size_t at) {
+      for (std::size_t k = 0; k < received.size(); ++k) {
+        terms_[k].values = received[k] + at;
+      }
+      const std::size_t start = first * SizeOf(leaf.type);
+      WeightedSum(leaf.type, count, leaf.input + start, round_.self_weight,
+                  terms_, round_.difference, leaf.output + start);
+    });
     return ffi::Error::Success();
   }
-  return MakeError(ffi::ErrorCode::kInternal, "malformed row of weights");
+
+  Round round_;
+  std::vector<Term> terms_;
+};
+
+// Reads entry i of a float32 or float64 operand.
+double Weight(const ffi::AnyBuffer& weights, std::size_t i) {
+  if (weights.element_type() == DataType::F64) {
+    return static_cast<const double*>(weights.untyped_data())[i];
+  }
+  return static_cast<const float*>(weights.untyped_data())[i];
 }
 
-ffi::Error NeighborAllreduceImpl(
+ffi::Error CheckWeights(const ffi::AnyBuffer& weights, std::size_t count) {
+  if ((weights.element_type() == DataType::F32 ||
+       weights.element_type() == DataType::F64) &&
+      weights.element_count() == count) {
+    return ffi::Error::Success();
+  }
+  return MakeError(ffi::ErrorCode::kInternal, "malformed operand of weights");
+}
+
+ffi::Error CheckTypes(const Leaves& leaves, const char* name) {
+  for (const Leaf& leaf : leaves) {
+    if (!HasWeightedSum(leaf.type)) {
+      return MakeError(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string(name) + " has no weighted sum of " + NameOf(leaf.type));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+Completion NeighborAllreduceImpl(
     ffi::Token, ffi::BufferR0<ffi::S32> step, ffi::RemainingArgs args,
     ffi::Result<ffi::Token>, ffi::RemainingRets results, std::int64_t context,
-    std::int64_t graph, std::int64_t weighting, Ints source_begin, Ints sources,
-    Doubles source_weights, Ints destination_begin, Ints destinations,
-    Doubles self_weights, Ints difference) {
-  const std::shared_ptr<Communicator> comm = Lookup(context);
-  if (comm == nullptr) {
-    return MakeError(ffi::ErrorCode::kFailedPrecondition,
-                     "neighbor_allreduce on a communicator that was shut down");
-  }
-  JFOG_RETURN_IF_ERROR(comm->Refusal());
-
+    std::int64_t mode, std::int64_t graph, std::int64_t weighting,
+    Ints source_begin, Ints sources, Doubles source_weights,
+    Ints destination_begin, Ints destinations, Doubles self_weights,
+    Ints difference) {
+  constexpr const char* kName = "neighbor_allreduce";
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, kName));
   const std::int64_t period =
       static_cast<std::int64_t>(source_begin.size()) - 1;
   const std::int64_t at = *step.typed_data();
@@ -73,24 +129,25 @@ ffi::Error NeighborAllreduceImpl(
                                                     std::to_string(period));
   }
   const bool has_row = weighting != kGraph;
-  auto leaves_or = ReadLeaves(args, has_row ? 1 : 0, results);
-  if (!leaves_or) return leaves_or.error();
-  const Leaves& leaves = *leaves_or;
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, has_row ? 1 : 0, results, mode));
+  JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kName));
 
+  // This rank's part of one round, cut out of the attributes, which hold all:
+  // that of round t lies at [begin[t], begin[t + 1]).
   Round round;
-  for (int k = source_begin[at]; k < source_begin[at + 1]; ++k) {
-    round.sources.push_back(sources[k]);
-    round.source_weights.push_back(source_weights[k]);
-  }
-  for (int k = destination_begin[at]; k < destination_begin[at + 1]; ++k) {
-    round.destinations.push_back(destinations[k]);
-  }
+  const auto cut = [at](const auto& begin, const auto& values) {
+    return std::vector(values.begin() + begin[at],
+                       values.begin() + begin[at + 1]);
+  };
+  round.sources = cut(source_begin, sources);
+  round.source_weights = cut(source_begin, source_weights);
+  round.destinations = cut(destination_begin, destinations);
   round.self_weight = self_weights[at];
   round.difference = difference[at] != 0;
   if (has_row) {
     auto row = args.get<ffi::AnyBuffer>(0);
     if (!row) return row.error();
-    JFOG_RETURN_IF_ERROR(CheckRow(*row, comm->size()));
+    JFOG_RETURN_IF_ERROR(CheckWeights(*row, comm->size()));
     round.difference = false;
     round.self_weight = Weight(*row, comm->rank());
     for (std::size_t k = 0; k < round.sources.size(); ++k) {
@@ -103,53 +160,55 @@ ffi::Error NeighborAllreduceImpl(
       }
     }
   }
+  if (mode == kStart) leaves.Stage();
+  AgreeOnGraph(comm, graph);
+  return Launch(std::make_shared<Average>(
+                    comm, kName, std::move(leaves),
+                    Mix(Mix(graph, weighting), at), std::move(round)),
+                results, mode);
+}
 
-  Operation operation(comm, "neighbor_allreduce", leaves.signature,
-                      Mix(Mix(graph, weighting), at), leaves.Describe());
-  const std::size_t bytes = leaves.message_bytes;
-  std::vector<const std::byte*> received;
-  for (int source : round.sources) {
-    received.push_back(nullptr);
-    JFOG_RETURN_IF_ERROR(
-        operation.PostReceive(source, bytes, &received.back()));
-  }
-  // MPI sends from copies: what is still being sent when an operation fails
-  // must not be a buffer that XLA uses again.
-  const Header header = operation.MakeHeader(bytes - sizeof(Header));
-  std::byte* packed = nullptr;
-  for (std::size_t d = 0; d < round.destinations.size(); ++d) {
-    if (packed == nullptr || weighting == kSource) {
-      packed = operation.Allocate(bytes);
-      std::memcpy(packed, &header, sizeof(header));
-      for (std::size_t i = 0; i < leaves.size(); ++i) {
-        std::byte* place = packed + leaves.offsets[i];
-        if (weighting != kSource) {
-          std::memcpy(place, leaves.inputs[i], leaves.bytes(i));
-        } else {
-          WeightedSum(leaves.types[i], leaves.counts[i], leaves.inputs[i],
-                      round.destination_weights[d], {}, false, place);
-        }
-      }
+// Every rank names its own peers: ids holds `sources` of them and then the
+// destinations; weights its own, those of the sources, those of the
+// destinations.
+Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
+                             ffi::AnyBuffer weights, ffi::RemainingArgs args,
+                             ffi::Result<ffi::Token>,
+                             ffi::RemainingRets results, std::int64_t context,
+                             std::int64_t mode, std::int64_t pair,
+                             std::int64_t sources, std::int64_t scales,
+                             std::int64_t difference) {
+  const char* const name = pair ? "pair_gossip" : "neighbor_allreduce";
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, name));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
+  JFOG_RETURN_IF_ERROR(CheckTypes(leaves, name));
+  const std::size_t count = ids.element_count();
+  JFOG_RETURN_IF_ERROR(CheckWeights(weights, 1 + count));
+  Round round;
+  round.self_weight = Weight(weights, 0);
+  round.difference = difference != 0;
+  for (std::size_t k = 0; k < count; ++k) {
+    const int peer = ids.typed_data()[k];
+    if (peer < 0 || peer >= comm->size()) {
+      return MakeError(ffi::ErrorCode::kInvalidArgument,
+                       std::string(name) + " with rank " +
+                           std::to_string(peer) +
+                           ", which is none of the communicator's " +
+                           std::to_string(comm->size()));
     }
-    JFOG_RETURN_IF_ERROR(
-        operation.PostSend(round.destinations[d], packed, bytes));
-  }
-  JFOG_RETURN_IF_ERROR(operation.WaitAll());
-
-  std::vector<Term> terms(received.size());
-  for (std::size_t i = 0; i < leaves.size(); ++i) {
-    for (std::size_t k = 0; k < received.size(); ++k) {
-      terms[k] = {received[k] + leaves.offsets[i], round.source_weights[k]};
-    }
-    if (!WeightedSum(leaves.types[i], leaves.counts[i], leaves.inputs[i],
-                     round.self_weight, terms, round.difference,
-                     leaves.outputs[i])) {
-      return operation.Fail(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string("has no weighted sum of ") + NameOf(leaves.types[i]));
+    const double weight = Weight(weights, 1 + k);
+    if (k < static_cast<std::size_t>(sources)) {
+      round.sources.push_back(peer);
+      round.source_weights.push_back(weight);
+    } else {
+      round.destinations.push_back(peer);
+      if (scales) round.destination_weights.push_back(weight);
     }
   }
-  return ffi::Error::Success();
+  if (mode == kStart) leaves.Stage();
+  return Launch(std::make_shared<Average>(comm, name, std::move(leaves),
+                                          /*variant=*/0, std::move(round)),
+                results, mode);
 }
 
 }  // namespace
@@ -161,8 +220,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
         .RemainingArgs()                 // [row of weights,] leaves
         .Ret<ffi::Token>()               // order out
-        .RemainingRets()                 // leaves, each like its operand
+        .RemainingRets()                 // leaves like the operands, or handle
         .Attr<std::int64_t>("context")
+        .Attr<std::int64_t>("mode")
         .Attr<std::int64_t>("graph")
         .Attr<std::int64_t>("weighting")
         .Attr<Ints>("source_begin")
@@ -172,5 +232,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<Ints>("destinations")
         .Attr<Doubles>("self_weights")
         .Attr<Ints>("difference"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PeerAllreduce, PeerAllreduceImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Token>()                // order in
+        .Arg<ffi::BufferR1<ffi::S32>>()  // ranks of sources, destinations
+        .Arg<ffi::AnyBuffer>()            // weights of self and of those
+        .RemainingArgs()                  // leaves
+        .Ret<ffi::Token>()                // order out
+        .RemainingRets()                  // leaves like the operands, or handle
+        .Attr<std::int64_t>("context")
+        .Attr<std::int64_t>("mode")
+        .Attr<std::int64_t>("pair")
+        .Attr<std::int64_t>("sources")
+        .Attr<std::int64_t>("scales")
+        .Attr<std::int64_t>("difference"));
 
 }  // namespace jfog::mpi

@@ -7,6 +7,7 @@
 namespace jfog::mpi {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllreduce);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerAllreduce);
 
 }  // namespace jfog::mpi
 

@@ -10,7 +10,9 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "mpi/call.h"
 #include "mpi/communicator.h"
+#include "mpi/engine.h"
 
 namespace jfog::mpi {
 namespace {
@@ -121,16 +123,18 @@ std::vector<int> Machines(std::int64_t context) {
   return leaders;
 }
 
-void Close(std::int64_t context) {
+int Close(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Lookup(context);
-  if (comm == nullptr) return;
+  if (comm == nullptr) return 0;
   Unregister(context);
+  const int forgotten = ForgetHandles(*comm);
   std::lock_guard<std::mutex> lock(roots_mutex);
   auto& roots = Roots();
   const auto root = std::find(roots.begin(), roots.end(), comm);
-  if (root == roots.end()) return;
+  if (root == roots.end()) return forgotten;
   roots.erase(root);
   if (!Finalized()) comm->AnnounceLeave();
+  return forgotten;
 }
 
 void Abandon(const std::string& reason) {
@@ -140,6 +144,8 @@ void Abandon(const std::string& reason) {
 
 void Finish() {
   if (Finalized() || abandoned) return;
+  // What was started and not waited on is still wanted by its peers.
+  Engine::Get().Drain();
   std::lock_guard<std::mutex> lock(roots_mutex);
   for (const auto& root : Roots()) {
     if (root->failed()) return;
@@ -156,6 +162,7 @@ void Finish() {
       }
     }
   }
+  Engine::Get().Stop();
   if (started_here) MPI_Finalize();
 }
 

@@ -27,8 +27,9 @@ int Size(std::int64_t context);
 // For every rank, the lowest rank on its machine (sharing its memory).
 std::vector<int> Machines(std::int64_t context);
 
-// Ends the use of a communicator on this rank.
-void Close(std::int64_t context);
+// Ends the use of a communicator on this rank; returns how many of its
+// operations were started and not waited on.
+int Close(std::int64_t context);
 
 // Fails all operations, running and to come: this process is going down.
 void Abandon(const std::string& reason);

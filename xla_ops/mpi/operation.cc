@@ -1,0 +1,269 @@
+// One operation in flight: its identity, its pending messages, its end.
+#include "mpi/operation.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+namespace jfog::mpi {
+namespace {
+
+constexpr std::uint64_t kMagic = 0x6a666f6731303032u;
+constexpr std::chrono::milliseconds kStalledAfter{50};
+// What a rank that left has sent before may still be on its way.
+constexpr std::chrono::seconds kGrace{1};
+
+double Seconds(Clock::duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
+
+std::string Format(Clock::duration duration) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f s", Seconds(duration));
+  return text;
+}
+
+std::string RankList(const std::vector<int>& ranks) {
+  if (ranks.empty()) return "the other ranks";
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    if (i > 0) text += ", ";
+    text += std::to_string(ranks[i]);
+  }
+  return text;
+}
+
+std::string NameOf(const Header& header) {
+  return std::string(header.operation,
+                     strnlen(header.operation, sizeof(header.operation))) +
+         " #" + std::to_string(header.sequence);
+}
+
+}  // namespace
+
+Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
+                     Leaves leaves, std::uint64_t variant)
+    : comm_(std::move(comm)),
+      name_(name),
+      leaves_(std::move(leaves)),
+      sequence_(comm_->NextSequence()),
+      signature_(leaves_.Signature()),
+      variant_(variant) {
+  comm_->CountOperation();
+}
+
+Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
+                     std::uint64_t sequence)
+    : comm_(std::move(comm)),
+      name_(name),
+      sequence_(sequence),
+      signature_(0),
+      variant_(0) {}
+
+std::string Operation::Title() const {
+  return std::string(name_) + " #" + std::to_string(sequence_) + " on rank " +
+         std::to_string(comm_->rank());
+}
+
+Header Operation::MakeHeader(std::size_t bytes) const {
+  Header header;
+  header.magic = kMagic;
+  header.sequence = sequence_;
+  header.signature = signature_;
+  header.variant = variant_;
+  header.bytes = bytes;
+  std::strncpy(header.operation, name_, sizeof(header.operation) - 1);
+  return header;
+}
+
+std::uint64_t Operation::Fingerprint() const {
+  std::uint64_t own = Mix(Mix(sequence_, signature_), variant_);
+  for (const char* c = name_; *c != 0; ++c) own = Mix(own, *c);
+  return own;
+}
+
+void Operation::Resize(std::size_t slots) {
+  requests_.assign(slots, MPI_REQUEST_NULL);
+  statuses_.resize(slots);
+  indices_.resize(slots);
+}
+
+ffi::Error Operation::Resume(bool* moved) {
+  *moved = false;
+  return ffi::Error::Success();
+}
+
+void Operation::Start() {
+  std::lock_guard<std::mutex> lock(advancing_);
+  ffi::Error error = Post();
+  if (error.failure()) End(std::move(error));
+}
+
+bool Operation::Advance() {
+  std::unique_lock<std::mutex> lock(advancing_, std::try_to_lock);
+  if (!lock.owns_lock() || finished()) return false;
+  bool moved = false;
+  ffi::Error error = Poll(&moved);
+  if (error.failure()) {
+    End(std::move(error));
+    return true;
+  }
+  // The deadline is for a standstill.
+  if (moved && awaited_since_.load(std::memory_order_relaxed) != 0) Await();
+  return moved;
+}
+
+ffi::Error Operation::Poll(bool* moved) {
+  JFOG_RETURN_IF_ERROR(Resume(moved));
+  if (pending_ > 0) {
+    int count = 0;
+    const int code =
+        MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(),
+                     &count, indices_.data(), statuses_.data());
+    if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) {
+      return MpiFailure(code, "in MPI_Testsome");
+    }
+    if (count == MPI_UNDEFINED) count = 0;
+    for (int i = 0; i < count; ++i) {
+      --pending_;
+      *moved = true;
+      if (code == MPI_ERR_IN_STATUS && statuses_[i].MPI_ERROR != MPI_SUCCESS) {
+        return MpiFailure(
+            statuses_[i].MPI_ERROR,
+            "with " + RankList({statuses_[i].MPI_SOURCE}));
+      }
+      JFOG_RETURN_IF_ERROR(Completed(indices_[i]));
+    }
+  }
+  while (pending_ == 0 && !is_queued()) {
+    bool ended = false;
+    JFOG_RETURN_IF_ERROR(Drained(&ended));
+    *moved = true;
+    if (ended) {
+      End(ffi::Error::Success());
+      break;
+    }
+  }
+  return ffi::Error::Success();
+}
+
+void Operation::End(ffi::Error error) {
+  if (error.failure()) {
+    // MPI may still write into receive buffers and read the others.
+    Bury();
+  }
+  error_ = std::move(error);
+  Ended();
+  finished_.store(true, std::memory_order_release);
+}
+
+ffi::Error Operation::Fail(ffi::ErrorCode code, const std::string& text) {
+  const std::string full = Title() + " " + text;
+  comm_->Fail(code, full);
+  return MakeError(code, full);
+}
+
+ffi::Error Operation::MpiFailure(int code, const std::string& what) {
+  return Fail(ffi::ErrorCode::kInternal,
+              "failed " + what + ": " + ErrorText(code));
+}
+
+bool Operation::Matches(const Header& theirs) const {
+  const Header mine = MakeHeader(0);
+  return theirs.magic == mine.magic && theirs.sequence == mine.sequence &&
+         theirs.signature == mine.signature &&
+         theirs.variant == mine.variant &&
+         std::memcmp(theirs.operation, mine.operation,
+                     sizeof(mine.operation)) == 0;
+}
+
+ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
+  const auto mismatch = [&](const std::string& what) {
+    return Fail(ffi::ErrorCode::kFailedPrecondition,
+                "(" + leaves_.Describe() + ") does not match rank " +
+                    std::to_string(source) + ": " + what);
+  };
+  if (theirs.magic != kMagic) return mismatch("not a message of jfog");
+  if (theirs.sequence != sequence_ ||
+      std::strncmp(theirs.operation, name_, sizeof(theirs.operation)) != 0) {
+    return mismatch("it is in " + NameOf(theirs) +
+                    "; all ranks must run the same operations in one order");
+  }
+  if (theirs.signature != signature_) {
+    return mismatch("it sent other dtypes or shapes (" +
+                    std::to_string(theirs.bytes) + " bytes)");
+  }
+  if (theirs.variant != variant_) {
+    return mismatch("it uses another graph, step, reduction or root");
+  }
+  return ffi::Error::Success();
+}
+
+void Operation::Await() {
+  awaited_since_.store(Clock::now().time_since_epoch().count(),
+                       std::memory_order_relaxed);
+}
+
+void Operation::CheckStall(Clock::time_point now) {
+  const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
+  const Clock::duration waited =
+      since == 0 ? Clock::duration::zero()
+                 : now.time_since_epoch() - Clock::duration(since);
+  if (!comm_->failed() && waited < kStalledAfter) return;
+  std::lock_guard<std::mutex> lock(advancing_);
+  if (finished()) return;
+  ffi::Error error = FindStall(waited);
+  if (error.failure()) End(std::move(error));
+}
+
+ffi::Error Operation::FindStall(Clock::duration waited) {
+  JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  comm_->ReadNotes();
+  const std::vector<int> missing = Missing();
+  std::vector<int> left;
+  for (int rank : missing) {
+    if (comm_->HasLeft(rank)) left.push_back(rank);
+  }
+  if (!left.empty() && waited > kGrace) {
+    return Fail(ffi::ErrorCode::kAborted,
+                "waits for " + RankList(left) + ", which has already ended (" +
+                    leaves_.Describe() + ")");
+  }
+  const double limit = comm_->timeout();
+  if (!announced_ && Seconds(waited) > 0.05 * limit) {
+    announced_ = true;
+    comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+  }
+  JFOG_RETURN_IF_ERROR(CheckNotes(missing, waited));
+  if (!warned_ && Seconds(waited) > 0.1 * limit) {
+    warned_ = true;
+    std::fprintf(stderr, "jfog: %s has waited %s for %s\n", Title().c_str(),
+                 Format(waited).c_str(), RankList(missing).c_str());
+    std::fflush(stderr);
+  }
+  if (Seconds(waited) > limit) {
+    return Fail(ffi::ErrorCode::kDeadlineExceeded,
+                "waited " + Format(waited) + " for " + RankList(missing) +
+                    "; is it dead, slow, or in another operation? (" +
+                    leaves_.Describe() +
+                    "; the limit is jfog.init(timeout=...))");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Operation::CheckNotes(const std::vector<int>& missing,
+                                 Clock::duration waited) {
+  for (int rank : missing) {
+    const std::optional<Header> note = comm_->LastNote(rank);
+    if (!note || note->sequence < sequence_) continue;
+    // It waits, too: here with us, or it has gone on without the message that
+    // we wait for. That one would have come long before the note.
+    if (note->sequence == sequence_ ||
+        Seconds(waited) > 0.1 * comm_->timeout()) {
+      JFOG_RETURN_IF_ERROR(CheckHeader(rank, *note));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jfog::mpi

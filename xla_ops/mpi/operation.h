@@ -1,0 +1,141 @@
+// One operation in flight: its identity, its pending messages, its end.
+#ifndef JFOG_XLA_OPS_MPI_OPERATION_H_
+#define JFOG_XLA_OPS_MPI_OPERATION_H_
+
+#include <mpi.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "mpi/communicator.h"
+#include "mpi/leaves.h"
+
+namespace jfog::mpi {
+
+// An operation is posted once, in program order, and then moved on by whoever
+// has time: the thread that called it, for a moment, and the engine. It ends
+// with its results written to the outputs of its leaves, or as an error that
+// spoils the communicator.
+class Operation {
+ public:
+  // All ranks must bring the same name, leaves and variant.
+  Operation(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
+            std::uint64_t variant);
+  // Outside the ordered chain, with a number of its own.
+  Operation(std::shared_ptr<Communicator> comm, const char* name,
+            std::uint64_t sequence);
+  virtual ~Operation() = default;
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+  // Posts what goes out and comes in first.
+  void Start();
+  // Moves on what can move without waiting; returns whether anything did. Safe
+  // on any thread: returns false while another one is at it.
+  bool Advance();
+  // Whether it has ended; then `error` says how.
+  bool finished() const { return finished_.load(std::memory_order_acquire); }
+  const ffi::Error& error() const { return error_; }
+
+  // Says that from now on somebody waits, which starts the clock.
+  void Await();
+  // Looks for a reason to give up: the communicator has failed; a rank that is
+  // waited for has left, or is in another operation; the deadline.
+  void CheckStall(Clock::time_point now);
+
+  const Leaves& leaves() const { return leaves_; }
+  bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
+  // "neighbor_allreduce #41 on rank 0"
+  std::string Title() const;
+
+ protected:
+  // What a kind of operation does, step by step. Each is called with no other
+  // running; the first error ends the operation.
+  virtual ffi::Error Post() = 0;
+  // Whether there is something to do that hangs on no message of its own.
+  virtual ffi::Error Resume(bool* moved);
+  // Whether nothing has been posted yet.
+  virtual bool is_queued() const { return false; }
+  virtual ffi::Error Completed(std::size_t slot) = 0;
+  // Everything posted has completed: says that the operation has ended, or goes
+  // on.
+  virtual ffi::Error Drained(bool* ended) {
+    *ended = true;
+    return ffi::Error::Success();
+  }
+  // The ranks that are waited for, ascending.
+  virtual std::vector<int> Missing() const = 0;
+  // Leaves the buffers of messages that will never complete to MPI.
+  virtual void Bury() = 0;
+  // Called once at the end.
+  virtual void Ended() {}
+
+  // The slot for a request, which the caller starts at once.
+  MPI_Request* Slot(std::size_t slot) {
+    ++pending_;
+    return &requests_[slot];
+  }
+  void Resize(std::size_t slots);
+  std::size_t slots() const { return requests_.size(); }
+  bool is_pending(std::size_t slot) const {
+    return requests_[slot] != MPI_REQUEST_NULL;
+  }
+
+  // What must be equal on all ranks in place of the leaves.
+  void SetSignature(std::uint64_t signature) { signature_ = signature; }
+  // One number for all that ranks must agree on.
+  std::uint64_t Fingerprint() const;
+  // The header of this rank's messages.
+  Header MakeHeader(std::size_t bytes) const;
+  // Whether that is of the same operation.
+  bool Matches(const Header& theirs) const;
+  // An error, if this rank and that one are not in the same operation.
+  ffi::Error CheckHeader(int source, const Header& theirs);
+  // Turns an MPI return code into a failure.
+  ffi::Error Check(int code, const char* expression) {
+    if (code == MPI_SUCCESS) return ffi::Error::Success();
+    return MpiFailure(code, expression);
+  }
+  // Spoils the communicator.
+  ffi::Error Fail(ffi::ErrorCode code, const std::string& text);
+
+  Communicator& comm() const { return *comm_; }
+  std::uint64_t sequence() const { return sequence_; }
+
+ private:
+  ffi::Error MpiFailure(int code, const std::string& what);
+  ffi::Error Poll(bool* moved);
+  ffi::Error FindStall(Clock::duration waited);
+  ffi::Error CheckNotes(const std::vector<int>& missing,
+                        Clock::duration waited);
+  void End(ffi::Error error);
+
+  std::shared_ptr<Communicator> comm_;
+  const char* name_;
+  Leaves leaves_;
+  std::uint64_t sequence_;
+  std::uint64_t signature_;
+  std::uint64_t variant_;
+  std::vector<MPI_Request> requests_;
+  std::vector<MPI_Status> statuses_;
+  std::vector<int> indices_;
+  int pending_ = 0;
+  std::mutex advancing_;
+  std::atomic<bool> finished_{false};
+  ffi::Error error_;
+  std::atomic<Clock::rep> awaited_since_{0};  // 0: nobody waits
+  bool warned_ = false;
+  bool announced_ = false;
+};
+
+#define JFOG_MPI_RETURN_IF_ERROR(expression) \
+  JFOG_RETURN_IF_ERROR(Check((expression), #expression))
+
+}  // namespace jfog::mpi
+
+#endif  // JFOG_XLA_OPS_MPI_OPERATION_H_
