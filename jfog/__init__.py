@@ -4,6 +4,7 @@ from jfog import diagnostics as diagnostics
 from jfog import optimizers as optimizers
 from jfog import topology as topology
 from jfog.primitives import Handle as Handle
+from jfog.primitives import Peers as Peers
 from jfog.primitives import allgather as allgather
 from jfog.primitives import allgather_start as allgather_start
 from jfog.primitives import allreduce as allreduce
@@ -13,6 +14,8 @@ from jfog.primitives import broadcast as broadcast
 from jfog.primitives import broadcast_start as broadcast_start
 from jfog.primitives import neighbor_allreduce as neighbor_allreduce
 from jfog.primitives import neighbor_allreduce_start as neighbor_allreduce_start
+from jfog.primitives import pair_gossip as pair_gossip
+from jfog.primitives import pair_gossip_start as pair_gossip_start
 from jfog.primitives import poll as poll
 from jfog.primitives import wait as wait
 from jfog.runtime import AXIS_NAME as AXIS_NAME

@@ -16,3 +16,6 @@ from jfog.primitives._neighbor import neighbor_allreduce as neighbor_allreduce
 from jfog.primitives._neighbor import (
   neighbor_allreduce_start as neighbor_allreduce_start,
 )
+from jfog.primitives._peers import Peers as Peers
+from jfog.primitives._peers import pair_gossip as pair_gossip
+from jfog.primitives._peers import pair_gossip_start as pair_gossip_start

@@ -18,6 +18,11 @@ def are_virtual(axes: tuple[str, ...]) -> bool:
   return bool(axes) and not set(axes) & set(manual)
 
 
+def varying(x: jax.Array, comm: Communicator) -> jax.Array:
+  """Marks `x` as different from rank to rank, where a `shard_map` checks that."""
+  return _compat.varying(x, comm.axes) if isinstance(comm, Axis) else x
+
+
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """The values of all ranks, stacked along a new axis 0."""
   stacked = x

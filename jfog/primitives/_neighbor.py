@@ -15,6 +15,7 @@ from jax.interpreters import ad
 from jfog import _compat
 from jfog.primitives import _calls, _leaves, _mesh, _primitive
 from jfog.primitives._calls import Call
+from jfog.primitives._peers import Peers, peers_call
 from jfog.primitives._permutations import permutations
 from jfog.runtime import Communicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
@@ -27,7 +28,7 @@ _UNROLLED = 16
 @_calls.operation
 def neighbor_allreduce(
   x: Any,
-  graph: Topology | Schedule,
+  graph: Topology | Schedule | Peers,
   step: Any = None,
   *,
   weights: Any = None,
@@ -51,7 +52,8 @@ def neighbor_allreduce(
     x: a pytree of float or complex arrays, of equal shapes and dtypes on all
       ranks.
     graph: a `Topology` or a `Schedule`, equal on all ranks, of the
-      communicator's size.
+      communicator's size; or between processes `Peers`, which each rank makes
+      for itself.
     step: the index into a `Schedule`, taken modulo its period; an int or a
       traced integer scalar, equal on all ranks. Another step of one schedule is
       neither traced nor compiled again. Not needed for a `Topology`.
@@ -86,10 +88,16 @@ def neighbor_allreduce(
   Optimization over Networks", 2014.
   """
   comm = resolve(comm)
-  graph = check_graph(graph, comm.size, "neighbor_allreduce")
-  index = step_index(graph, step, "neighbor_allreduce")
   leaves, names, structure = _leaves.flatten(x, "neighbor_allreduce")
   _leaves.require_inexact(leaves, names, "neighbor_allreduce")
+  if isinstance(graph, Peers):
+    if weights is not None:
+      raise ValueError(
+        "neighbor_allreduce: Peers hold their own weights; leave weights= out."
+      )
+    return peers_call(leaves, names, structure, graph, comm)
+  graph = check_graph(graph, comm.size, "neighbor_allreduce")
+  index = step_index(graph, step, "neighbor_allreduce")
   row = None if weights is None else _row(weights, comm)
   if not leaves or comm.backend in ("mesh", "single"):
     mixed = _on_mesh(leaves, graph, index, row, comm) if leaves else []

@@ -1,0 +1,365 @@
+"""Averages with peers that each rank names for itself, at run time if need be."""
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad
+
+from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives._calls import Call
+from jfog.runtime import Communicator, resolve
+
+_TOLERANCE = 1e-9  # of the sum of weights, for the difference form
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
+class Peers:
+  """What one rank alone decides to send and to receive in one average.
+
+  `jfog.neighbor_allreduce(x, Peers(...))` computes on rank i
+
+      y[i] = self_weight[i] x[i] + sum_j src_weights[i][j] dst_weights[j][i] x[j]
+
+  over the ranks j that i names as sources. Every rank that i sends to must name
+  i as a source, and the other way round. Weights are used as given: nothing
+  makes them sum to 1. A rank may name no source, no destination, or neither.
+  Works between processes only, for on a mesh all ranks run one program.
+
+  A pytree: the ranks are static, the weights may be traced.
+
+  Args:
+    self_weight: the weight of this rank's own value.
+    src_weights: from each rank to receive from to the weight it gets here.
+    dst_weights: from each rank to send to to the weight to scale with before;
+      or the ranks alone, for weights of 1.
+
+  Raises:
+    TypeError: for a rank that is no int.
+    ValueError: for a negative rank or one that is named twice.
+
+  Example:
+    >>> import jfog
+    >>> peers = jfog.Peers(0.5, {1: 0.5}, [1])
+    >>> peers.src_weights
+    {1: 0.5}
+
+  Source: the `self_weight`, `src_weights` and `dst_weights` of BlueFog's
+  `neighbor_allreduce`.
+  """
+
+  self_weight: Any
+  src_weights: dict[int, Any]
+  dst_weights: dict[int, Any]
+
+  def __init__(
+    self,
+    self_weight: Any,
+    src_weights: Mapping[int, Any],
+    dst_weights: Mapping[int, Any] | Iterable[int],
+  ):
+    object.__setattr__(self, "self_weight", self_weight)
+    object.__setattr__(
+      self, "src_weights", _checked_ranks(src_weights, "src_weights")
+    )
+    object.__setattr__(
+      self, "dst_weights", _checked_ranks(dst_weights, "dst_weights")
+    )
+
+  def tree_flatten(self):
+    """The weights and the ranks, for JAX."""
+    weights = (
+      self.self_weight,
+      tuple(self.src_weights.values()),
+      tuple(self.dst_weights.values()),
+    )
+    return weights, (tuple(self.src_weights), tuple(self.dst_weights))
+
+  @classmethod
+  def tree_unflatten(cls, ranks, weights):
+    """Peers of those ranks and weights, for JAX."""
+    peers = object.__new__(cls)
+    for name, value in zip(
+      ("self_weight", "src_weights", "dst_weights"),
+      (
+        weights[0],
+        dict(zip(ranks[0], weights[1], strict=True)),
+        dict(zip(ranks[1], weights[2], strict=True)),
+      ),
+      strict=True,
+    ):
+      object.__setattr__(peers, name, value)
+    return peers
+
+
+def _checked_ranks(weights, name) -> dict[int, Any]:
+  pairs = (
+    list(weights.items())
+    if isinstance(weights, Mapping)
+    else [(rank, 1.0) for rank in weights]
+  )
+  checked: dict[int, Any] = {}
+  for rank, weight in pairs:
+    if isinstance(rank, (bool, np.bool_)):
+      raise TypeError(f"Peers: {name} names the rank {rank!r}; name ints.")
+    try:
+      rank = operator.index(rank)
+    except TypeError as error:
+      raise TypeError(
+        f"Peers: {name} names the rank {rank!r}, which is "
+        f"{type(rank).__name__}; name ints, not traced."
+      ) from error
+    if rank < 0:
+      raise ValueError(f"Peers: {name} names the rank {rank}; name ranks from 0.")
+    if rank in checked:
+      raise ValueError(f"Peers: {name} names the rank {rank} twice.")
+    checked[rank] = weight
+  return checked
+
+
+def peers_call(
+  leaves, names, structure, peers: Peers, comm: Communicator
+) -> Call:
+  """The call of `neighbor_allreduce` with `Peers`."""
+  if comm.backend == "mesh":
+    raise ValueError(
+      "neighbor_allreduce: Peers say what one rank does, and on a mesh all "
+      "ranks run one program; pass a Topology or a Schedule."
+    )
+  for name in ("src_weights", "dst_weights"):
+    for rank in getattr(peers, name):
+      if rank >= comm.size or rank == comm.rank:
+        raise ValueError(
+          f"neighbor_allreduce: {name} names the rank {rank} on rank "
+          f"{comm.rank} of {comm.size}; name other ranks, from 0 to "
+          f"{comm.size - 1}. The own weight is self_weight."
+        )
+  sources = dict(sorted(peers.src_weights.items()))
+  destinations = dict(sorted(peers.dst_weights.items()))
+  weights = [peers.self_weight, *sources.values()]
+  scales = any(
+    not _is_static(weight) or weight != 1 for weight in destinations.values()
+  )
+  if not leaves or comm.backend == "single":
+    (own,) = _as_weights([peers.self_weight], "self_weight")
+    return Call(leaves, structure, [_scaled(own, x) for x in leaves])
+  return Call(
+    leaves,
+    structure,
+    primitive=peer_allreduce_p,
+    fixed=(
+      np.array([*sources, *destinations], np.int32),
+      _as_weights([*weights, *destinations.values()], "the weights of Peers"),
+    ),
+    operands=_leaves.to_native(leaves, names, "neighbor_allreduce"),
+    params={
+      "sources": len(sources),
+      "scales": scales,
+      "difference": _sum_to_one(weights),
+      "pair": False,
+      "comm": comm,
+    },
+  )
+
+
+@_calls.operation
+def pair_gossip(
+  x: Any,
+  peer: Any,
+  *,
+  self_weight: Any = 0.5,
+  pair_weight: Any = 0.5,
+  comm: Communicator | None = None,
+) -> Any:
+  """Averages `x` with that of one other rank.
+
+  Computes `y[i] = self_weight x[i] + pair_weight x[peer[i]]`. The two ranks name
+  each other, send each other their leaves in one message and wait for each
+  other. A rank that names itself uses its own value twice. Weights that sum to 1
+  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`.
+
+  Linear in `x`, with itself as transpose (each rank then weights what it sends
+  with its own `pair_weight`).
+
+  Args:
+    x: a pytree of float or complex arrays, of equal shapes and dtypes on both
+      ranks.
+    peer: the other rank, an int or a traced integer scalar. Another peer is
+      neither traced nor compiled again if it is traced.
+    self_weight: the weight of the own value, a number, which may be traced.
+    pair_weight: the weight of the peer's value, likewise.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x`, in shapes and dtypes.
+
+  Raises:
+    ValueError: if `peer` is an int and no rank.
+    TypeError: for integer or bool leaves, or a `peer` that is no integer.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
+      traced peer is no rank (`INVALID_ARGUMENT`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> swap = lambda x: jfog.pair_gossip(x, jfog.rank() ^ 1)
+    >>> jfog.simulate(swap, 4)(jnp.array([0.0, 2.0, 4.0, 8.0]))
+    Array([1., 1., 6., 6.], dtype=float32)
+
+  Source: `pair_gossip` of BlueFog; Boyd et al., "Randomized Gossip Algorithms",
+  2006.
+  """
+  comm = resolve(comm)
+  leaves, names, structure = _leaves.flatten(x, "pair_gossip")
+  _leaves.require_inexact(leaves, names, "pair_gossip")
+  peer = _peer(peer, comm)
+  weights = [self_weight, pair_weight]
+  difference = _sum_to_one(weights)
+  own, other, *_ = pair = _as_weights([*weights, 1.0], "a weight")
+  if not leaves or comm.backend in ("mesh", "single"):
+
+    def mix(x):
+      value = x
+      if comm.backend == "mesh":
+        value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
+      if not difference:
+        return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)
+      wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+      return (wide + _scaled(other, value.astype(wide.dtype) - wide)).astype(
+        x.dtype
+      )
+
+    return Call(leaves, structure, [mix(leaf) for leaf in leaves])
+  peer = jnp.asarray(peer, jnp.int32)
+  return Call(
+    leaves,
+    structure,
+    primitive=peer_allreduce_p,
+    fixed=(jnp.stack([peer, peer]), pair),
+    operands=_leaves.to_native(leaves, names, "pair_gossip"),
+    params={
+      "sources": 1,
+      "scales": False,
+      "difference": difference,
+      "pair": True,
+      "comm": comm,
+    },
+  )
+
+
+pair_gossip_start = _calls.start_of(
+  pair_gossip,
+  """>>> swap = lambda x: jfog.wait(jfog.pair_gossip_start(x, jfog.rank() ^ 1))
+    >>> jfog.simulate(swap, 2)(jnp.array([0.0, 2.0]))
+    Array([1., 1.], dtype=float32)""",
+)
+
+
+def _peer(peer: Any, comm: Communicator) -> Any:
+  if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
+    if not 0 <= peer < comm.size:
+      raise ValueError(
+        f"pair_gossip: peer={peer} is no rank of a communicator of "
+        f"{comm.size}; take one from 0 to {comm.size - 1}."
+      )
+    return int(peer)
+  peer = jnp.asarray(peer)
+  if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
+    raise TypeError(
+      f"pair_gossip: peer has dtype {peer.dtype} and shape {peer.shape}; pass "
+      f"an integer scalar."
+    )
+  return peer
+
+
+def _is_static(weight: Any) -> bool:
+  return isinstance(weight, (int, float, np.number, np.ndarray))
+
+
+def _sum_to_one(weights: list[Any]) -> bool:
+  """Whether known weights, the own first, allow the difference form."""
+  if not all(_is_static(weight) for weight in weights):
+    return False
+  return bool(abs(sum(weights) - 1) <= _TOLERANCE and weights[0] != 0)
+
+
+def _as_weights(weights: list[Any], name: str) -> jax.Array:
+  """Weights as one vector, in the widest float that JAX has."""
+  for weight in weights:
+    if jnp.shape(weight) != ():
+      raise ValueError(
+        f"{name} has shape {jnp.shape(weight)}; every weight is a scalar."
+      )
+    if not jnp.isrealobj(weight):
+      raise TypeError(f"{name} is complex; pass real weights.")
+  dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+  return jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
+
+
+def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+  wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+  scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
+  return scaled.astype(x.dtype)
+
+
+# Between processes: the rules of the primitive. Its fixed operands are the ranks
+# of the sources and the destinations, and the weights of self and of those.
+
+
+def _abstract_eval(*operands, fixed, **params):
+  del params
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
+
+
+def _tangents(primitive, primals, results, tangents, **params):
+  if type(tangents[1]) is not ad.Zero:
+    raise TypeError(
+      "neighbor_allreduce with Peers, and pair_gossip, have no derivative with "
+      "respect to weights between processes; use jax.lax.stop_gradient on them, "
+      "or a graph with weights=."
+    )
+  return _primitive.linear_tangents(
+    primitive, primals, results, tangents, **params
+  )
+
+
+def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
+  # y_i = s_i x_i + sum_j r_ij d_ji x_j: the sources become destinations, and
+  # whoever weighted what it got weights what it sends.
+  del scales
+  own, received, sent = jnp.split(weights, [1, 1 + sources])
+  return peer_allreduce_p.bind(
+    jnp.roll(ranks, -sources),
+    jnp.concatenate([own, sent, received]),
+    *cotangents,
+    sources=len(ranks) - sources,
+    scales=True,
+    **{**params, "difference": False},
+  )
+
+
+def _attributes(*leaves, sources, scales, difference, pair, comm):
+  del leaves
+  return {
+    "context": np.int64(comm.context),
+    "pair": np.int64(pair),
+    "sources": np.int64(sources),
+    "scales": np.int64(scales),
+    "difference": np.int64(difference),
+  }
+
+
+peer_allreduce_p = _primitive.define(
+  "peer_allreduce",
+  abstract_eval=_abstract_eval,
+  attributes=_attributes,
+  tangents=_tangents,
+  transpose=_transpose,
+  in_place=True,
+)
