@@ -381,7 +381,7 @@ def _allreduce_transpose(cotangents, *, fixed, op, comm):
 allreduce_p = _primitive.define(
   "allreduce",
   abstract_eval=_like_operands,
-  attributes=lambda *leaves, op, comm: {
+  attributes=lambda mode, *leaves, op, comm: {
     "context": np.int64(comm.context),
     "reduction": np.int64(_REDUCTIONS.index(op)),
   },
@@ -402,7 +402,7 @@ def _broadcast_transpose(cotangents, *, fixed, root, comm):
 broadcast_p = _primitive.define(
   "broadcast",
   abstract_eval=_like_operands,
-  attributes=lambda *leaves, root, comm: {
+  attributes=lambda mode, *leaves, root, comm: {
     "context": np.int64(comm.context),
     "root": np.int64(root),
   },
@@ -448,7 +448,8 @@ def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
   return own
 
 
-def _allgather_attributes(*leaves, axis_sizes, comm):
+def _allgather_attributes(mode, *leaves, axis_sizes, comm):
+  del mode
   return {
     "context": np.int64(comm.context),
     "rows": np.array(axis_sizes, np.int64).ravel(),
@@ -468,5 +469,5 @@ allgather_p = _primitive.define(
 barrier_p = _primitive.define(
   "barrier",
   abstract_eval=lambda *, fixed, comm: [],
-  attributes=lambda *leaves, comm: {"context": np.int64(comm.context)},
+  attributes=lambda mode, *leaves, comm: {"context": np.int64(comm.context)},
 )

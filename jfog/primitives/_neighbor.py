@@ -385,7 +385,7 @@ def _turned(graph):
   return graph.transpose()
 
 
-def _attributes(*leaves, graph, weighting, comm):
+def _attributes(mode, *leaves, graph, weighting, comm):
   """This rank's rows of every round; the step selects among them at run time."""
   del leaves
   source_begin, sources, source_weights = [0], [], []
@@ -400,7 +400,7 @@ def _attributes(*leaves, graph, weighting, comm):
     destination_begin.append(len(destinations))
     self_weights.append(topology.self_weight(comm.rank))
     difference.append(bool(_difference_rows(topology)[comm.rank]))
-  return {
+  attributes = {
     "context": np.int64(comm.context),
     "graph": np.int64(_fingerprint(graph)),
     "weighting": np.int64(weighting),
@@ -413,6 +413,10 @@ def _attributes(*leaves, graph, weighting, comm):
     "self_weights": np.array(self_weights, np.float64),
     "difference": np.array(difference, np.int32),
   }
+  digest = hashlib.blake2b(digest_size=8)
+  for name, value in [("mode", mode), *attributes.items()]:
+    digest.update(name.encode() + np.asarray(value).tobytes())
+  return {**attributes, "plan": np.frombuffer(digest.digest(), np.int64)[0]}
 
 
 @functools.lru_cache(maxsize=1024)

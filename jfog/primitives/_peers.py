@@ -344,8 +344,8 @@ def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
   )
 
 
-def _attributes(*leaves, sources, scales, difference, pair, comm):
-  del leaves
+def _attributes(mode, *leaves, sources, scales, difference, pair, comm):
+  del mode, leaves
   return {
     "context": np.int64(comm.context),
     "pair": np.int64(pair),

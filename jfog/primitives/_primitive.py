@@ -50,7 +50,8 @@ def define(
   Args:
     name: the operation's name.
     abstract_eval: `(*operands, **params)` to the results' shapes and dtypes.
-    attributes: `(*shapes of the leaves, **params)` to the handler's attributes.
+    attributes: `(mode, *shapes of the leaves, **params)` to the handler's
+      attributes; the mode itself is added.
     tangents: `(primitive, primals, results, tangents, **params)` to the
       results' tangents; by default those of an operation which is linear in its
       leaves and does not depend smoothly on the others.
@@ -97,7 +98,8 @@ def define(
   )
 
   def handler_attributes(mode, *operands, fixed, **params):
-    return {"mode": np.int64(mode), **attributes(*operands[fixed:], **params)}
+    leaves = operands[fixed:]
+    return {"mode": np.int64(mode), **attributes(mode, *leaves, **params)}
 
   _register(
     whole,

@@ -3,6 +3,7 @@
 
 #include <sched.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -18,27 +19,11 @@ namespace {
 // others run in between, and as long as something comes. When nothing has come
 // for this long it waits for somebody, which is the engine's work.
 constexpr int kPolls = 64;
+constexpr int kPollsCrowded = 2;
+std::atomic<int> polls_before_yield{kPolls};
 constexpr std::chrono::microseconds kPatience{100};
 // That many handles nobody waits for are likely to be a mistake.
 constexpr std::size_t kManyHandles = 1000;
-
-// Whether the operation ended within the call's patience.
-bool EndsSoon(Operation& operation) {
-  int polls = 0;
-  Clock::time_point quiet_since;
-  while (!operation.finished()) {
-    if (operation.Advance()) {
-      polls = 0;
-      continue;
-    }
-    if (++polls < kPolls) continue;
-    const Clock::time_point now = Clock::now();
-    if (polls == kPolls) quiet_since = now;
-    if (now - quiet_since > kPatience) return operation.finished();
-    sched_yield();
-  }
-  return true;
-}
 
 Engine::Waiter Fulfil(ffi::Promise promise) {
   return [promise = std::move(promise)](const ffi::Error& error) mutable {
@@ -168,16 +153,42 @@ ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
 
 }  // namespace
 
+void SetCrowded(bool crowded) {
+  polls_before_yield = crowded ? kPollsCrowded : kPolls;
+}
+
+bool EndsSoon(Operation& operation) {
+  const int limit = polls_before_yield.load(std::memory_order_relaxed);
+  int polls = 0;
+  Clock::time_point quiet_since;
+  while (!operation.finished()) {
+    if (operation.Advance()) {
+      polls = 0;
+      continue;
+    }
+    if (++polls < limit) continue;
+    const Clock::time_point now = Clock::now();
+    if (polls == limit) quiet_since = now;
+    if (now - quiet_since > kPatience) return operation.finished();
+    sched_yield();
+  }
+  return true;
+}
+
+ffi::Error CheckReady(Communicator* comm, const char* name) {
+  if (comm == nullptr || comm->closed()) {
+    return MakeError(
+        ffi::ErrorCode::kFailedPrecondition,
+        std::string(name) + " on a communicator that was shut down");
+  }
+  return comm->Refusal();
+}
+
 ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
                                                   const char* name) {
   std::shared_ptr<Communicator> comm = Lookup(context);
-  if (comm == nullptr) {
-    return ffi::Unexpected(
-        MakeError(ffi::ErrorCode::kFailedPrecondition,
-                  std::string(name) + " on a communicator that was shut down"));
-  }
-  ffi::Error refusal = comm->Refusal();
-  if (refusal.failure()) return ffi::Unexpected(std::move(refusal));
+  ffi::Error error = CheckReady(comm.get(), name);
+  if (error.failure()) return ffi::Unexpected(std::move(error));
   return comm;
 }
 
@@ -197,6 +208,10 @@ Completion Launch(std::shared_ptr<Operation> operation,
     return ffi::Error::Success();
   }
   if (EndsSoon(*operation)) return operation->error();
+  return HandOver(std::move(operation));
+}
+
+ffi::Future HandOver(std::shared_ptr<Operation> operation) {
   operation->Await();
   ffi::Promise promise;
   ffi::Future future(promise);

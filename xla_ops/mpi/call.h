@@ -22,6 +22,8 @@ enum Mode : std::int64_t {
   kStart = 1,  // the result is a handle, a number to wait for the operation by
 };
 
+// An error, if the communicator (null: it is gone) is not ready for work.
+ffi::Error CheckReady(Communicator* comm, const char* name);
 // The communicator of a call, ready for work.
 ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
                                                   const char* name);
@@ -37,6 +39,15 @@ Completion Launch(std::shared_ptr<Operation> operation,
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Wait);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Poll);
+
+// The outcome of a started operation if it ends within the call's patience.
+// Whoever gets `true` may use the operation again.
+bool EndsSoon(Operation& operation);
+// Says that there are more ranks than cores: a call then lets others run
+// whenever it finds nothing.
+void SetCrowded(bool crowded);
+// Leaves an operation that was started and has not ended to the engine.
+ffi::Future HandOver(std::shared_ptr<Operation> operation);
 
 // Forgets the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);

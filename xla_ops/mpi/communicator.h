@@ -68,6 +68,10 @@ class Communicator {
   // The how-manieth graph this one is, if no operation here has used it before.
   std::optional<std::uint64_t> IfNew(std::uint64_t graph);
 
+  // After this it is of no use to new operations.
+  void Close() { closed_.store(true, std::memory_order_release); }
+  bool closed() const { return closed_.load(std::memory_order_acquire); }
+
   // The first failure's error, or success.
   ffi::Error Refusal();
   // Records a failure unless there is one already.
@@ -107,6 +111,7 @@ class Communicator {
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};
   std::atomic<bool> failed_{false};
+  std::atomic<bool> closed_{false};
   Counts bytes_sent_, bytes_received_, messages_sent_;
   std::atomic<std::int64_t> operations_{0};
 

@@ -11,10 +11,10 @@ namespace {
 // more than that before it has seen the header, for Open MPI 5.0.11 writes past
 // the end of a buffer that is too short for what arrives, and ranks that
 // disagree bring just that.
-constexpr std::size_t kEnvelope = 32 * 1024;
+constexpr std::size_t kEnvelope = 60 * 1024;
 constexpr std::size_t kFirst = kEnvelope - sizeof(Header);
 // The length of the further ones: see benchmarks/README.md.
-constexpr std::size_t kChunk = 128 * 1024;
+constexpr std::size_t kChunk = 60 * 1024;
 
 constexpr int kEnvelopeTag = 1;
 // Chunks of different operations overtake each other, so each operation has a
@@ -40,22 +40,35 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   const std::size_t payload = this->leaves().payload_bytes;
   const std::size_t rest = payload > kFirst ? payload - kFirst : 0;
   chunks_ = 1 + (rest + kChunk - 1) / kChunk;
+  stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + payload) : kChunk;
+  Resize(std::min<std::size_t>(chunks_, kWindows) *
+         (sources_.size() + destinations_.size()));
+  Lay();
+}
+
+void Exchange::Lay() {
   next_ = std::min<std::size_t>(chunks_, kWindows);
   unchecked_ = sources_.size();
-  // A small exchange sends what it has, but may receive a whole envelope.
+  for (std::size_t w = 0; w < kWindows; ++w) windows_[w].chunk = w;
+  if (buffer_) return;
   const std::size_t sends =
       alike_ ? std::min<std::size_t>(destinations_.size(), 1)
              : destinations_.size();
-  stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + payload) : kChunk;
-  const std::size_t receive_stride = std::max(stride_, kEnvelope);
+  // A small exchange sends what it has, but may receive a whole envelope.
   const std::size_t window =
-      sends * stride_ + sources_.size() * receive_stride;
+      sends * stride_ + sources_.size() * std::max(stride_, kEnvelope);
   buffer_ = Buffer(window * next_);
   for (std::size_t w = 0; w < next_; ++w) {
     windows_[w].sent = buffer_.get() + w * window;
     windows_[w].received = windows_[w].sent + sends * stride_;
   }
-  Resize(next_ * (sources_.size() + destinations_.size()));
+}
+
+void Exchange::Renew() {
+  // Large windows are for everybody.
+  if (chunks_ > 1) buffer_ = Buffer();
+  Lay();
+  Operation::Renew();
 }
 
 std::size_t Exchange::Begin(std::size_t chunk) const {

@@ -34,6 +34,9 @@ class Exchange : public Operation {
   const std::vector<int>& sources() const { return sources_; }
   const std::vector<int>& destinations() const { return destinations_; }
 
+  // See Operation::Renew.
+  void Renew();
+
   ffi::Error Post() override;
   ffi::Error Completed(std::size_t slot) override;
   std::vector<int> Missing() const override;
@@ -50,6 +53,7 @@ class Exchange : public Operation {
     std::byte* received = nullptr;
   };
 
+  void Lay();
   std::size_t Begin(std::size_t chunk) const;
   ffi::Error PostSends(int window, std::size_t chunk);
   ffi::Error PostReceives(int window);

@@ -91,4 +91,23 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
   return leaves;
 }
 
+bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
+                Leaves* leaves) {
+  if (args.size() != leaves->size() || results.size() != leaves->size()) {
+    return false;
+  }
+  for (std::size_t i = 0; i < leaves->size(); ++i) {
+    Leaf& leaf = (*leaves)[i];
+    auto x = args.get<ffi::AnyBuffer>(i);
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!x || !y || x->element_type() != leaf.type ||
+        x->element_count() != leaf.count) {
+      return false;
+    }
+    leaf.input = static_cast<const std::byte*>(x->untyped_data());
+    leaf.output = static_cast<std::byte*>((*y)->untyped_data());
+  }
+  return true;
+}
+
 }  // namespace jfog::mpi

@@ -59,6 +59,11 @@ struct Leaves {
 ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
                                 ffi::RemainingRets* results);
 
+// Takes the places of operands and results of a later call; false if those are
+// not leaves of the same types and lengths.
+bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
+                Leaves* leaves);
+
 template <typename F>
 void Leaves::ForEachRun(std::size_t begin, std::size_t end, F f) const {
   // The last leaf that starts at or before `begin`.

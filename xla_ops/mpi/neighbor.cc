@@ -2,6 +2,9 @@
 #include "mpi/neighbor.h"
 
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -46,6 +49,14 @@ class Average : public Exchange {
     for (double weight : round_.source_weights) {
       terms_.push_back({nullptr, weight});
     }
+  }
+
+  // The same average again, of the operands of a later call.
+  // False if they are others.
+  bool Renew(ffi::RemainingArgs args, ffi::RemainingRets results) {
+    if (!FindLeaves(args, results, &mutable_leaves())) return false;
+    Exchange::Renew();
+    return true;
   }
 
  private:
@@ -111,61 +122,156 @@ ffi::Error CheckTypes(const Leaves& leaves, const char* name) {
   return ffi::Error::Success();
 }
 
-Completion NeighborAllreduceImpl(
-    ffi::Token, ffi::BufferR0<ffi::S32> step, ffi::RemainingArgs args,
-    ffi::Result<ffi::Token>, ffi::RemainingRets results, std::int64_t context,
-    std::int64_t mode, std::int64_t graph, std::int64_t weighting,
-    Ints source_begin, Ints sources, Doubles source_weights,
-    Ints destination_begin, Ints destinations, Doubles self_weights,
-    Ints difference) {
-  constexpr const char* kName = "neighbor_allreduce";
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, kName));
-  const std::int64_t period =
-      static_cast<std::int64_t>(source_begin.size()) - 1;
-  const std::int64_t at = *step.typed_data();
-  if (period < 1 || at < 0 || at >= period) {
-    return MakeError(ffi::ErrorCode::kInternal, "step " + std::to_string(at) +
-                                                    " of a period of " +
-                                                    std::to_string(period));
-  }
-  const bool has_row = weighting != kGraph;
-  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, has_row ? 1 : 0, results, mode));
-  JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kName));
+constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
 
-  // This rank's part of one round, cut out of the attributes, which hold all:
-  // that of round t lies at [begin[t], begin[t + 1]).
-  Round round;
-  const auto cut = [at](const auto& begin, const auto& values) {
-    return std::vector(values.begin() + begin[at],
-                       values.begin() + begin[at + 1]);
-  };
-  round.sources = cut(source_begin, sources);
-  round.source_weights = cut(source_begin, source_weights);
-  round.destinations = cut(destination_begin, destinations);
-  round.self_weight = self_weights[at];
-  round.difference = difference[at] != 0;
-  if (has_row) {
-    auto row = args.get<ffi::AnyBuffer>(0);
-    if (!row) return row.error();
-    JFOG_RETURN_IF_ERROR(CheckWeights(*row, comm->size()));
-    round.difference = false;
-    round.self_weight = Weight(*row, comm->rank());
-    for (std::size_t k = 0; k < round.sources.size(); ++k) {
-      round.source_weights[k] =
-          weighting == kDestination ? Weight(*row, round.sources[k]) : 1.0;
-    }
-    if (weighting == kSource) {
-      for (int destination : round.destinations) {
-        round.destination_weights.push_back(Weight(*row, destination));
-      }
+// All that calls with the same attributes have in common.
+struct Plan {
+  std::shared_ptr<Communicator> comm;
+  std::int64_t mode;
+  std::int64_t graph;
+  std::int64_t weighting;
+  std::vector<Round> rounds;
+  bool agreed = false;
+  // Of each round an average that has ended, to be used again: a call of few
+  // bytes would spend most of its time on making one.
+  std::mutex mutex;
+  std::vector<std::shared_ptr<Average>> spare;
+};
+
+// By the number that Python derives from the attributes.
+struct Plans {
+  std::mutex mutex;
+  std::unordered_map<std::int64_t, std::shared_ptr<Plan>> plans;
+};
+
+// Never destroyed: programs may still run while the process ends.
+Plans& ThePlans() {
+  static Plans* plans = new Plans;
+  return *plans;
+}
+
+// The attributes hold all rounds: round t's part lies at [begin[t],
+// begin[t + 1]).
+ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
+    const ffi::Dictionary& attributes) {
+  const auto context = attributes.get<std::int64_t>("context");
+  const auto mode = attributes.get<std::int64_t>("mode");
+  const auto graph = attributes.get<std::int64_t>("graph");
+  const auto weighting = attributes.get<std::int64_t>("weighting");
+  const auto source_begin = attributes.get<Ints>("source_begin");
+  const auto sources = attributes.get<Ints>("sources");
+  const auto source_weights = attributes.get<Doubles>("source_weights");
+  const auto destination_begin = attributes.get<Ints>("destination_begin");
+  const auto destinations = attributes.get<Ints>("destinations");
+  const auto self_weights = attributes.get<Doubles>("self_weights");
+  const auto difference = attributes.get<Ints>("difference");
+  if (!(context && mode && graph && weighting && source_begin && sources &&
+        source_weights && destination_begin && destinations && self_weights &&
+        difference)) {
+    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
+                                     "neighbor_allreduce lacks attributes"));
+  }
+  auto comm = Ready(*context, kNeighborAllreduce);
+  if (!comm) return ffi::Unexpected(comm.error());
+  auto plan = std::make_shared<Plan>();
+  plan->comm = *comm;
+  plan->mode = *mode;
+  plan->graph = *graph;
+  plan->weighting = *weighting;
+  for (std::size_t t = 0; t + 1 < source_begin->size(); ++t) {
+    const auto cut = [t](const auto& begin, const auto& values) {
+      return std::vector(values->begin() + (*begin)[t],
+                         values->begin() + (*begin)[t + 1]);
+    };
+    Round round;
+    round.sources = cut(source_begin, sources);
+    round.source_weights = cut(source_begin, source_weights);
+    round.destinations = cut(destination_begin, destinations);
+    round.self_weight = (*self_weights)[t];
+    round.difference = (*difference)[t] != 0;
+    plan->rounds.push_back(std::move(round));
+  }
+  plan->spare.resize(plan->rounds.size());
+  return plan;
+}
+
+ffi::ErrorOr<std::shared_ptr<Plan>> FindPlan(std::int64_t number,
+                                             const ffi::Dictionary& attributes) {
+  Plans& plans = ThePlans();
+  std::lock_guard<std::mutex> lock(plans.mutex);
+  const auto found = plans.plans.find(number);
+  if (found != plans.plans.end()) return found->second;
+  auto plan = MakePlan(attributes);
+  if (plan) plans.plans.emplace(number, *plan);
+  return plan;
+}
+
+// The round with the weights of a runtime row.
+ffi::ErrorOr<Round> Reweighted(Round round, const Plan& plan,
+                               const ffi::AnyBuffer& row) {
+  ffi::Error error = CheckWeights(row, plan.comm->size());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  round.difference = false;
+  round.self_weight = Weight(row, plan.comm->rank());
+  for (std::size_t k = 0; k < round.sources.size(); ++k) {
+    round.source_weights[k] =
+        plan.weighting == kDestination ? Weight(row, round.sources[k]) : 1.0;
+  }
+  if (plan.weighting == kSource) {
+    for (int destination : round.destinations) {
+      round.destination_weights.push_back(Weight(row, destination));
     }
   }
-  if (mode == kStart) leaves.Stage();
-  AgreeOnGraph(comm, graph);
-  return Launch(std::make_shared<Average>(
-                    comm, kName, std::move(leaves),
-                    Mix(Mix(graph, weighting), at), std::move(round)),
-                results, mode);
+  return round;
+}
+
+Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+                                 ffi::RemainingArgs args,
+                                 ffi::Result<ffi::Token>,
+                                 ffi::RemainingRets results,
+                                 ffi::Dictionary attributes) {
+  JFOG_ASSIGN_OR_RETURN(number, attributes.get<std::int64_t>("plan"));
+  JFOG_ASSIGN_OR_RETURN(plan, FindPlan(number, attributes));
+  JFOG_RETURN_IF_ERROR(CheckReady(plan->comm.get(), kNeighborAllreduce));
+  const std::int64_t at = *step.typed_data();
+  if (at < 0 || at >= static_cast<std::int64_t>(plan->rounds.size())) {
+    return MakeError(ffi::ErrorCode::kInternal,
+                     "step " + std::to_string(at) + " of a period of " +
+                         std::to_string(plan->rounds.size()));
+  }
+  const bool has_row = plan->weighting != kGraph;
+  const bool reuses = !has_row && plan->mode == kWhole;
+  std::shared_ptr<Average> average;
+  {
+    std::lock_guard<std::mutex> lock(plan->mutex);
+    if (reuses) average = std::move(plan->spare[at]);
+    if (!plan->agreed) AgreeOnGraph(plan->comm, plan->graph);
+    plan->agreed = true;
+  }
+  if (average == nullptr || !average->Renew(args, results)) {
+    JFOG_ASSIGN_OR_RETURN(
+        leaves, ReadCall(args, has_row ? 1 : 0, results, plan->mode));
+    JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kNeighborAllreduce));
+    Round round = plan->rounds[at];
+    if (has_row) {
+      auto row = args.get<ffi::AnyBuffer>(0);
+      if (!row) return row.error();
+      JFOG_ASSIGN_OR_RETURN(reweighted,
+                            Reweighted(std::move(round), *plan, *row));
+      round = std::move(reweighted);
+    }
+    if (plan->mode == kStart) leaves.Stage();
+    average = std::make_shared<Average>(
+        plan->comm, kNeighborAllreduce, std::move(leaves),
+        Mix(Mix(plan->graph, plan->weighting), at), std::move(round));
+  }
+  if (!reuses) return Launch(std::move(average), results, plan->mode);
+  average->Start();
+  if (!EndsSoon(*average)) return HandOver(std::move(average));
+  if (average->error().failure()) return average->error();
+  std::lock_guard<std::mutex> lock(plan->mutex);
+  plan->spare[at] = std::move(average);
+  return ffi::Error::Success();
 }
 
 // Every rank names its own peers: ids holds `sources` of them and then the
@@ -213,6 +319,14 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
 
 }  // namespace
 
+void ForgetPlans(const Communicator& comm) {
+  Plans& plans = ThePlans();
+  std::lock_guard<std::mutex> lock(plans.mutex);
+  for (auto it = plans.plans.begin(); it != plans.plans.end();) {
+    it = it->second->comm.get() == &comm ? plans.plans.erase(it) : ++it;
+  }
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     NeighborAllreduce, NeighborAllreduceImpl,
     ffi::Ffi::Bind()
@@ -221,17 +335,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .RemainingArgs()                 // [row of weights,] leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // leaves like the operands, or handle
-        .Attr<std::int64_t>("context")
-        .Attr<std::int64_t>("mode")
-        .Attr<std::int64_t>("graph")
-        .Attr<std::int64_t>("weighting")
-        .Attr<Ints>("source_begin")
-        .Attr<Ints>("sources")
-        .Attr<Doubles>("source_weights")
-        .Attr<Ints>("destination_begin")
-        .Attr<Ints>("destinations")
-        .Attr<Doubles>("self_weights")
-        .Attr<Ints>("difference"));
+        .Attrs());                       // see MakePlan
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PeerAllreduce, PeerAllreduceImpl,

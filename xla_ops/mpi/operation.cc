@@ -93,6 +93,15 @@ ffi::Error Operation::Resume(bool* moved) {
   return ffi::Error::Success();
 }
 
+void Operation::Renew() {
+  sequence_ = comm_->NextSequence();
+  comm_->CountOperation();
+  finished_.store(false, std::memory_order_relaxed);
+  awaited_since_.store(0, std::memory_order_relaxed);
+  warned_ = false;
+  announced_ = false;
+}
+
 void Operation::Start() {
   std::lock_guard<std::mutex> lock(advancing_);
   ffi::Error error = Post();

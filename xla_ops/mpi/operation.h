@@ -35,6 +35,9 @@ class Operation {
 
   // Posts what goes out and comes in first.
   void Start();
+  // Makes an operation that has ended well the next one of its kind, on other
+  // memory.
+  void Renew();
   // Moves on what can move without waiting; returns whether anything did. Safe
   // on any thread: returns false while another one is at it.
   bool Advance();
@@ -104,6 +107,7 @@ class Operation {
   // Spoils the communicator.
   ffi::Error Fail(ffi::ErrorCode code, const std::string& text);
 
+  Leaves& mutable_leaves() { return leaves_; }
   Communicator& comm() const { return *comm_; }
   std::uint64_t sequence() const { return sequence_; }
 

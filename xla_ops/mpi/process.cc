@@ -2,6 +2,7 @@
 #include "mpi/process.h"
 
 #include <mpi.h>
+#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include "mpi/call.h"
 #include "mpi/communicator.h"
 #include "mpi/engine.h"
+#include "mpi/neighbor.h"
 
 namespace jfog::mpi {
 namespace {
@@ -36,8 +38,27 @@ std::shared_ptr<Communicator> Get(std::int64_t context) {
   return comm;
 }
 
+// Whether this machine's ranks are more than the cores they may run on.
+bool IsCrowded(MPI_Comm comm) {
+  MPI_Comm machine = MPI_COMM_NULL;
+  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
+                          &machine) != MPI_SUCCESS) {
+    return true;
+  }
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  sched_getaffinity(0, sizeof(cores), &cores);
+  MPI_Allreduce(MPI_IN_PLACE, &cores, sizeof(cores), MPI_BYTE, MPI_BOR,
+                machine);
+  int ranks = 0;
+  MPI_Comm_size(machine, &ranks);
+  MPI_Comm_free(&machine);
+  return ranks > CPU_COUNT(&cores);
+}
+
 std::int64_t Open(MPI_Comm parent, double timeout) {
   auto comm = std::make_shared<Communicator>(parent, timeout, nullptr);
+  SetCrowded(IsCrowded(comm->comm()));
   {
     std::lock_guard<std::mutex> lock(roots_mutex);
     Roots().push_back(comm);
@@ -127,7 +148,9 @@ int Close(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Lookup(context);
   if (comm == nullptr) return 0;
   Unregister(context);
+  comm->Close();
   const int forgotten = ForgetHandles(*comm);
+  ForgetPlans(*comm);
   std::lock_guard<std::mutex> lock(roots_mutex);
   auto& roots = Roots();
   const auto root = std::find(roots.begin(), roots.end(), comm);
