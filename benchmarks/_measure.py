@@ -118,6 +118,26 @@ def compile_raw(folder):
 # Inside of a job.
 
 
+def start_mpi():
+  """Starts jfog and mpi4py on one MPI.
+
+  Returns a communicator of mpi4py's own, and a function that tells all ranks
+  the greatest of their numbers.
+  """
+  import jfog
+
+  world = jfog.init()
+  import mpi4py
+
+  mpi4py.rc.initialize = False  # jfog has
+  mpi4py.rc.finalize = False
+  from mpi4py import MPI
+
+  comm = MPI.COMM_WORLD.Clone()
+  assert comm.size == world.size
+  return comm, lambda number: comm.allreduce(number, MPI.MAX)
+
+
 def calls_for(seconds, target):
   """How often to call what takes `seconds`, to take about `target`."""
   return max(1, min(1000, round(target / max(seconds, 1e-6))))

@@ -1,6 +1,6 @@
 """Who averages with the neighbors: jfog, raw MPI, mpi4py, mpi4jax and XLA.
 
-A peer holds one rank's array `x` and averages it in place. All are given the
+A peer holds one rank's array `x`, jfog's any pytree, and averages it in place. All are given the
 same graphs, and all sum in the form x + sum_j w_j (x_j - x). Every graph here is
 circulant: in each of its rounds rank r receives from r - d for some offsets d,
 the same on all ranks.
@@ -38,15 +38,20 @@ def rounds(graph):
   return found
 
 
-def start(ranks, count):
-  """The values of all ranks before the first step; shape (ranks, count)."""
-  places = np.arange(count) * 7 % 101
-  return np.stack([(places + 13 * r) % 37 for r in range(ranks)]).astype("f4")
+def start(rank, count):
+  """The values of a rank before the first step; shape (count,)."""
+  values = np.arange(count, dtype=np.int32) * 7 % 101
+  return ((values + 13 * rank) % 37).astype(np.float32)
+
+
+def starts(ranks, count):
+  """Those of all ranks; shape (ranks, count)."""
+  return np.stack([start(rank, count) for rank in range(ranks)])
 
 
 def expected(graph, count, steps):
   """The values of all ranks after `steps`, by NumPy; float64."""
-  x = start(graph.size, count).astype(np.float64)
+  x = starts(graph.size, count).astype(np.float64)
   for t in range(steps):
     x = graph.rounds[t % len(graph.rounds)].mixing_matrix @ x
   return x
@@ -65,7 +70,7 @@ class Scanned:
 
     self._run = jax.jit(loop, donate_argnums=0)
     self._barrier = barrier
-    self.x = jnp.asarray(x)
+    self.x = jax.tree.map(jnp.asarray, x)
     self.chunk = chunk
 
   def seconds(self, calls):
@@ -75,7 +80,7 @@ class Scanned:
 
   def value(self):
     """What this rank holds."""
-    return np.asarray(self.x)
+    return jax.tree.map(np.asarray, self.x)
 
 
 class Jfog(Scanned):
@@ -84,6 +89,18 @@ class Jfog(Scanned):
   def __init__(self, graph, chunk, x, comm):
     def step(x, i):
       return jfog.neighbor_allreduce(x, graph, i)
+
+    super().__init__(step, chunk, 1, x, comm.Barrier)
+
+
+class JfogByLeaf(Scanned):
+  """A `jfog.neighbor_allreduce` for every leaf instead of one for all."""
+
+  def __init__(self, graph, chunk, x, comm):
+    def step(x, i):
+      return jax.tree.map(
+        lambda leaf: jfog.neighbor_allreduce(leaf, graph, i), x
+      )
 
     super().__init__(step, chunk, 1, x, comm.Barrier)
 

@@ -86,19 +86,9 @@ def key(graph, size):
 
 def on_mpi(job):
   """One rank of the MPI job: all its peers alternate within each case."""
-  import jfog
-
-  world = jfog.init()
-  import mpi4py
-
-  mpi4py.rc.initialize = False  # jfog has
-  mpi4py.rc.finalize = False
-  from mpi4py import MPI
-
+  comm, slowest = _measure.start_mpi()
   import _peers
 
-  comm = MPI.COMM_WORLD.Clone()
-  assert comm.size == world.size == job["ranks"]
   make = {
     "jfog": _peers.Jfog,
     "raw MPI": lambda *a: _peers.Raw(*a, job["library"]),
@@ -107,11 +97,8 @@ def on_mpi(job):
   if importlib.util.find_spec("mpi4jax"):
     make["mpi4jax"] = _peers.Mpi4jax
 
-  def slowest(seconds):
-    return comm.allreduce(seconds, MPI.MAX)
-
   def peers_of(graph, chunk, size):
-    x = _peers.start(comm.size, size // 4)[comm.rank]
+    x = _peers.start(comm.rank, size // 4)
     return {name: peer(graph, chunk, x, comm) for name, peer in make.items()}
 
   for name in sorted({graph for graph, _ in job["cases"]}):
@@ -147,9 +134,8 @@ def on_xla(job):
   if gloo:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(job["coordinator"], job["ranks"], job["process"])
-  from jax.experimental import multihost_utils
-
   import _peers
+  from jax.experimental import multihost_utils
 
   def barrier():
     if gloo:
@@ -165,14 +151,14 @@ def on_xla(job):
     graph = _peers.GRAPHS[name](ranks)
     for size in CHECKED:
       wanted = _peers.expected(graph, size // 4, 2)
-      peer = _peers.Xla(graph, 2, _peers.start(ranks, size // 4), barrier)
+      peer = _peers.Xla(graph, 2, _peers.starts(ranks, size // 4), barrier)
       peer.seconds(1)
       for rank, value in peer.value():
         np.testing.assert_allclose(value, wanted[rank], 1e-5)
 
   found = {}
   for name, size in job["cases"]:
-    graph, x = _peers.GRAPHS[name](ranks), _peers.start(ranks, size // 4)
+    graph, x = _peers.GRAPHS[name](ranks), _peers.starts(ranks, size // 4)
     peer = _peers.Xla(graph, CHUNKS[size], x, barrier)
     peer.seconds(1)  # compiles
     calls = _measure.calls_for(slowest(peer.seconds(1)), job["target"])
