@@ -35,6 +35,12 @@ def arguments(description, ranks):
     default=FOLDER / "results",
     help="folder of the table and the plot",
   )
+  parser.add_argument(
+    "--yield",
+    action="store_true",
+    dest="yielding",
+    help="ranks that wait give their core away, on a machine with other work",
+  )
   parser.add_argument("--job", help=argparse.SUPPRESS)  # inside of a job
   return parser
 
@@ -49,6 +55,9 @@ def mpi_job(script, ranks, job, environment=None):
   def command(arguments):
     return [launch.command_line(["-np", str(ranks), *arguments])]
 
+  environment = {**(environment or {})}
+  if "--yield" in sys.argv:  # Open MPI does it by itself with too few cores
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
   return _run(script, job, command, environment)
 
 
@@ -79,7 +88,7 @@ def _run(script, job, command, environment):
     environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      **(environment or {}),
+      **environment,
     }
     started = [
       subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
