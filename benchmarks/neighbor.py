@@ -47,7 +47,7 @@ def main():
     for graph in GRAPHS
     for size in options.bytes or (QUICK if options.quick else CHUNKS)
   ]
-  turns, rounds = (1, 3) if options.quick else (3, 5)
+  turns, rounds = (1, 3) if options.quick else (3, 3)
   measured = {
     n: in_turns(n, cases, turns, rounds, TARGET / (3 if options.quick else 1))
     for n in options.ranks
