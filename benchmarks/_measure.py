@@ -116,7 +116,7 @@ def compile_raw(folder):
 
   wrapper = pathlib.Path(launch.installed_mpi().launcher).parent / "mpicxx"
   library = pathlib.Path(folder) / "raw_neighbor.so"
-  flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+  flags = ["-std=c++17", "-O3", "-shared", "-fPIC"]
   source = FOLDER / "raw_neighbor.cc"
   subprocess.run(
     [str(wrapper), *flags, str(source), "-o", str(library)], check=True
