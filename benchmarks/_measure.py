@@ -1,0 +1,288 @@
+"""What the benchmarks share: jobs, timing loops, statistics, tables, plots."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+DEADLINE = 1200  # seconds of one job
+
+
+def arguments(description, ranks):
+  """The parser of a benchmark: what all of them take."""
+  parser = argparse.ArgumentParser(description=description)
+  parser.add_argument(
+    "--quick", action="store_true", help="fewer cases and repetitions"
+  )
+  parser.add_argument(
+    "--ranks", type=int, nargs="+", default=ranks, help="sizes of the jobs"
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=FOLDER / "results",
+    help="folder of the table and the plot",
+  )
+  parser.add_argument(
+    "--yield",
+    action="store_true",
+    dest="yielding",
+    help="ranks that wait give their core away, on a machine with other work",
+  )
+  parser.add_argument("--job", help=argparse.SUPPRESS)  # inside of a job
+  return parser
+
+
+# The driver: starts jobs and reads what their rank 0 has measured.
+
+
+def mpi_job(script, ranks, job, environment=None):
+  """Runs `script` on MPI ranks with `--job`; returns rank 0's JSON."""
+  from jfog import launch
+
+  def command(arguments):
+    return [launch.command_line(["-np", str(ranks), *arguments])]
+
+  environment = {**(environment or {})}
+  if "--yield" in sys.argv:  # Open MPI does it by itself with too few cores
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
+  return _run(script, job, command, environment)
+
+
+def xla_job(script, ranks, job, processes):
+  """The same without MPI: `ranks` devices in 1 or `ranks` processes."""
+  environment = {}
+  if processes == 1:
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={ranks}"
+  else:
+    environment["NPROC"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    job = {**job, "coordinator": f"localhost:{_free_port()}"}
+
+  def command(arguments):
+    *head, last = arguments
+    return [
+      [*head, json.dumps({**json.loads(last), "process": i})]
+      for i in range(processes)
+    ]
+
+  return _run(script, job, command, environment)
+
+
+def _run(script, job, command, environment):
+  with tempfile.TemporaryDirectory() as folder:
+    result = pathlib.Path(folder) / "result.json"
+    job = json.dumps({**job, "result": str(result)})
+    commands = command([sys.executable, str(script), "--job", job])
+    environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      **environment,
+    }
+    started = [
+      subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
+      for words in commands
+    ]
+    try:
+      codes = [process.wait(timeout=DEADLINE) for process in started]
+    finally:
+      for process in started:
+        process.terminate()
+    if any(codes) or not result.exists():
+      raise SystemExit(f"a job of {script.name} failed: exit codes {codes}")
+    return json.loads(result.read_text())
+
+
+def _free_port():
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def compile_raw(folder):
+  """Compiles raw_neighbor.cc with the MPI that jfog was built with."""
+  from jfog import launch
+
+  wrapper = pathlib.Path(launch.installed_mpi().launcher).parent / "mpicxx"
+  library = pathlib.Path(folder) / "raw_neighbor.so"
+  flags = ["-std=c++17", "-O3", "-shared", "-fPIC"]
+  source = FOLDER / "raw_neighbor.cc"
+  subprocess.run(
+    [str(wrapper), *flags, str(source), "-o", str(library)], check=True
+  )
+  return library
+
+
+# Inside of a job.
+
+
+def start_mpi():
+  """Starts jfog and mpi4py on one MPI.
+
+  Returns a communicator of mpi4py's own, and a function that tells all ranks
+  the greatest of their numbers.
+  """
+  import jfog
+
+  world = jfog.init()
+  import mpi4py
+
+  mpi4py.rc.initialize = False  # jfog has
+  mpi4py.rc.finalize = False
+  from mpi4py import MPI
+
+  comm = MPI.COMM_WORLD.Clone()
+  assert comm.size == world.size
+  return comm, lambda number: comm.allreduce(number, MPI.MAX)
+
+
+def calls_for(seconds, target):
+  """How often to call what takes `seconds`, to take about `target`."""
+  return max(1, min(1000, round(target / max(seconds, 1e-6))))
+
+
+def timed(run, x, calls, barrier):
+  """Calls the jitted `x = run(x)`; returns x and the seconds of all calls."""
+  import jax
+
+  jax.block_until_ready(x)
+  barrier()
+  start = time.perf_counter()
+  for _ in range(calls):
+    x = run(x)
+  jax.block_until_ready(x)
+  return x, time.perf_counter() - start
+
+
+def alternate(peers, rounds, measure):
+  """Measures all peers in every round, each round beginning at another one.
+
+  Returns a dict from the name of a peer to its measurements, one a round.
+  """
+  names = list(peers)
+  times = {name: [] for name in names}
+  for i in range(rounds):
+    for name in names[i % len(names) :] + names[: i % len(names)]:
+      times[name].append(measure(peers[name]))
+  return times
+
+
+# Statistics.
+
+
+def ratios(numerators, denominators):
+  """The ratios of what was measured in the same round."""
+  return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def spread(values, digits=2):
+  """`median [first quartile, third quartile]` as text."""
+  if not len(values):
+    return "-"
+  low, median, high = np.percentile(values, [25, 50, 75])
+  return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def duration(seconds):
+  """Seconds in the unit that suits them."""
+  for factor, unit in ((1e6, "us"), (1e3, "ms")):
+    if seconds * factor < 1000:
+      return f"{seconds * factor:.3g} {unit}"
+  return f"{seconds:.3g} s"
+
+
+def size_name(size):
+  """A number of bytes in words."""
+  for factor, unit in ((2**20, "MB"), (2**10, "kB")):
+    if size >= factor:
+      return f"{size / factor:g} {unit}"
+  return f"{size} B"
+
+
+# What is written.
+
+
+def header(title, compared, script, notes=()):
+  """The lines over a table: what, against what, with which versions, where."""
+  from jfog import launch
+
+  names = ("jfog", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax")
+  versions = ", ".join(f"{name} {_version(name)}" for name in names)
+  command = shlex.join(["python", f"benchmarks/{script.name}", *_shown()])
+  return [
+    f"# {title}",
+    "",
+    f"- compared: {compared}",
+    f"- versions: Python {platform.python_version()}, {versions}, "
+    f"{launch.installed_mpi().library}",
+    f"- machine: {_processor()}, {len(os.sched_getaffinity(0))} cores",
+    f"- command: `{command}`",
+    f"- date: {datetime.date.today().isoformat()}",
+    *(f"- {note}" for note in notes),
+    "",
+  ]
+
+
+def table(columns, rows):
+  """The lines of a Markdown table."""
+  lines = [columns, ["---"] * len(columns), *rows]
+  return [f"| {' | '.join(map(str, line))} |" for line in lines] + [""]
+
+
+def write(out, name, lines, figure):
+  """Writes `name`.md and `name`.png, and prints the first."""
+  out.mkdir(parents=True, exist_ok=True)
+  text = "\n".join(lines)
+  (out / f"{name}.md").write_text(text)
+  figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+  print(text)
+
+
+def panels(rows, columns, **options):
+  """A matplotlib figure and its axes, which needs no display."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  size = (4.5 * columns, 3.6 * rows)
+  return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+
+
+def _version(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return "(not installed)"
+
+
+def _shown():
+  """The arguments of the command, without the output folder."""
+  words = [w for w in sys.argv[1:] if not w.startswith("--out=")]
+  if "--out" in words:
+    at = words.index("--out")
+    del words[at : at + 2]
+  return words
+
+
+def _processor():
+  """The model of the processor, as the kernel tells it."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  names = [
+    line.split(":")[1] for line in lines if line.startswith("model name")
+  ]
+  return names[0].strip() if names else platform.machine()
