@@ -103,17 +103,13 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
     call = prepare(*args, **kwargs)
     dtypes = tuple(leaf.dtype for leaf in call.leaves)
     if call.results is not None:
-      return Handle(
-        name, call.structure, dtypes, 0, None, tuple(call.results)
-      )
+      return Handle(name, call.structure, dtypes, 0, None, tuple(call.results))
     assert call.primitive is not None
     primitive, batch_axis = _primitive.start_of(call.primitive)
     number, *room = primitive.bind(
       *call.fixed, *call.operands, fixed=len(call.fixed), **call.params
     )
-    return Handle(
-      name, call.structure, dtypes, batch_axis, number, tuple(room)
-    )
+    return Handle(name, call.structure, dtypes, batch_axis, number, tuple(room))
 
   functools.update_wrapper(start, prepare)
   start.__name__ = start.__qualname__ = f"{name}_start"

@@ -116,7 +116,9 @@ def _checked_ranks(weights, name) -> dict[int, Any]:
         f"{type(rank).__name__}; name ints, not traced."
       ) from error
     if rank < 0:
-      raise ValueError(f"Peers: {name} names the rank {rank}; name ranks from 0.")
+      raise ValueError(
+        f"Peers: {name} names the rank {rank}; name ranks from 0."
+      )
     if rank in checked:
       raise ValueError(f"Peers: {name} names the rank {rank} twice.")
     checked[rank] = weight
