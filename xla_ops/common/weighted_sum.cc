@@ -15,8 +15,9 @@ constexpr std::size_t kFused = 4;
 // T is stored, A accumulates, R is the type of a weight. Every form adds the
 // same numbers in the same order, so the bits do not depend on the form.
 template <typename T, typename A, typename R, std::size_t N, bool kDifference>
-void SumFused(std::size_t count, const T* x, R self,
-              const std::vector<Term>& terms, T* y) {
+inline __attribute__((always_inline)) void SumLoop(
+    std::size_t count, const T* x, R self, const std::vector<Term>& terms,
+    T* y) {
   const T* values[N + 1] = {};
   R weights[N + 1] = {};
   for (std::size_t t = 0; t < N; ++t) {
@@ -34,6 +35,32 @@ void SumFused(std::size_t count, const T* x, R self,
     }
     y[k] = static_cast<T>(sum);
   }
+}
+
+#if defined(__x86_64__)
+// Wider registers, and the same bits: there is no fused multiplication in it.
+template <typename T, typename A, typename R, std::size_t N, bool kDifference>
+__attribute__((target("avx2"))) void SumLoopAvx2(
+    std::size_t count, const T* x, R self, const std::vector<Term>& terms,
+    T* y) {
+  SumLoop<T, A, R, N, kDifference>(count, x, self, terms, y);
+}
+
+bool HasAvx2() {
+  static const bool has = __builtin_cpu_supports("avx2");
+  return has;
+}
+#endif
+
+template <typename T, typename A, typename R, std::size_t N, bool kDifference>
+void SumFused(std::size_t count, const T* x, R self,
+              const std::vector<Term>& terms, T* y) {
+#if defined(__x86_64__)
+  if (HasAvx2()) {
+    return SumLoopAvx2<T, A, R, N, kDifference>(count, x, self, terms, y);
+  }
+#endif
+  SumLoop<T, A, R, N, kDifference>(count, x, self, terms, y);
 }
 
 template <typename T, typename A, typename R>

@@ -40,7 +40,8 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   const std::size_t payload = this->leaves().payload_bytes;
   const std::size_t rest = payload > kFirst ? payload - kFirst : 0;
   chunks_ = 1 + (rest + kChunk - 1) / kChunk;
-  stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + payload) : kChunk;
+  stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + payload)
+                         : std::max(kChunk, kEnvelope);
   Resize(std::min<std::size_t>(chunks_, kWindows) *
          (sources_.size() + destinations_.size()));
   Lay();
