@@ -5,13 +5,21 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# An editable installation finds its modules before PYTHONPATH does.
+# Runs at the start of Python. An editable installation finds its modules before
+# PYTHONPATH does. What a rank is to preload must not come into mpirun.
 _SITECUSTOMIZE = """\
-import sys
+import os, sys
 sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in repr(f)]
+is_rank = {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(os.environ)
+if is_rank and "JFOG_PRELOAD" in os.environ:
+  import ctypes
+  ctypes.CDLL(None).personality(0x0040000)  # TSan wants fixed addresses
+  os.environ["LD_PRELOAD"] = os.environ.pop("JFOG_PRELOAD")
+  os.execv(sys.executable, sys.orig_argv)
 """
 _SAY_WHICH = """
 import os, jfog, jfog.runtime
@@ -27,7 +35,8 @@ def stage(folder, built, ranks=2, **environment):
 
   Args:
     folder: where the copy of the package is to be.
-    built: the directory with the extension and `_build.py`.
+    built: the directory with the extension and `_build.py`, in which a relative
+      launcher is as seen from an installed jfog.
     ranks: the number of ranks that load it.
     **environment: variables of the ranks' environment.
 
@@ -36,9 +45,15 @@ def stage(folder, built, ranks=2, **environment):
   """
   package = pathlib.Path(folder) / "jfog"
   shutil.copytree(ROOT / "jfog", package)
-  for name in ("_build.py", "_mpi*.so"):
-    (file,) = pathlib.Path(built).glob(name)
-    shutil.copy(file, package)
+  (extension,) = pathlib.Path(built).glob("_mpi*.so")
+  shutil.copy(extension, package)
+  build = (pathlib.Path(built) / "_build.py").read_text()
+  installed = pathlib.Path(sysconfig.get_path("platlib"), "jfog")
+  build += f"""
+import os
+MPI_LAUNCHER = os.path.normpath(os.path.join({str(installed)!r}, MPI_LAUNCHER))
+"""
+  (package / "_build.py").write_text(build)
   (package.parent / "sitecustomize.py").write_text(_SITECUSTOMIZE)
   environment = {
     **os.environ,
