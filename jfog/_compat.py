@@ -1,5 +1,8 @@
 """Private JAX in one place: the ordered effect and what else has no public name."""
 
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
 from jax._src import core, effects
@@ -17,21 +20,50 @@ class CommunicationEffect(effects.Effect):
   __str__ = __repr__ = lambda self: "jfog.communication"
 
 
-for _allowed in (
-  effects.ordered_effects,
-  effects.lowerable_effects,
-  effects.control_flow_allowed_effects,
-  effects.custom_derivatives_allowed_effects,
-  effects.remat_allowed_effects,
-):
-  _allowed.add_type(CommunicationEffect)
-
-_EFFECT = CommunicationEffect()
+_OWN_EFFECT = CommunicationEffect()
 
 
+@functools.cache
 def communication_effect() -> effects.Effect:
-  """The one effect that all communication primitives of this process share."""
-  return _EFFECT
+  """The one effect that all communication primitives of this process share.
+
+  It is mpi4jax's where mpi4jax can be imported, so that its operations and
+  jfog's form one chain. Importing mpi4jax starts MPI; this is therefore first
+  called when an operation between processes is traced, and then settled.
+  """
+  effect = _effect_of_mpi4jax() or _OWN_EFFECT
+  for allowed in (
+    effects.ordered_effects,
+    effects.lowerable_effects,
+    effects.control_flow_allowed_effects,
+    effects.custom_derivatives_allowed_effects,
+    effects.remat_allowed_effects,
+  ):
+    allowed.add_type(type(effect))
+  return effect
+
+
+def _effect_of_mpi4jax() -> effects.Effect | None:
+  """The ordered effect of mpi4jax; None if mpi4jax is not here or is broken."""
+  try:
+    with warnings.catch_warnings():
+      # That it does not know this version of JAX is for its own users to see.
+      warnings.simplefilter("ignore")
+      import mpi4jax
+  except Exception:  # nobody in this process can be using it
+    return None
+  try:
+    from mpi4jax._src.utils import ordered_effect
+  except ImportError:
+    warnings.warn(
+      f"jfog does not find the ordered effect of mpi4jax {mpi4jax.__version__}"
+      f", so operations of both in one jitted function may deadlock; keep them "
+      f"in separate functions, or install mpi4jax 0.9.",
+      RuntimeWarning,
+      stacklevel=2,
+    )
+    return None
+  return ordered_effect
 
 
 def ordered_ffi_lowering(target: str, aliases: dict[int, int]):

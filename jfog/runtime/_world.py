@@ -341,6 +341,7 @@ def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
   # without a handshake; its own limit of 4 KiB makes them several times dearer.
   for transport in ("sm", "vader"):
     os.environ.setdefault(f"OMPI_MCA_btl_{transport}_eager_limit", "65536")
+  _mpi4py_ends_mpi()  # before MPI is started here
   native.start()
   if comm is None:
     context = native.open_world(timeout)
@@ -411,6 +412,13 @@ def _fortran_handle(comm) -> int:
 
 
 @functools.cache
+def _mpi4py_ends_mpi() -> bool:
+  """Whether mpi4py has started MPI here, and so ends it with the process."""
+  theirs = sys.modules.get("mpi4py.MPI")
+  return theirs is not None and theirs.Is_initialized()
+
+
+@functools.cache
 def _install_hooks() -> None:
   """Ends MPI with the process, and a failed process without its peers."""
   atexit.register(_finish)
@@ -423,9 +431,18 @@ def _install_hooks() -> None:
     # Whatever waits for peers gives up at once, MPI is not finalized, and the
     # launcher sees a nonzero exit and ends the other ranks.
     atexit.unregister(_finish)
-    _native.mpi().abandon(f"this rank failed with {kind.__name__}: {value}")
+    _abandon(f"this rank failed with {kind.__name__}: {value}")
 
   sys.excepthook = excepthook
+
+
+def _abandon(reason: str) -> None:
+  """Fails all operations, and lets nobody wait for the peers at the end."""
+  _native.mpi().abandon(reason)
+  if _mpi4py_ends_mpi():
+    from mpi4py import run  # it would call MPI_Finalize, which waits
+
+    run.set_abort_status(1)
 
 
 def _finish() -> None:
@@ -434,5 +451,5 @@ def _finish() -> None:
     jax.effects_barrier()
   except Exception as error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
-    _native.mpi().abandon(f"an operation failed at exit: {error}")
+    _abandon(f"an operation failed at exit: {error}")
   _native.mpi().finish()
