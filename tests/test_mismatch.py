@@ -10,8 +10,8 @@ import pytest
 import jfog
 from jfog import topology
 
-pytestmark = pytest.mark.places("mpi-3")
-TIMEOUT = 4.0
+pytestmark = pytest.mark.places("mpi-2", "mpi-3", "mpi-4")
+TIMEOUT = 3.0
 
 
 @pytest.fixture
@@ -40,6 +40,13 @@ def ring_average(x):
   return jfog.neighbor_allreduce(x, topology.ring(jfog.size()))
 
 
+def idle_or_right():
+  """A ring in round 0, nothing in round 1."""
+  n = jfog.size()
+  idle = topology.Topology(np.eye(n), connected=False)
+  return topology.Schedule([topology.ring(n, "right"), idle])
+
+
 MISMATCHES = {
   "dtype": lambda odd: ring_average(
     jnp.ones(4, jnp.float32 if odd else jnp.complex64)
@@ -66,6 +73,24 @@ MISMATCHES = {
     ),
     int(odd),
   ),
+  # The odd rank is idle in its round: it believes in no edge, its neighbors do.
+  "edge": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(3), idle_or_right(), int(odd)
+  ),
+  "long edge": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(300_000), idle_or_right(), int(odd)
+  ),
+  "only the sender": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(3), jfog.Peers(1.0, {}, [0] if odd else [])
+  ),
+  "only the receiver": lambda odd: jfog.neighbor_allreduce(
+    jnp.ones(3), jfog.Peers(1.0, {0: 1.0} if odd else {}, [])
+  ),
+  "handle": lambda odd: jfog.wait(
+    jfog.neighbor_allreduce_start(
+      jnp.ones(3 if odd else 300_000), topology.ring(jfog.size())
+    )
+  ),
   "reduction": lambda odd: jfog.allreduce(jnp.ones(3), "sum" if odd else "max"),
   "root": lambda odd: jfog.broadcast(jnp.ones(3), int(odd)),
   "collective": lambda odd: (
@@ -81,11 +106,9 @@ def test_mismatch(world, name):
   start = time.monotonic()
   error = outcome(lambda: MISMATCHES[name](odd))
   assert time.monotonic() - start < 3 * TIMEOUT
-  # Every rank of these cases has a neighbor or a collective that disagrees, but
-  # for the ranks of a ring whose two neighbors do not.
-  if error is None:
-    assert world.size > 2
-    error = outcome(lambda: ring_average(jnp.ones(2)))
+  # A rank whose own operation could be completed learns of it by its next ones.
+  for _ in range(3):
+    error = error or outcome(lambda: ring_average(jnp.ones(2)))
   assert error is not None
   assert "jfog:" in error
   assert f"on rank {world.rank}" in error

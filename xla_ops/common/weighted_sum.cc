@@ -40,9 +40,10 @@ inline __attribute__((always_inline)) void SumLoop(
 #if defined(__x86_64__)
 // Wider registers, and the same bits: there is no fused multiplication in it.
 template <typename T, typename A, typename R, std::size_t N, bool kDifference>
-__attribute__((target("avx2"))) void SumLoopAvx2(
-    std::size_t count, const T* x, R self, const std::vector<Term>& terms,
-    T* y) {
+__attribute__((target("avx2"))) void SumLoopAvx2(std::size_t count, const T* x,
+                                                 R self,
+                                                 const std::vector<Term>& terms,
+                                                 T* y) {
   SumLoop<T, A, R, N, kDifference>(count, x, self, terms, y);
 }
 
@@ -111,7 +112,8 @@ void Sum(std::size_t count, const void* x, double self_weight,
     if (terms.size() != N) {
       return Sum<T, A, R, N + 1>(count, x, self_weight, terms, difference, y);
     }
-    if (difference) return SumFused<T, A, R, N, true>(count, in, self, terms, out);
+    if (difference)
+      return SumFused<T, A, R, N, true>(count, in, self, terms, out);
     if (self != R(0) || N == 0) {
       return SumFused<T, A, R, N, false>(count, in, self, terms, out);
     }

@@ -25,9 +25,9 @@ class GraphAgreement : public Operation {
   ffi::Error Post() override {
     numbers()[0] = graph_;
     numbers()[1] = ~graph_;
-    JFOG_MPI_RETURN_IF_ERROR(
-        MPI_Iallreduce(MPI_IN_PLACE, numbers(), 2, MPI_UINT64_T, MPI_MAX,
-                       comm().aside(), Slot(0)));
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(MPI_IN_PLACE, numbers(), 2,
+                                            MPI_UINT64_T, MPI_MAX,
+                                            comm().aside(), Slot(0)));
     return ffi::Error::Success();
   }
 

@@ -127,12 +127,12 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
     ffi::Promise promise;
     ffi::Future future(promise);
     auto shared = std::make_shared<Leaves>(std::move(results));
-    Engine::Waiter waiter = [operation = operation.get(), shared,
-                             fulfil = Fulfil(std::move(promise))](
-                                const ffi::Error& error) {
-      if (error.success()) CopyResults(operation->leaves(), *shared);
-      fulfil(error);
-    };
+    Engine::Waiter waiter =
+        [operation = operation.get(), shared,
+         fulfil = Fulfil(std::move(promise))](const ffi::Error& error) {
+          if (error.success()) CopyResults(operation->leaves(), *shared);
+          fulfil(error);
+        };
     if (Engine::Get().Attach(operation, waiter)) return future;
     results = std::move(*shared);
   }
@@ -238,7 +238,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Wait, WaitImpl,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Token>()               // order in
                                   .Arg<ffi::BufferR0<ffi::U32>>()  // handle
-                                  .RemainingArgs()  // those of its start
+                                  .RemainingArgs()    // those of its start
                                   .Ret<ffi::Token>()  // order out
                                   .RemainingRets());  // its results
 

@@ -52,9 +52,9 @@ ffi::Future HandOver(std::shared_ptr<Operation> operation);
 // Forgets the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);
 
-#define JFOG_ASSIGN_OR_RETURN(variable, expression)               \
-  auto variable##_or = (expression);                              \
-  if (!variable##_or) return Completion(variable##_or.error());   \
+#define JFOG_ASSIGN_OR_RETURN(variable, expression)             \
+  auto variable##_or = (expression);                            \
+  if (!variable##_or) return Completion(variable##_or.error()); \
   auto& variable = *variable##_or
 
 }  // namespace jfog::mpi

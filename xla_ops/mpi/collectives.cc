@@ -200,9 +200,9 @@ void DivideBy(DataType wire_type, std::byte* wire, std::size_t count,
   }
 }
 
-// A collective over all ranks: they agree on what they are about to do, and then
-// the data moves by one of MPI's own. Of one communicator one is under way at a
-// time, in program order.
+// A collective over all ranks: they agree on what they are about to do, and
+// then the data moves by one of MPI's own. Of one communicator one is under way
+// at a time, in program order.
 class Collective : public Operation {
  protected:
   using Operation::Operation;
@@ -256,9 +256,8 @@ class Collective : public Operation {
     agreed_[0] = own;
     agreed_[1] = ~own;
     Reserve(1);
-    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(MPI_IN_PLACE, agreed_, 2,
-                                            MPI_UINT64_T, MPI_MAX,
-                                            comm().comm(), Add()));
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(
+        MPI_IN_PLACE, agreed_, 2, MPI_UINT64_T, MPI_MAX, comm().comm(), Add()));
     return ffi::Error::Success();
   }
 
@@ -290,9 +289,9 @@ class Collective : public Operation {
     headers_ = reinterpret_cast<Header*>(
         Allocate(sizeof(Header) * static_cast<std::size_t>(comm().size())));
     Reserve(1);
-    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(
-        sent, sizeof(Header), MPI_BYTE, headers_, sizeof(Header), MPI_BYTE,
-        comm().comm(), Add()));
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(sent, sizeof(Header), MPI_BYTE,
+                                            headers_, sizeof(Header), MPI_BYTE,
+                                            comm().comm(), Add()));
     return ffi::Error::Success();
   }
 
@@ -509,9 +508,9 @@ Completion AllreduceImpl(ffi::Token, ffi::RemainingArgs args,
     }
   }
   if (mode == kStart) leaves.Stage();
-  return Launch(std::make_shared<AllreduceOperation>(comm, std::move(leaves),
-                                                     reduction),
-                results, mode);
+  return Launch(
+      std::make_shared<AllreduceOperation>(comm, std::move(leaves), reduction),
+      results, mode);
 }
 
 Completion BroadcastImpl(ffi::Token, ffi::RemainingArgs args,

@@ -28,8 +28,9 @@ struct Header {
   std::uint64_t magic = 0;
   std::uint64_t sequence = 0;   // the how-manieth operation of the communicator
   std::uint64_t signature = 0;  // dtypes and element counts of all leaves
-  std::uint64_t variant = 0;  // the graph and its round, the reduction, the root
-  std::uint64_t bytes = 0;    // of the payload
+  std::uint64_t variant =
+      0;                    // the graph and its round, the reduction, the root
+  std::uint64_t bytes = 0;  // of the payload
   char operation[24] = {};
 };
 static_assert(sizeof(Header) == 64, "keeps what follows aligned");
@@ -59,8 +60,8 @@ class Communicator {
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
 
-  // MPI wants collectives started in one order on all ranks. Each takes a ticket
-  // when it is posted in program order, and starts when its turn comes.
+  // MPI wants collectives started in one order on all ranks. Each takes a
+  // ticket when it is posted in program order, and starts when its turn comes.
   std::uint64_t TakeTicket() { return tickets_.fetch_add(1); }
   std::uint64_t turn() const { return turn_.load(std::memory_order_acquire); }
   void EndTurn() { turn_.fetch_add(1, std::memory_order_acq_rel); }

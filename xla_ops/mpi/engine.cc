@@ -11,9 +11,9 @@ namespace jfog::mpi {
 namespace {
 
 // While messages come, the leader looks again at once, or lets others run in
-// between. When nothing has moved for a while it sleeps between two looks, for a
-// part of that while: the longer a wait has lasted, the less a later end of it
-// costs, and the less of a core the waiting takes.
+// between. When nothing has moved for a while it sleeps between two looks, for
+// a part of that while: the longer a wait has lasted, the less a later end of
+// it costs, and the less of a core the waiting takes.
 constexpr std::chrono::microseconds kYieldFor{100};
 constexpr int kNapPart = 32;
 constexpr std::chrono::microseconds kShortestNap{20};
@@ -49,9 +49,9 @@ bool Engine::Attach(const std::shared_ptr<Operation>& operation,
                     Waiter& waiter) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto entry = std::find_if(
-        entries_.begin(), entries_.end(),
-        [&](const Entry& e) { return e.operation == operation; });
+    const auto entry =
+        std::find_if(entries_.begin(), entries_.end(),
+                     [&](const Entry& e) { return e.operation == operation; });
     if (entry == entries_.end()) return false;
     entry->waiter = std::move(waiter);
     ++version_;
@@ -81,9 +81,8 @@ void Engine::Run() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     ++idle_;
-    work_.wait(lock, [this] {
-      return !leading_ && !stopped_ && !entries_.empty();
-    });
+    work_.wait(lock,
+               [this] { return !leading_ && !stopped_ && !entries_.empty(); });
     --idle_;
     Entry ended = Lead(lock);
     if (ended.operation == nullptr || ended.waiter == nullptr) continue;
@@ -136,9 +135,8 @@ Engine::Entry Engine::Lead(std::unique_lock<std::mutex>& lock) {
     if (!moved && quiet < kYieldFor) sched_yield();
     lock.lock();
     if (!moved && quiet >= kYieldFor && version == version_) {
-      const Clock::duration nap =
-          std::clamp<Clock::duration>(quiet / kNapPart, kShortestNap,
-                                      kLongestNap);
+      const Clock::duration nap = std::clamp<Clock::duration>(
+          quiet / kNapPart, kShortestNap, kLongestNap);
       changed_.wait_for(lock, nap);
     }
   }

@@ -52,9 +52,9 @@ void Exchange::Lay() {
   unchecked_ = sources_.size();
   for (std::size_t w = 0; w < kWindows; ++w) windows_[w].chunk = w;
   if (buffer_) return;
-  const std::size_t sends =
-      alike_ ? std::min<std::size_t>(destinations_.size(), 1)
-             : destinations_.size();
+  const std::size_t sends = alike_
+                                ? std::min<std::size_t>(destinations_.size(), 1)
+                                : destinations_.size();
   // A small exchange sends what it has, but may receive a whole envelope.
   const std::size_t window =
       sends * stride_ + sources_.size() * std::max(stride_, kEnvelope);
@@ -86,7 +86,8 @@ ffi::Error Exchange::Post() {
   const std::size_t payload = leaves().payload_bytes;
   for (int destination : destinations_) comm().CountSent(destination, payload);
   // Who exchanges with nobody has nothing to wait for.
-  if (sources_.empty() && destinations_.empty()) return Consume(0, payload, parts_);
+  if (sources_.empty() && destinations_.empty())
+    return Consume(0, payload, parts_);
   windows_[0].outstanding = sources_.size() + destinations_.size();
   JFOG_RETURN_IF_ERROR(PostReceives(0));
   JFOG_RETURN_IF_ERROR(PostSends(0, 0));
@@ -116,24 +117,21 @@ ffi::Error Exchange::PostSends(int window, std::size_t chunk) {
     }
     JFOG_MPI_RETURN_IF_ERROR(
         MPI_Isend(to, static_cast<int>(ahead + end - begin), MPI_BYTE,
-                  destinations_[d], tag(chunk), comm().comm(),
-                  Slot(base + d)));
+                  destinations_[d], tag(chunk), comm().comm(), Slot(base + d)));
   }
   return ffi::Error::Success();
 }
 
 ffi::Error Exchange::PostReceives(int window) {
   const Window& w = windows_[window];
-  const std::size_t base =
-      window * (sources_.size() + destinations_.size());
+  const std::size_t base = window * (sources_.size() + destinations_.size());
   const std::size_t bytes =
       w.chunk == 0 ? kEnvelope : Begin(w.chunk + 1) - Begin(w.chunk);
   const std::size_t stride = std::max(stride_, kEnvelope);
   for (std::size_t s = 0; s < sources_.size(); ++s) {
     JFOG_MPI_RETURN_IF_ERROR(
         MPI_Irecv(w.received + s * stride, static_cast<int>(bytes), MPI_BYTE,
-                  sources_[s], tag(w.chunk), comm().comm(),
-                  Slot(base + s)));
+                  sources_[s], tag(w.chunk), comm().comm(), Slot(base + s)));
   }
   return ffi::Error::Success();
 }
@@ -145,8 +143,7 @@ ffi::Error Exchange::Completed(std::size_t slot) {
   Window& w = windows_[window];
   if (w.chunk == 0 && edge < sources_.size()) {
     Header theirs;
-    std::memcpy(&theirs,
-                w.received + edge * std::max(stride_, kEnvelope),
+    std::memcpy(&theirs, w.received + edge * std::max(stride_, kEnvelope),
                 sizeof(theirs));
     JFOG_RETURN_IF_ERROR(CheckHeader(sources_[edge], theirs));
     comm().CountReceived(sources_[edge], leaves().payload_bytes);

@@ -24,12 +24,11 @@ class Exchange : public Operation {
            std::vector<int> destinations, bool alike);
 
   // Writes the payload's bytes [begin, end) for a destination, by its index.
-  virtual void Pack(std::size_t destination, std::size_t begin,
-                    std::size_t end, std::byte* to) = 0;
+  virtual void Pack(std::size_t destination, std::size_t begin, std::size_t end,
+                    std::byte* to) = 0;
   // Takes in what every source sent of [begin, end), in their order.
-  virtual ffi::Error Consume(
-      std::size_t begin, std::size_t end,
-      const std::vector<const std::byte*>& received) = 0;
+  virtual ffi::Error Consume(std::size_t begin, std::size_t end,
+                             const std::vector<const std::byte*>& received) = 0;
 
   const std::vector<int>& sources() const { return sources_; }
   const std::vector<int>& destinations() const { return destinations_; }

@@ -62,10 +62,10 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
   Leaves leaves;
   const std::size_t size = args.size() < first ? 0 : args.size() - first;
   if (results != nullptr && results->size() != size) {
-    return ffi::Unexpected(MakeError(
-        ffi::ErrorCode::kInternal,
-        "got " + std::to_string(size) + " operands for " +
-            std::to_string(results->size()) + " results"));
+    return ffi::Unexpected(
+        MakeError(ffi::ErrorCode::kInternal,
+                  "got " + std::to_string(size) + " operands for " +
+                      std::to_string(results->size()) + " results"));
   }
   leaves.leaves.reserve(size);
   std::size_t offset = 0;

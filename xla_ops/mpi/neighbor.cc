@@ -62,31 +62,34 @@ class Average : public Exchange {
  private:
   void Pack(std::size_t destination, std::size_t begin, std::size_t end,
             std::byte* to) override {
-    leaves().ForEachRun(begin, end, [&](const Leaf& leaf, std::size_t first,
-                                        std::size_t count, std::size_t at) {
-      const std::size_t width = SizeOf(leaf.type);
-      const std::byte* x = leaf.input + first * width;
-      if (round_.destination_weights.empty()) {
-        std::memcpy(to + at, x, count * width);
-      } else {
-        WeightedSum(leaf.type, count, x,
-                    round_.destination_weights[destination], {}, false,
-                    to + at);
-      }
-    });
+    leaves().ForEachRun(begin, end,
+                        [&](const Leaf& leaf, std::size_t first,
+                            std::size_t count, std::size_t at) {
+                          const std::size_t width = SizeOf(leaf.type);
+                          const std::byte* x = leaf.input + first * width;
+                          if (round_.destination_weights.empty()) {
+                            std::memcpy(to + at, x, count * width);
+                          } else {
+                            WeightedSum(leaf.type, count, x,
+                                        round_.destination_weights[destination],
+                                        {}, false, to + at);
+                          }
+                        });
   }
 
   ffi::Error Consume(std::size_t begin, std::size_t end,
                      const std::vector<const std::byte*>& received) override {
-    leaves().ForEachRun(begin, end, [&](const Leaf& leaf, std::size_t first,
-                                        std::size_t count, std::size_t at) {
-      for (std::size_t k = 0; k < received.size(); ++k) {
-        terms_[k].values = received[k] + at;
-      }
-      const std::size_t start = first * SizeOf(leaf.type);
-      WeightedSum(leaf.type, count, leaf.input + start, round_.self_weight,
-                  terms_, round_.difference, leaf.output + start);
-    });
+    leaves().ForEachRun(begin, end,
+                        [&](const Leaf& leaf, std::size_t first,
+                            std::size_t count, std::size_t at) {
+                          for (std::size_t k = 0; k < received.size(); ++k) {
+                            terms_[k].values = received[k] + at;
+                          }
+                          const std::size_t start = first * SizeOf(leaf.type);
+                          WeightedSum(leaf.type, count, leaf.input + start,
+                                      round_.self_weight, terms_,
+                                      round_.difference, leaf.output + start);
+                        });
     return ffi::Error::Success();
   }
 
@@ -195,8 +198,8 @@ ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
   return plan;
 }
 
-ffi::ErrorOr<std::shared_ptr<Plan>> FindPlan(std::int64_t number,
-                                             const ffi::Dictionary& attributes) {
+ffi::ErrorOr<std::shared_ptr<Plan>> FindPlan(
+    std::int64_t number, const ffi::Dictionary& attributes) {
   Plans& plans = ThePlans();
   std::lock_guard<std::mutex> lock(plans.mutex);
   const auto found = plans.plans.find(number);
@@ -249,8 +252,8 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
     plan->agreed = true;
   }
   if (average == nullptr || !average->Renew(args, results)) {
-    JFOG_ASSIGN_OR_RETURN(
-        leaves, ReadCall(args, has_row ? 1 : 0, results, plan->mode));
+    JFOG_ASSIGN_OR_RETURN(leaves,
+                          ReadCall(args, has_row ? 1 : 0, results, plan->mode));
     JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kNeighborAllreduce));
     Round round = plan->rounds[at];
     if (has_row) {
@@ -340,12 +343,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PeerAllreduce, PeerAllreduceImpl,
     ffi::Ffi::Bind()
-        .Arg<ffi::Token>()                // order in
+        .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR1<ffi::S32>>()  // ranks of sources, destinations
-        .Arg<ffi::AnyBuffer>()            // weights of self and of those
-        .RemainingArgs()                  // leaves
-        .Ret<ffi::Token>()                // order out
-        .RemainingRets()                  // leaves like the operands, or handle
+        .Arg<ffi::AnyBuffer>()           // weights of self and of those
+        .RemainingArgs()                 // leaves
+        .Ret<ffi::Token>()               // order out
+        .RemainingRets()                 // leaves like the operands, or handle
         .Attr<std::int64_t>("context")
         .Attr<std::int64_t>("mode")
         .Attr<std::int64_t>("pair")

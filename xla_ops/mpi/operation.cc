@@ -137,9 +137,8 @@ ffi::Error Operation::Poll(bool* moved) {
       --pending_;
       *moved = true;
       if (code == MPI_ERR_IN_STATUS && statuses_[i].MPI_ERROR != MPI_SUCCESS) {
-        return MpiFailure(
-            statuses_[i].MPI_ERROR,
-            "with " + RankList({statuses_[i].MPI_SOURCE}));
+        return MpiFailure(statuses_[i].MPI_ERROR,
+                          "with " + RankList({statuses_[i].MPI_SOURCE}));
       }
       JFOG_RETURN_IF_ERROR(Completed(indices_[i]));
     }
@@ -180,8 +179,7 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
 bool Operation::Matches(const Header& theirs) const {
   const Header mine = MakeHeader(0);
   return theirs.magic == mine.magic && theirs.sequence == mine.sequence &&
-         theirs.signature == mine.signature &&
-         theirs.variant == mine.variant &&
+         theirs.signature == mine.signature && theirs.variant == mine.variant &&
          std::memcmp(theirs.operation, mine.operation,
                      sizeof(mine.operation)) == 0;
 }
@@ -234,9 +232,9 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     if (comm_->HasLeft(rank)) left.push_back(rank);
   }
   if (!left.empty() && waited > kGrace) {
-    return Fail(ffi::ErrorCode::kAborted,
-                "waits for " + RankList(left) + ", which has already ended (" +
-                    leaves_.Describe() + ")");
+    return Fail(ffi::ErrorCode::kAborted, "waits for " + RankList(left) +
+                                              ", which has already ended (" +
+                                              leaves_.Describe() + ")");
   }
   const double limit = comm_->timeout();
   if (!announced_ && Seconds(waited) > 0.05 * limit) {
