@@ -49,11 +49,13 @@ def _effect_of_mpi4jax() -> effects.Effect | None:
     with warnings.catch_warnings():
       # That it does not know this version of JAX is for its own users to see.
       warnings.simplefilter("ignore")
-      import mpi4jax
+      import mpi4jax  # type: ignore[import-not-found]
   except Exception:  # nobody in this process can be using it
     return None
   try:
-    from mpi4jax._src.utils import ordered_effect
+    from mpi4jax._src.utils import (  # type: ignore[import-not-found]
+      ordered_effect,
+    )
   except ImportError:
     warnings.warn(
       f"jfog does not find the ordered effect of mpi4jax {mpi4jax.__version__}"

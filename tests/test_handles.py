@@ -152,9 +152,9 @@ def test_waiting_twice_and_on_nothing(place):
   with pytest.raises(ValueError, match="waited on before"):
     place.run(twice, np.ones((place.size, 2), np.float32))
   with pytest.raises(TypeError, match="not a handle"):
-    jfog.wait(np.ones(3))
+    jfog.wait(np.ones(3))  # type: ignore[arg-type]
   with pytest.raises(TypeError, match="not a handle"):
-    jfog.poll(None)
+    jfog.poll(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.places("single", "simulate")
@@ -265,7 +265,7 @@ def test_handles_of_several_threads(place):
   handles = [
     jfog.allreduce_start(jnp.full(50_000, float(k + rank))) for k in range(8)
   ]
-  results = [None] * 8
+  results = [np.zeros(0)] * 8
 
   def wait(k):
     results[k] = np.asarray(jfog.wait(handles[k]))

@@ -24,7 +24,7 @@ class Call:
   structure: Any
   results: Sequence[jax.Array] | None = None
   primitive: Primitive | None = None
-  fixed: Sequence[jax.Array] = ()
+  fixed: Sequence[Any] = ()  # a step, ranks, weights
   operands: Sequence[jax.Array] = ()  # the leaves in native dtypes
   params: dict[str, Any] = dataclasses.field(default_factory=dict)
 

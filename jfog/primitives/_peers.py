@@ -13,7 +13,7 @@ from jax.interpreters import ad
 
 from jfog.primitives import _calls, _leaves, _mesh, _primitive
 from jfog.primitives._calls import Call
-from jfog.runtime import Communicator, resolve
+from jfog.runtime import Axis, Communicator, resolve
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
 
@@ -228,7 +228,7 @@ def pair_gossip(
 
     def mix(x):
       value = x
-      if comm.backend == "mesh":
+      if isinstance(comm, Axis):
         value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
       if not difference:
         return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)

@@ -19,9 +19,12 @@ namespace {
 // others run in between, and as long as something comes. When nothing has come
 // for this long it waits for somebody, which is the engine's work.
 constexpr int kPolls = 64;
-constexpr int kPollsCrowded = 2;
-std::atomic<int> polls_before_yield{kPolls};
 constexpr std::chrono::microseconds kPatience{100};
+// With more ranks than cores the others have to run first, and giving a core
+// away costs nothing.
+constexpr int kPollsCrowded = 2;
+constexpr std::chrono::microseconds kPatienceCrowded{1000};
+std::atomic<bool> is_crowded{false};
 // That many handles nobody waits for are likely to be a mistake.
 constexpr std::size_t kManyHandles = 1000;
 
@@ -154,11 +157,13 @@ ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
 }  // namespace
 
 void SetCrowded(bool crowded) {
-  polls_before_yield = crowded ? kPollsCrowded : kPolls;
+  is_crowded.store(crowded, std::memory_order_relaxed);
 }
 
 bool EndsSoon(Operation& operation) {
-  const int limit = polls_before_yield.load(std::memory_order_relaxed);
+  const bool crowded = is_crowded.load(std::memory_order_relaxed);
+  const int limit = crowded ? kPollsCrowded : kPolls;
+  const Clock::duration patience = crowded ? kPatienceCrowded : kPatience;
   int polls = 0;
   Clock::time_point quiet_since;
   while (!operation.finished()) {
@@ -169,7 +174,7 @@ bool EndsSoon(Operation& operation) {
     if (++polls < limit) continue;
     const Clock::time_point now = Clock::now();
     if (polls == limit) quiet_since = now;
-    if (now - quiet_since > kPatience) return operation.finished();
+    if (now - quiet_since > patience) return operation.finished();
     sched_yield();
   }
   return true;
