@@ -35,7 +35,7 @@ def mpi4jax(place, in_job):
   with warnings.catch_warnings():
     # A release warns about every JAX that came after it.
     warnings.filterwarnings("ignore", "\nThe latest supported JAX version")
-    import mpi4jax
+    import mpi4jax  # type: ignore[import-not-found]
   return mpi4jax
 
 
