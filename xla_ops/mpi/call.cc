@@ -22,7 +22,7 @@ constexpr int kPolls = 64;
 constexpr std::chrono::microseconds kPatience{100};
 // With more ranks than cores the others have to run first, and giving a core
 // away costs nothing.
-constexpr int kPollsCrowded = 2;
+constexpr int kPollsCrowded = 16;
 constexpr std::chrono::microseconds kPatienceCrowded{1000};
 std::atomic<bool> is_crowded{false};
 // That many handles nobody waits for are likely to be a mistake.
