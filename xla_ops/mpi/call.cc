@@ -51,7 +51,9 @@ Handles& TheHandles() {
   return *handles;
 }
 
-std::uint32_t Keep(std::shared_ptr<Operation> operation) {
+// The number is written and read under the lock: XLA passes it from one thread
+// to another, and ThreadSanitizer knows nothing of how.
+void Keep(std::shared_ptr<Operation> operation, std::uint32_t* id) {
   Handles& handles = TheHandles();
   std::lock_guard<std::mutex> lock(handles.mutex);
   if (handles.open.size() >= kManyHandles && !handles.warned) {
@@ -61,21 +63,20 @@ std::uint32_t Keep(std::shared_ptr<Operation> operation) {
                  "keeps a copy of its leaves until jfog.wait\n",
                  handles.open.size());
   }
-  const std::uint32_t id = handles.next++;
-  handles.open.emplace(id, std::move(operation));
-  return id;
+  *id = handles.next++;
+  handles.open.emplace(*id, std::move(operation));
 }
 
 // The operation of a handle; with `take` the handle ends.
-ffi::ErrorOr<std::shared_ptr<Operation>> Find(std::uint32_t id, bool take,
-                                              const char* name) {
+ffi::ErrorOr<std::shared_ptr<Operation>> Find(const std::uint32_t* id,
+                                              bool take, const char* name) {
   Handles& handles = TheHandles();
   std::lock_guard<std::mutex> lock(handles.mutex);
-  const auto found = handles.open.find(id);
+  const auto found = handles.open.find(*id);
   if (found == handles.open.end()) {
     return ffi::Unexpected(MakeError(
         ffi::ErrorCode::kFailedPrecondition,
-        std::string(name) + " on handle " + std::to_string(id) +
+        std::string(name) + " on handle " + std::to_string(*id) +
             ", which is not open: a handle is waited on once, before the "
             "shutdown of its communicator"));
   }
@@ -121,7 +122,7 @@ ffi::Error ReadResults(ffi::RemainingRets rets, Leaves* results) {
 
 Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
                     ffi::Result<ffi::Token>, ffi::RemainingRets rets) {
-  JFOG_ASSIGN_OR_RETURN(operation, Find(*id.typed_data(), true, "wait"));
+  JFOG_ASSIGN_OR_RETURN(operation, Find(id.typed_data(), true, "wait"));
   Leaves results;
   JFOG_RETURN_IF_ERROR(ReadResults(rets, &results));
   JFOG_RETURN_IF_ERROR(CheckResults(*operation, results));
@@ -147,7 +148,7 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
 ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
                     ffi::Result<ffi::Token>,
                     ffi::Result<ffi::BufferR0<ffi::PRED>> ended) {
-  auto operation = Find(*id.typed_data(), false, "poll");
+  auto operation = Find(id.typed_data(), false, "poll");
   if (!operation) return operation.error();
   (*operation)->Advance();
   *ended->typed_data() = (*operation)->finished();
@@ -208,7 +209,7 @@ Completion Launch(std::shared_ptr<Operation> operation,
   if (mode == kStart) {
     auto id = results.get<ffi::BufferR0<ffi::U32>>(0);
     if (!id) return id.error();
-    *(*id)->typed_data() = Keep(operation);
+    Keep(operation, (*id)->typed_data());
     Engine::Get().Submit(std::move(operation), nullptr);
     return ffi::Error::Success();
   }
