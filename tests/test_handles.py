@@ -213,28 +213,29 @@ def test_the_exchange_goes_on_while_nobody_waits(place):
   handle = jfog.neighbor_allreduce_start(x, graph)
   start = time.monotonic()
   if rank == 0:
-    time.sleep(3)
+    time.sleep(6)
   y = jax.block_until_ready(jfog.wait(handle))
   waited = time.monotonic() - start
   np.testing.assert_allclose(
     y[0], graph.mixing_matrix[rank] @ np.arange(float(n)), rtol=1e-6
   )
   if rank != 0:
-    assert waited < 2.5
+    assert waited < 5.5
   jfog.barrier()
 
 
 @pytest.mark.places("mpi-2", "mpi-3")
 def test_poll_turns_true_without_a_wait(place):
-  rank = jfog.rank()
-  jfog.barrier()
-  if rank == 0:
-    time.sleep(0.3)
-  handle = jfog.allreduce_start(jnp.ones(1000))
-  ended = bool(jfog.poll(handle))
-  if rank != 0:
-    assert not ended
-  deadline = time.monotonic() + 30
+  world = jfog.init()
+  if jfog.rank() == 0:
+    # The others have polled before they come here.
+    jfog.barrier()
+    handle = jfog.allreduce_start(jnp.ones(1000), comm=world.local)
+  else:
+    handle = jfog.allreduce_start(jnp.ones(1000), comm=world.local)
+    assert not jfog.poll(handle)
+    jfog.barrier()
+  deadline = time.monotonic() + 60
   while not jfog.poll(handle):
     assert time.monotonic() < deadline
     time.sleep(0.01)
