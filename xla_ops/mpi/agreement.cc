@@ -2,6 +2,7 @@
 #include "mpi/agreement.h"
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mpi/buffers.h"
@@ -17,7 +18,9 @@ class GraphAgreement : public Operation {
  public:
   GraphAgreement(std::shared_ptr<Communicator> comm, std::uint64_t number,
                  std::uint64_t graph)
-      : Operation(std::move(comm), "graph_agreement", number), graph_(graph) {
+      : Operation(std::move(comm), "graph_agreement", number),
+        graph_(graph),
+        buffer_((3 + this->comm().size()) * sizeof(graph)) {
     Resize(1);
   }
 
@@ -31,12 +34,28 @@ class GraphAgreement : public Operation {
     return ffi::Error::Success();
   }
 
-  ffi::Error Completed(std::size_t) override {
-    if (numbers()[0] == ~numbers()[1]) return ffi::Error::Success();
-    return Fail(ffi::ErrorCode::kFailedPrecondition,
-                "finds that the ranks use different graphs: what "
-                "neighbor_allreduce gets as graph must be equal on all ranks, "
-                "and in the same order");
+  ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
+
+  ffi::Error Drained(bool* ended) override {
+    *ended = numbers()[0] == ~numbers()[1];
+    if (*ended) return ffi::Error::Success();
+    if (!comparing_) {
+      // All ranks see the disagreement, so all can name the two sides of it.
+      comparing_ = true;
+      *own() = graph_;
+      JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(own(), 1, MPI_UINT64_T, all(), 1,
+                                              MPI_UINT64_T, comm().aside(),
+                                              Slot(0)));
+      return ffi::Error::Success();
+    }
+    for (int rank = 0; rank < comm().size(); ++rank) {
+      if (all()[rank] == graph_) continue;
+      return Fail(ffi::ErrorCode::kFailedPrecondition,
+                  "does not match rank " + std::to_string(rank) +
+                      ": neighbor_allreduce gets another graph there; the "
+                      "graph must be equal on all ranks");
+    }
+    return Fail(ffi::ErrorCode::kInternal, "disagrees for unknown reasons");
   }
 
   std::vector<int> Missing() const override {
@@ -52,8 +71,13 @@ class GraphAgreement : public Operation {
     return reinterpret_cast<std::uint64_t*>(buffer_.get());
   }
 
+  // Behind the two numbers this rank's, then those of all.
+  std::uint64_t* own() const { return numbers() + 2; }
+  std::uint64_t* all() const { return numbers() + 3; }
+
   std::uint64_t graph_;
-  Buffer buffer_{2 * sizeof(std::uint64_t)};
+  bool comparing_ = false;
+  Buffer buffer_;
 };
 
 }  // namespace

@@ -166,9 +166,9 @@ void Operation::End(ffi::Error error) {
 }
 
 ffi::Error Operation::Fail(ffi::ErrorCode code, const std::string& text) {
-  const std::string full = Title() + " " + text;
-  comm_->Fail(code, full);
-  return MakeError(code, full);
+  // With several operations in flight another one may have failed before.
+  comm_->Fail(code, Title() + " " + text);
+  return comm_->Refusal();
 }
 
 ffi::Error Operation::MpiFailure(int code, const std::string& what) {
