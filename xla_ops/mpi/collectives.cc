@@ -244,7 +244,7 @@ class Collective : public Operation {
     return *moved ? Proceed() : ffi::Error::Success();
   }
 
-  bool is_queued() const override { return stage_ == kQueued; }
+  bool is_waiting() const override { return stage_ == kQueued; }
 
   ffi::Error Proceed() {
     if (comm().turn() != ticket_) return ffi::Error::Success();

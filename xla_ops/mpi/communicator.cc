@@ -56,7 +56,9 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   messages_sent_ = Counts(size_);
   notes_.resize(size_);
   left_.resize(size_);
-  if (root_ != nullptr) {
+  if (root_ == nullptr) {
+    lanes_ = Lanes::Make(comm_);
+  } else {
     MPI_Group own, all;
     MPI_Comm_group(comm_, &own);
     MPI_Comm_group(root_->comm_, &all);
@@ -142,7 +144,7 @@ std::optional<Header> Communicator::LastNote(int rank) {
 bool Communicator::HasLeft(int rank) {
   if (root_ != nullptr) {
     root_->ReadNotes();
-    return root_->HasLeft(root_ranks_[rank]);
+    return root_->HasLeft(RankInRoot(rank));
   }
   std::lock_guard<std::mutex> lock(mutex_);
   return left_[rank];

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/status.h"
+#include "mpi/lanes.h"
 
 namespace jfog::mpi {
 
@@ -31,9 +32,11 @@ struct Header {
   std::uint64_t variant =
       0;                    // the graph and its round, the reduction, the root
   std::uint64_t bytes = 0;  // of the payload
-  char operation[24] = {};
+  std::uint64_t stamp = 0;  // of the first chunk in a lane; 0: none will come
+  std::int32_t lane = 0;
+  char operation[44] = {};
 };
-static_assert(sizeof(Header) == 64, "keeps what follows aligned");
+static_assert(sizeof(Header) == 96, "keeps what follows aligned");
 
 struct Counters {
   std::vector<std::int64_t> bytes_sent, bytes_received, messages_sent;
@@ -57,6 +60,10 @@ class Communicator {
   int rank() const { return rank_; }
   int size() const { return size_; }
   double timeout() const { return timeout_; }
+  // The shared memory of its root, where there is any, which counts ranks in
+  // the root.
+  Lanes* lanes() const { return root_ ? root_->lanes() : lanes_.get(); }
+  int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
 
@@ -108,6 +115,7 @@ class Communicator {
   double timeout_;
   std::shared_ptr<Communicator> root_;  // null for a root itself
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
+  std::unique_ptr<Lanes> lanes_;
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "mpi/buffers.h"
@@ -12,13 +13,15 @@
 
 namespace jfog::mpi {
 
-// Sends the payload to some ranks and receives one from others. It travels in
-// chunks through two sets of buffers that stay in the cache: while one chunk is
-// on its way, the one before it is used. Results may lie in the place of the
-// input, since a chunk is used after it was sent.
+// Sends the payload to some ranks and receives one from others. One that is not
+// short travels in chunks that stay in the cache: while one is on its way, the
+// one before it is used. Ranks of one machine read them in a lane of the
+// sender, to others they are messages through two sets of buffers. Results may
+// lie in the place of the input, since a chunk is used after it was sent.
 class Exchange : public Operation {
  protected:
-  // With `alike`, all destinations get the same bytes.
+  // With `alike`, all destinations get the same bytes; only then is a lane
+  // used.
   Exchange(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
            std::uint64_t variant, std::vector<int> sources,
            std::vector<int> destinations, bool alike);
@@ -37,35 +40,48 @@ class Exchange : public Operation {
   void Renew();
 
   ffi::Error Post() override;
+  ffi::Error Resume(bool* moved) override;
+  bool is_waiting() const override {
+    return used_ < chunks_ || packed_ < chunks_;
+  }
   ffi::Error Completed(std::size_t slot) override;
+  void Ended() override;
   std::vector<int> Missing() const override;
   void Bury() override { buffer_.Bury(); }
 
  private:
   static constexpr int kWindows = 2;
 
-  // One chunk on its way.
+  // The messages of one chunk.
   struct Window {
-    std::size_t chunk = 0;
-    std::size_t outstanding = 0;  // messages, sent and received
+    std::size_t outstanding = 0;
     std::byte* sent = nullptr;
     std::byte* received = nullptr;
   };
+  Window& WindowOf(std::size_t chunk) { return windows_[chunk % kWindows]; }
 
   void Lay();
   std::size_t Begin(std::size_t chunk) const;
-  ffi::Error PostSends(int window, std::size_t chunk);
-  ffi::Error PostReceives(int window);
-  ffi::Error Finish(int window);
   int tag(std::size_t chunk) const;
+  Header Envelope() const;
+  std::size_t FirstSlot(std::size_t chunk) const;
+  ffi::Error PostSends(std::size_t chunk);
+  ffi::Error PostReceives(std::size_t chunk);
+  // Whether a chunk has been sent, and all that is received of it is there.
+  bool IsThere(std::size_t chunk);
+  ffi::Error Use(std::size_t chunk);
 
   const std::vector<int> sources_;
   const std::vector<int> destinations_;
   const bool alike_;
+  std::vector<int> sharing_;  // the destinations on this machine, in the root
   std::size_t chunks_;
-  std::size_t next_;       // the first chunk that is not under way
+  std::size_t used_;       // the first chunk that is not used
+  std::size_t packed_;     // the first that is to go into the lane
   std::size_t unchecked_;  // sources whose header has not come
   std::size_t stride_;     // bytes between the buffers of a window
+  std::optional<Lanes::Claim> lane_;
+  std::vector<std::optional<Lanes::Claim>> source_lanes_;
   std::array<Window, kWindows> windows_;
   Buffer buffer_;
   std::vector<const std::byte*> parts_;

@@ -104,7 +104,8 @@ void Operation::Renew() {
 
 void Operation::Start() {
   std::lock_guard<std::mutex> lock(advancing_);
-  ffi::Error error = Post();
+  ffi::Error error = comm_->Refusal();
+  if (error.success()) error = Post();
   if (error.failure()) End(std::move(error));
 }
 
@@ -123,7 +124,7 @@ bool Operation::Advance() {
 }
 
 ffi::Error Operation::Poll(bool* moved) {
-  JFOG_RETURN_IF_ERROR(Resume(moved));
+  if (comm_->failed()) return comm_->Refusal();
   if (pending_ > 0) {
     int count = 0;
     const int code =
@@ -143,7 +144,8 @@ ffi::Error Operation::Poll(bool* moved) {
       JFOG_RETURN_IF_ERROR(Completed(indices_[i]));
     }
   }
-  while (pending_ == 0 && !is_queued()) {
+  JFOG_RETURN_IF_ERROR(Resume(moved));
+  while (pending_ == 0 && !is_waiting()) {
     bool ended = false;
     JFOG_RETURN_IF_ERROR(Drained(&ended));
     *moved = true;

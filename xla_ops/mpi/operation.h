@@ -60,13 +60,13 @@ class Operation {
   // What a kind of operation does, step by step. Each is called with no other
   // running; the first error ends the operation.
   virtual ffi::Error Post() = 0;
-  // Whether there is something to do that hangs on no message of its own.
+  // Does what hangs on no message of its own.
   virtual ffi::Error Resume(bool* moved);
-  // Whether nothing has been posted yet.
-  virtual bool is_queued() const { return false; }
+  // Whether such things are still to do.
+  virtual bool is_waiting() const { return false; }
   virtual ffi::Error Completed(std::size_t slot) = 0;
-  // Everything posted has completed: says that the operation has ended, or goes
-  // on.
+  // Everything posted has completed, and nothing else is to do: says that the
+  // operation has ended, or goes on.
   virtual ffi::Error Drained(bool* ended) {
     *ended = true;
     return ffi::Error::Success();
