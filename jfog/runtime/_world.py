@@ -344,10 +344,12 @@ def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
   _mpi4py_ends_mpi()  # before MPI is started here
   native.start()
   if comm is None:
-    context = native.open_world(timeout)
+    context = native.open_world(local_size or 0, timeout)
     _check_launched_size(launched, native.size(context))
   else:
-    context = native.open_fortran(_fortran_handle(comm), timeout)
+    context = native.open_fortran(
+      _fortran_handle(comm), local_size or 0, timeout
+    )
   _install_hooks()
   rank, size = native.rank(context), native.size(context)
   if local_size is None:

@@ -44,10 +44,12 @@ std::string ErrorText(int code) {
 }
 
 Communicator::Communicator(MPI_Comm parent, double timeout,
+                           std::shared_ptr<Lanes> lanes,
                            std::shared_ptr<Communicator> root)
     : comm_(Duplicate(parent)),
       aside_(Duplicate(parent)),
       timeout_(timeout),
+      lanes_(std::move(lanes)),
       root_(std::move(root)) {
   MPI_Comm_rank(comm_, &rank_);
   MPI_Comm_size(comm_, &size_);
@@ -56,9 +58,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   messages_sent_ = Counts(size_);
   notes_.resize(size_);
   left_.resize(size_);
-  if (root_ == nullptr) {
-    lanes_ = Lanes::Make(comm_);
-  } else {
+  if (root_ != nullptr) {
     MPI_Group own, all;
     MPI_Comm_group(comm_, &own);
     MPI_Comm_group(root_->comm_, &all);
@@ -69,6 +69,10 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
                               root_ranks_.data());
     MPI_Group_free(&own);
     MPI_Group_free(&all);
+  }
+  shares_memory_ = lanes_ != nullptr;
+  for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
+    shares_memory_ = lanes_->Reaches(RankInRoot(peer));
   }
 }
 

@@ -48,8 +48,8 @@ struct Counters {
 class Communicator {
  public:
   // Collective over `parent`. A communicator split off another one learns from
-  // the notes of that root which ranks have left.
-  Communicator(MPI_Comm parent, double timeout,
+  // the notes of that root which ranks have left, and uses its lanes.
+  Communicator(MPI_Comm parent, double timeout, std::shared_ptr<Lanes> lanes,
                std::shared_ptr<Communicator> root);
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -62,7 +62,10 @@ class Communicator {
   double timeout() const { return timeout_; }
   // The shared memory of its root, where there is any, which counts ranks in
   // the root.
-  Lanes* lanes() const { return root_ ? root_->lanes() : lanes_.get(); }
+  Lanes* lanes() const { return lanes_.get(); }
+  std::shared_ptr<Lanes> shared_lanes() const { return lanes_; }
+  // Whether all ranks are on one machine; the same on all of them.
+  bool shares_memory() const { return shares_memory_; }
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
@@ -113,9 +116,10 @@ class Communicator {
   int rank_ = 0;
   int size_ = 1;
   double timeout_;
+  std::shared_ptr<Lanes> lanes_;        // null: there are none
   std::shared_ptr<Communicator> root_;  // null for a root itself
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
-  std::unique_ptr<Lanes> lanes_;
+  bool shares_memory_ = false;
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};

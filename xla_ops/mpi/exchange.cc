@@ -13,6 +13,8 @@ namespace {
 // is too short for what arrives, and ranks that disagree bring just that.
 constexpr std::size_t kEnvelope = 60 * 1024;
 constexpr std::size_t kShort = kEnvelope - sizeof(Header);
+// Where all ranks share memory, all but very short ones go through lanes.
+constexpr std::size_t kShortShared = 512;
 // The length of the further ones: see benchmarks/README.md.
 constexpr std::size_t kChunk = Lanes::kSlotBytes;
 
@@ -39,7 +41,10 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
       source_lanes_(sources_.size()),
       parts_(sources_.size()) {
   const std::size_t payload = this->leaves().payload_bytes;
-  chunks_ = payload <= kShort ? 1 : 1 + (payload + kChunk - 1) / kChunk;
+  // The same on all ranks, whatever each of them sends.
+  const std::size_t limit =
+      this->comm().shares_memory() ? kShortShared : kShort;
+  chunks_ = payload <= limit ? 1 : 1 + (payload + kChunk - 1) / kChunk;
   stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + payload)
                          : std::max(kChunk, kEnvelope);
   Resize(std::min<std::size_t>(chunks_, kWindows) *

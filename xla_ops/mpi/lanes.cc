@@ -36,13 +36,17 @@ struct alignas(kLine) Lanes::Mark {
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-std::unique_ptr<Lanes> Lanes::Make(MPI_Comm comm) {
-  std::unique_ptr<Lanes> lanes(new Lanes);
-  MPI_Comm machine = MPI_COMM_NULL;
-  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
-                          &machine) != MPI_SUCCESS) {
+std::shared_ptr<Lanes> Lanes::Make(MPI_Comm comm, int local_size) {
+  std::shared_ptr<Lanes> lanes(new Lanes);
+  int rank = 0;
+  MPI_Comm_rank(comm, &rank);
+  MPI_Comm real = MPI_COMM_NULL, machine = MPI_COMM_NULL;
+  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL,
+                          &real) != MPI_SUCCESS) {
     return nullptr;
   }
+  MPI_Comm_split(real, local_size > 0 ? rank / local_size : 0, rank, &machine);
+  MPI_Comm_free(&real);
   MPI_Comm_set_errhandler(machine, MPI_ERRORS_RETURN);
   MPI_Comm_rank(machine, &lanes->me_);
   MPI_Comm_size(machine, &lanes->size_);
@@ -88,7 +92,7 @@ std::unique_ptr<Lanes> Lanes::Make(MPI_Comm comm) {
   }
   MPI_Barrier(machine);  // all marks are made
   MPI_Comm_free(&machine);
-  return usable ? std::move(lanes) : nullptr;
+  return usable ? lanes : nullptr;
 }
 
 Lanes::Mark& Lanes::Ready(int local, int lane, int slot) const {

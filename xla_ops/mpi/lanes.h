@@ -27,14 +27,15 @@ class Lanes {
     std::uint64_t stamp = 0;  // of its first chunk; never used twice
   };
 
-  // Collective over `comm`. Null where shared memory is unwanted (the
-  // environment variable JFOG_SHARED_MEMORY is 0) or short on any rank.
-  static std::unique_ptr<Lanes> Make(MPI_Comm comm);
+  // Collective over `comm`. With `local_size` that many consecutive ranks pass
+  // for a machine. Null where a machine's shared memory is unwanted (the
+  // environment variable JFOG_SHARED_MEMORY is 0 on some rank of it) or short.
+  static std::shared_ptr<Lanes> Make(MPI_Comm comm, int local_size);
   ~Lanes() = default;
   Lanes(const Lanes&) = delete;
   Lanes& operator=(const Lanes&) = delete;
 
-  // Whether a rank of the communicator is on this machine.
+  // Whether a rank of `comm` is on this machine.
   bool Reaches(int rank) const { return local_[rank] >= 0; }
 
   // For the sender: a free lane, if there is one, for chunks to these ranks.

@@ -29,9 +29,10 @@ PYBIND11_MODULE(_mpi, m) {
   m.attr("BUILT_WITH") = JFOG_MPI_BUILT_WITH;
   m.def("library_version", &LibraryVersion);
   m.def("start", &Start, NoGil());
-  m.def("open_world", &OpenWorld, py::arg("timeout"), NoGil());
-  m.def("open_fortran", &OpenFortran, py::arg("handle"), py::arg("timeout"),
+  m.def("open_world", &OpenWorld, py::arg("local_size"), py::arg("timeout"),
         NoGil());
+  m.def("open_fortran", &OpenFortran, py::arg("handle"), py::arg("local_size"),
+        py::arg("timeout"), NoGil());
   m.def("split", &Split, py::arg("context"), py::arg("color"), py::arg("key"),
         py::arg("timeout"), NoGil());
   m.def("rank", &Rank, py::arg("context"));

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -56,8 +57,18 @@ bool IsCrowded(MPI_Comm comm) {
   return ranks > CPU_COUNT(&cores);
 }
 
-std::int64_t Open(MPI_Comm parent, double timeout) {
-  auto comm = std::make_shared<Communicator>(parent, timeout, nullptr);
+// Those of the MPI world are kept from one world of jfog's to the next.
+std::shared_ptr<Lanes> LanesOf(MPI_Comm comm, int local_size) {
+  static auto* kept = new std::map<int, std::shared_ptr<Lanes>>;
+  if (comm != MPI_COMM_WORLD) return Lanes::Make(comm, local_size);
+  const auto found = kept->find(local_size);
+  if (found != kept->end()) return found->second;
+  return kept->emplace(local_size, Lanes::Make(comm, local_size)).first->second;
+}
+
+std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
+  auto comm = std::make_shared<Communicator>(
+      parent, timeout, LanesOf(parent, local_size), nullptr);
   SetCrowded(IsCrowded(comm->comm()));
   {
     std::lock_guard<std::mutex> lock(roots_mutex);
@@ -105,10 +116,12 @@ void Start() {
   }
 }
 
-std::int64_t OpenWorld(double timeout) { return Open(MPI_COMM_WORLD, timeout); }
+std::int64_t OpenWorld(int local_size, double timeout) {
+  return Open(MPI_COMM_WORLD, local_size, timeout);
+}
 
-std::int64_t OpenFortran(int handle, double timeout) {
-  return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), timeout);
+std::int64_t OpenFortran(int handle, int local_size, double timeout) {
+  return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), local_size, timeout);
 }
 
 std::int64_t Split(std::int64_t context, int color, int key, double timeout) {
@@ -117,7 +130,8 @@ std::int64_t Split(std::int64_t context, int color, int key, double timeout) {
   if (MPI_Comm_split(root->comm(), color, key, &made) != MPI_SUCCESS) {
     throw std::runtime_error("jfog: MPI_Comm_split failed");
   }
-  auto comm = std::make_shared<Communicator>(made, timeout, root);
+  auto comm =
+      std::make_shared<Communicator>(made, timeout, root->shared_lanes(), root);
   MPI_Comm_free(&made);
   return Register(std::move(comm));
 }

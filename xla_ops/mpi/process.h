@@ -17,8 +17,8 @@ void Start();
 
 // Collective over the given communicator (a Fortran handle, or COMM_WORLD);
 // returns the number that operations name the communicator by.
-std::int64_t OpenWorld(double timeout);
-std::int64_t OpenFortran(int handle, double timeout);
+std::int64_t OpenWorld(int local_size, double timeout);
+std::int64_t OpenFortran(int handle, int local_size, double timeout);
 // Collective: the ranks of equal `color`, ordered by `key`.
 std::int64_t Split(std::int64_t context, int color, int key, double timeout);
 
