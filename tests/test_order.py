@@ -37,7 +37,7 @@ def test_many_large_independent_operations(place, soak):
     return [(r.min(), r.max()) for r in results]
 
   everybody = np.arange(n)
-  for repeat in range(300 if soak else 20):
+  for repeat in range(500 if soak else 20):
     for k, (low, high) in enumerate(program(jnp.float32(repeat))):
       values = repeat + 100.0 * k + everybody
       if k % 4 == 3:
