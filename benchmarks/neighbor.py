@@ -13,16 +13,17 @@ import numpy as np
 
 SCRIPT = pathlib.Path(__file__).resolve()
 # Bytes of the array, and the steps of one jitted scan: enough that calling it
-# costs little. One timing calls it as often as `TARGET` asks.
+# costs little, which JAX lets take half a millisecond where a function has
+# ordered effects. One timing calls it as often as `TARGET` asks.
 CHUNKS = {
-  8: 256,
-  512: 256,
-  4 * 2**10: 256,
-  32 * 2**10: 128,
-  256 * 2**10: 64,
-  2**20: 16,
-  4 * 2**20: 4,
-  40 * 2**20: 2,
+  8: 4096,
+  512: 4096,
+  4 * 2**10: 4096,
+  32 * 2**10: 1024,
+  256 * 2**10: 256,
+  2**20: 64,
+  4 * 2**20: 16,
+  40 * 2**20: 4,
 }
 QUICK = (8, 32 * 2**10, 2**20)
 CHECKED = (4 * 2**10, 2**20)  # bytes, one sent eagerly and one not

@@ -150,6 +150,7 @@ def job_environment(environ: dict[str, str], run_dir: str) -> dict[str, str]:
     added[f"{prefix}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
   for transport in ("sm", "vader"):  # Open MPI 5, Open MPI 4
     added[f"OMPI_MCA_btl_{transport}_eager_limit"] = str(_EAGER_LIMIT)
+  added["OMPI_MCA_osc"] = "^ucx"  # without UCX it prints an error
   return {**added, **environ, "JFOG_RUN_DIR": run_dir}
 
 

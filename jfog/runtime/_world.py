@@ -341,6 +341,8 @@ def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
   # without a handshake; its own limit of 4 KiB makes them several times dearer.
   for transport in ("sm", "vader"):
     os.environ.setdefault(f"OMPI_MCA_btl_{transport}_eager_limit", "65536")
+  # Windows over UCX print an error where there is no UCX.
+  os.environ.setdefault("OMPI_MCA_osc", "^ucx")
   _mpi4py_ends_mpi()  # before MPI is started here
   native.start()
   if comm is None:
