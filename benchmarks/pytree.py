@@ -14,7 +14,7 @@ import numpy as np
 SCRIPT = pathlib.Path(__file__).resolve()
 GRAPHS = ("ring", "one-peer exponential")
 FORMS = ("leaves", "one call a leaf", "raw MPI, one array")  # of "one array"
-CHUNK = 2  # steps of one jitted scan
+CHUNK = 8  # steps of one jitted scan
 
 
 def resnet50():

@@ -29,7 +29,7 @@ GRAPHS = {
   "exponential": topology.exponential,
 }
 
-pytestmark = [pytest.mark.places("mpi"), pytest.mark.mpi(2, 4)]
+pytestmark = [pytest.mark.places("mpi"), pytest.mark.mpi(3, 4)]
 
 
 @pytest.fixture(params=["one machine", "a machine each", "pairs"])
