@@ -19,9 +19,10 @@ WAITS = (0.03, 0.1, 0.3)  # seconds by which rank 1 is late
 COMPUTES = (0.5, 1.0, 2.0)  # computing time by the wait
 COUNT = 2**18  # floats that are exchanged beside matrix products
 WIDTH = 256  # of those matrices, and of the network's layers
+CHAINS = 8  # of products: XLA runs programs of fewer than 8 steps one by one
 BATCH = 64
 FORMS = {
-  "operation": "`neighbor_allreduce` beside a chain of matrix products",
+  "operation": "`neighbor_allreduce` beside chains of matrix products",
   "start and wait": "the same with `neighbor_allreduce_start` and `wait`",
   "optimizer": "a training step of a small network with `adapt_with_combine`",
 }
@@ -68,8 +69,11 @@ def operation_programs(graph, rank, start_and_wait=False):
 
   import jfog
 
-  def chain(a, work):
-    return jax.lax.fori_loop(0, work, lambda _, a: jnp.tanh(a @ a), a)
+  def chain(matrices, work):
+    def one(a):
+      return jax.lax.fori_loop(0, work, lambda _, a: jnp.tanh(a @ a), a)
+
+    return [one(a) for a in matrices]
 
   def compute(state, work):
     x, a = state
@@ -86,9 +90,10 @@ def operation_programs(graph, rank, start_and_wait=False):
       return jfog.wait(handle), a
     return jfog.neighbor_allreduce(x, graph, 0), chain(a, work)
 
-  matrix = np.random.RandomState(0).randn(WIDTH, WIDTH) / np.sqrt(WIDTH)
+  matrices = np.random.RandomState(0).randn(CHAINS, WIDTH, WIDTH)
+  matrices = list((matrices / np.sqrt(WIDTH)).astype(np.float32))
   programs = {"compute": compute, "exchange": exchange, "both": both}
-  return programs, (_peers.start(rank, COUNT), matrix.astype(np.float32))
+  return programs, (_peers.start(rank, COUNT), matrices)
 
 
 def optimizer_programs(graph, rank):

@@ -111,7 +111,9 @@ std::size_t Exchange::FirstSlot(std::size_t chunk) const {
 
 ffi::Error Exchange::Post() {
   const std::size_t payload = leaves().payload_bytes;
-  for (int destination : destinations_) comm().CountSent(destination, payload);
+  for (int destination : destinations_) {
+    comm().CountSent(destination, leaves().bytes);
+  }
   // Who exchanges with nobody has nothing to wait for.
   if (sources_.empty() && destinations_.empty()) {
     used_ = chunks_;
@@ -182,7 +184,7 @@ ffi::Error Exchange::Completed(std::size_t slot) {
   std::memcpy(&theirs, w.received + edge * std::max(stride_, kEnvelope),
               sizeof(theirs));
   JFOG_RETURN_IF_ERROR(CheckHeader(sources_[edge], theirs));
-  comm().CountReceived(sources_[edge], leaves().payload_bytes);
+  comm().CountReceived(sources_[edge], leaves().bytes);
   source_lanes_[edge].reset();
   if (theirs.stamp != 0 && comm().lanes() != nullptr &&
       comm().lanes()->Reaches(comm().RankInRoot(sources_[edge]))) {

@@ -8,7 +8,8 @@
 namespace jfog::mpi {
 namespace {
 
-constexpr std::size_t kAlignment = 16;
+// Cache lines of a leaf are cache lines of the payload.
+constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kDescribed = 3;
 
 std::size_t RoundUp(std::size_t bytes) {
@@ -85,6 +86,7 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
       leaf.output = static_cast<std::byte*>((*y)->untyped_data());
     }
     offset += RoundUp(leaf.bytes());
+    leaves.bytes += leaf.bytes();
     leaves.leaves.push_back(leaf);
   }
   leaves.payload_bytes = offset;

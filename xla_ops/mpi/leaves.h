@@ -30,6 +30,7 @@ struct Leaf {
 struct Leaves {
   std::vector<Leaf> leaves;
   std::size_t payload_bytes = 0;
+  std::size_t bytes = 0;  // of the payload without what aligns it
   Buffer staging;
 
   std::size_t size() const { return leaves.size(); }
@@ -48,7 +49,7 @@ struct Leaves {
   void Stage();
 
   // Calls `f(leaf, first, count, bytes)` for every run of elements of one leaf
-  // between two multiples of 16 bytes of the payload; `bytes` counts from
+  // between two multiples of 64 bytes of the payload; `bytes` counts from
   // `begin`.
   template <typename F>
   void ForEachRun(std::size_t begin, std::size_t end, F f) const;
