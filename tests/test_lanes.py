@@ -11,19 +11,8 @@ import jfog
 from jfog import topology
 
 CHUNK = 15360  # float32 of one chunk
-COUNTS = (
-  0,
-  1,
-  128,
-  129,
-  CHUNK - 1,
-  CHUNK,
-  CHUNK + 1,
-  8 * CHUNK,
-  19 * CHUNK + 7,
-)
+COUNTS = (0, 128, 129, CHUNK, CHUNK + 1, 19 * CHUNK + 7)
 GRAPHS = {
-  "ring": topology.ring,
   "directed ring": lambda n: topology.ring(n, "right"),
   "star": topology.star,
   "exponential": topology.exponential,
@@ -94,14 +83,14 @@ def test_many_at_once(place, machines):
   @jax.jit
   def run(x):
     handles = [
-      jfog.neighbor_allreduce_start(x + k, graphs[k % 4]) for k in range(9)
+      jfog.neighbor_allreduce_start(x + k, graphs[k % 3]) for k in range(9)
     ]
     order = [(4 * k + rank) % 9 for k in range(9)]
     done = {k: jfog.wait(handles[k]) for k in order}
     return [done[k] for k in range(9)]
 
   for k, y in enumerate(run(jnp.asarray(truth[rank], jnp.float32))):
-    wanted = graphs[k % 4].mixing_matrix @ (truth + k)
+    wanted = graphs[k % 3].mixing_matrix @ (truth + k)
     np.testing.assert_allclose(y, wanted[rank], rtol=1e-5, atol=1e-4)
 
 
