@@ -14,7 +14,7 @@ import numpy as np
 SCRIPT = pathlib.Path(__file__).resolve()
 GRAPHS = ("ring", "one-peer exponential")
 FORMS = ("leaves", "one call a leaf", "raw MPI, one array")  # of "one array"
-CHUNK = 32  # steps of one jitted scan, for a call costs 45 us a leaf in Python
+CHUNK = 32  # steps of one jitted scan, for a call costs some 45 us a leaf
 
 
 def resnet50():
