@@ -12,6 +12,14 @@ from jfog.primitives import allreduce_start as allreduce_start
 from jfog.primitives import barrier as barrier
 from jfog.primitives import broadcast as broadcast
 from jfog.primitives import broadcast_start as broadcast_start
+from jfog.primitives import (
+  hierarchical_neighbor_allreduce as hierarchical_neighbor_allreduce,
+)
+from jfog.primitives import (
+  hierarchical_neighbor_allreduce_start as hierarchical_neighbor_allreduce_start,
+)
+from jfog.primitives import neighbor_allgather as neighbor_allgather
+from jfog.primitives import neighbor_allgather_start as neighbor_allgather_start
 from jfog.primitives import neighbor_allreduce as neighbor_allreduce
 from jfog.primitives import neighbor_allreduce_start as neighbor_allreduce_start
 from jfog.primitives import pair_gossip as pair_gossip

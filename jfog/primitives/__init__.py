@@ -10,8 +10,18 @@ from jfog.primitives._collectives import allreduce_start as allreduce_start
 from jfog.primitives._collectives import barrier as barrier
 from jfog.primitives._collectives import broadcast as broadcast
 from jfog.primitives._collectives import broadcast_start as broadcast_start
+from jfog.primitives._gather import neighbor_allgather as neighbor_allgather
+from jfog.primitives._gather import (
+  neighbor_allgather_start as neighbor_allgather_start,
+)
+from jfog.primitives._graphs import check_graph as check_graph
+from jfog.primitives._hierarchical import (
+  hierarchical_neighbor_allreduce as hierarchical_neighbor_allreduce,
+)
+from jfog.primitives._hierarchical import (
+  hierarchical_neighbor_allreduce_start as hierarchical_neighbor_allreduce_start,
+)
 from jfog.primitives._mesh import uniform as uniform
-from jfog.primitives._neighbor import check_graph as check_graph
 from jfog.primitives._neighbor import neighbor_allreduce as neighbor_allreduce
 from jfog.primitives._neighbor import (
   neighbor_allreduce_start as neighbor_allreduce_start,

@@ -181,7 +181,7 @@ def allgather(
   leaves, names, structure = _leaves.flatten(x, "allgather")
   leaves = [jnp.atleast_1d(leaf) for leaf in leaves]
   sizes = [
-    _axis_sizes(leaf, name, axis_sizes, comm)
+    _leaves.axis_sizes(leaf, name, axis_sizes, comm, "allgather")
     for leaf, name in zip(leaves, names, strict=True)
   ]
   if not leaves or comm.backend == "single":
@@ -248,30 +248,6 @@ def barrier(*, comm: Communicator | None = None) -> None:
   barrier_p.bind(fixed=0, comm=comm)
   if _compat.at_top_level():
     jax.effects_barrier()
-
-
-def _axis_sizes(leaf, name, axis_sizes, comm) -> tuple[int, ...]:
-  own = leaf.shape[0]
-  if axis_sizes is None:
-    return (own,) * comm.size
-  sizes = tuple(int(size) for size in axis_sizes)
-  if len(sizes) != comm.size or min(sizes) < 0:
-    raise ValueError(
-      f"allgather: axis_sizes={sizes} must be {comm.size} lengths, one for each "
-      f"rank."
-    )
-  if comm.backend == "mesh":
-    if set(sizes) != {own}:
-      raise ValueError(
-        f"allgather: axis_sizes={sizes}, but on a mesh every rank has the same "
-        f"shape, here {leaf.shape} of {name}; pad to one length first."
-      )
-  elif sizes[comm.rank] != own:
-    raise ValueError(
-      f"allgather: axis_sizes says {sizes[comm.rank]} for rank {comm.rank}, but "
-      f"{name} has {own} entries along axis 0."
-    )
-  return sizes
 
 
 # The mesh: lax's collectives, which differentiate and batch by themselves.

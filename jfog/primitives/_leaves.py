@@ -1,11 +1,14 @@
 """Leaves of pytrees: what may travel, and in which type it is summed."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jfog.runtime import Communicator
 
 
 def flatten(x: Any, operation: str) -> tuple[list[jax.Array], list[str], Any]:
@@ -49,6 +52,48 @@ def require_inexact(
         f'fractions; use allreduce(..., op="sum"), or cast the leaf to a '
         f"float dtype."
       )
+
+
+def axis_sizes(
+  leaf: jax.Array,
+  name: str,
+  sizes: Sequence[int] | None,
+  comm: Communicator,
+  operation: str,
+) -> tuple[int, ...]:
+  """The length of axis 0 of a leaf on every rank, checked.
+
+  Raises:
+    TypeError: for a length that is no int.
+    ValueError: for another number of lengths than ranks, a negative one, or one
+      that is not this rank's own.
+  """
+  own = leaf.shape[0]
+  if sizes is None:
+    return (own,) * comm.size
+  try:
+    lengths = tuple(index(size) for size in sizes)
+  except TypeError as error:
+    raise TypeError(
+      f"{operation}: axis_sizes={sizes!r} must be ints, one for each rank."
+    ) from error
+  if len(lengths) != comm.size or min(lengths) < 0:
+    raise ValueError(
+      f"{operation}: axis_sizes={lengths} must be {comm.size} lengths, one for "
+      f"each rank."
+    )
+  if comm.backend == "mesh":
+    if set(lengths) != {own}:
+      raise ValueError(
+        f"{operation}: axis_sizes={lengths}, but on a mesh every rank has the "
+        f"same shape, here {leaf.shape} of {name}; pad to one length first."
+      )
+  elif lengths[comm.rank] != own:
+    raise ValueError(
+      f"{operation}: axis_sizes says {lengths[comm.rank]} for rank {comm.rank}, "
+      f"but {name} has {own} entries along axis 0."
+    )
+  return lengths
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype:

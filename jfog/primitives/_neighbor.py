@@ -2,7 +2,6 @@
 
 import enum
 import functools
-import hashlib
 from typing import Any
 
 import jax
@@ -13,14 +12,13 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives import _calls, _graphs, _leaves, _mesh, _primitive
 from jfog.primitives._calls import Call
 from jfog.primitives._peers import Peers, peers_call
 from jfog.primitives._permutations import permutations
 from jfog.runtime import Communicator, resolve
-from jfog.topology import ExactAverage, Schedule, Topology
+from jfog.topology import Schedule, Topology
 
-_TOLERANCE = 1e-9  # of the sum of a row, for the difference form
 # A virtual rank's sum over more in-neighbors than this is a loop in the program.
 _UNROLLED = 16
 
@@ -96,8 +94,8 @@ def neighbor_allreduce(
         "neighbor_allreduce: Peers hold their own weights; leave weights= out."
       )
     return peers_call(leaves, names, structure, graph, comm)
-  graph = check_graph(graph, comm.size, "neighbor_allreduce")
-  index = step_index(graph, step, "neighbor_allreduce")
+  graph = _graphs.check_graph(graph, comm.size, "neighbor_allreduce")
+  index = _graphs.step_index(graph, step, "neighbor_allreduce")
   row = None if weights is None else _row(weights, comm)
   if not leaves or comm.backend in ("mesh", "single"):
     mixed = _on_mesh(leaves, graph, index, row, comm) if leaves else []
@@ -123,50 +121,6 @@ neighbor_allreduce_start = _calls.start_of(
 )
 
 
-def check_graph(graph: Any, size: int, operation: str) -> Topology | Schedule:
-  """Checks that a graph argument is one, and that its size is `size`."""
-  if isinstance(graph, ExactAverage):
-    raise TypeError(
-      f"{operation}: {graph!r} is a protocol of several rounds and has no mixing "
-      f"matrix; take jfog.topology.base_k(size, k) for one round at a time."
-    )
-  if not isinstance(graph, (Topology, Schedule)):
-    raise TypeError(
-      f"{operation}: graph={graph!r} is {type(graph).__name__}; pass a "
-      f"jfog.topology.Topology or Schedule, made for example by "
-      f"jfog.topology.ring(size)."
-    )
-  if graph.size != size:
-    raise ValueError(
-      f"{operation}: the graph has {graph.size} ranks, the communicator has "
-      f"{size}; make the graph with size={size}."
-    )
-  return graph
-
-
-def step_index(graph: Topology | Schedule, step: Any, operation: str) -> Any:
-  """The round of `graph` at `step`: an int, or a traced int32 scalar."""
-  period = len(graph)
-  if isinstance(graph, Topology):
-    return 0
-  if step is None:
-    raise ValueError(
-      f"{operation}: the graph is a schedule of period {period} and needs a "
-      f"step; pass step=k, for example the optimizer's step count."
-    )
-  if isinstance(step, (int, np.integer)) and not isinstance(step, bool):
-    return int(step) % period
-  step = jnp.asarray(step)
-  if not jnp.issubdtype(step.dtype, jnp.integer) or step.shape != ():
-    raise TypeError(
-      f"{operation}: step has dtype {step.dtype} and shape {step.shape}; pass "
-      f"an integer scalar."
-    )
-  if jnp.iinfo(step.dtype).max < period:
-    step = step.astype(jnp.int32)
-  return jnp.remainder(step, jnp.asarray(period, step.dtype)).astype(jnp.int32)
-
-
 def _row(weights: Any, comm: Communicator) -> jax.Array:
   """This rank's row of a matrix of runtime weights."""
   weights = jnp.asarray(weights)
@@ -184,14 +138,6 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
   return weights[comm.rank]
 
 
-def _difference_rows(topology: Topology) -> np.ndarray:
-  """The rows to evaluate in difference form; shape (size,), bool."""
-  matrix = topology.mixing_matrix
-  return (np.abs(matrix.sum(axis=1) - 1) <= _TOLERANCE) & (
-    matrix.diagonal() != 0
-  )
-
-
 # The mesh: permutations of lax and plain arithmetic, which differentiate and
 # batch by themselves.
 
@@ -203,7 +149,7 @@ def _on_mesh(leaves, graph, index, row, comm) -> list[jax.Array]:
     leaves = [_compat.varying(leaf, axes) for leaf in leaves]
 
   def mix(topology, leaves, row):
-    return _mix(leaves, topology, row, axes, comm.rank)
+    return mix_on_mesh(leaves, topology, row, axes, comm.rank)
 
   if not isinstance(index, jax.Array):
     return mix(rounds[index], leaves, row)
@@ -211,7 +157,7 @@ def _on_mesh(leaves, graph, index, row, comm) -> list[jax.Array]:
   return lax.switch(_mesh.uniform(index, comm), branches, leaves, row)
 
 
-def _mix(leaves, topology, row, axes, rank) -> list[jax.Array]:
+def mix_on_mesh(leaves, topology, row, axes, rank) -> list[jax.Array]:
   """One round on a mesh; without axes, on a world of one."""
   mix_leaf = _mix_gathered if _mesh.are_virtual(axes) else _mix_permuted
   return [mix_leaf(x, topology, row, axes, rank) for x in leaves]
@@ -221,7 +167,7 @@ def _base(own, topology, row, rank):
   """`(first summand, what is subtracted from every received value)`."""
   if row is not None:
     return row[rank].astype(_real(own.dtype)) * own, None
-  difference = _difference_rows(topology)
+  difference = _graphs.difference_rows(topology)
   if difference.all():
     return own, own
   self_weights = topology.mixing_matrix.diagonal()
@@ -374,58 +320,29 @@ def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
     *operands,
     *cotangents,
     fixed=fixed,
-    graph=_turned(graph),
+    graph=turned(graph),
     weighting=_TURNED[weighting],
     comm=comm,
   )
 
 
 @functools.lru_cache(maxsize=1024)
-def _turned(graph):
+def turned(graph):
   return graph.transpose()
 
 
 def _attributes(mode, *leaves, graph, weighting, comm):
-  """This rank's rows of every round; the step selects among them at run time."""
   del leaves
-  source_begin, sources, source_weights = [0], [], []
-  destination_begin, destinations = [0], []
-  self_weights, difference = [], []
-  for topology in graph.rounds:
-    for src, weight in topology.src_weights(comm.rank).items():
-      sources.append(src)
-      source_weights.append(weight)
-    destinations.extend(topology.out_neighbors(comm.rank))
-    source_begin.append(len(sources))
-    destination_begin.append(len(destinations))
-    self_weights.append(topology.self_weight(comm.rank))
-    difference.append(bool(_difference_rows(topology)[comm.rank]))
-  attributes = {
-    "context": np.int64(comm.context),
-    "graph": np.int64(_fingerprint(graph)),
-    "weighting": np.int64(weighting),
-    "source_begin": np.array(source_begin, np.int32),
-    # An attribute may not be empty: one more element, which is never read.
-    "sources": np.array([*sources, -1], np.int32),
-    "source_weights": np.array([*source_weights, 0.0], np.float64),
-    "destination_begin": np.array(destination_begin, np.int32),
-    "destinations": np.array([*destinations, -1], np.int32),
-    "self_weights": np.array(self_weights, np.float64),
-    "difference": np.array(difference, np.int32),
-  }
-  digest = hashlib.blake2b(digest_size=8)
-  for name, value in [("mode", mode), *attributes.items()]:
-    digest.update(name.encode() + np.asarray(value).tobytes())
-  return {**attributes, "plan": np.frombuffer(digest.digest(), np.int64)[0]}
-
-
-@functools.lru_cache(maxsize=1024)
-def _fingerprint(graph) -> int:
-  """A number that tells graphs apart, equal on all ranks."""
-  digest = hashlib.blake2b(digest_size=8)
-  for topology in graph.rounds:
-    digest.update(np.ascontiguousarray(topology.mixing_matrix).tobytes())
-  return int.from_bytes(digest.digest(), "little", signed=True)
+  return _graphs.numbered(
+    "neighbor_allreduce",
+    mode,
+    {
+      "context": np.int64(comm.context),
+      "graph": np.int64(_graphs.fingerprint(graph)),
+      "weighting": np.int64(weighting),
+      **_graphs.table(graph, comm.rank),
+    },
+  )
 
 
 neighbor_allreduce_p = _primitive.define(

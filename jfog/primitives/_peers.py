@@ -34,11 +34,18 @@ class Peers:
 
   A pytree: the ranks are static, the weights may be traced.
 
+  The first time that a rank uses peers it has not used before, it asks each of
+  them whether they name it in the same places, and sends nothing else before all
+  have answered, which they do when they come to the operation. What differs is
+  an error on all ranks that names both sides. Peers that this rank has used
+  before are not asked again, unless nothing comes from them for long.
+
   Args:
     self_weight: the weight of this rank's own value.
     src_weights: from each rank to receive from to the weight it gets here.
     dst_weights: from each rank to send to to the weight to scale with before;
       or the ranks alone, for weights of 1.
+    check: whether to ask; static.
 
   Raises:
     TypeError: for a rank that is no int.
@@ -57,12 +64,15 @@ class Peers:
   self_weight: Any
   src_weights: dict[int, Any]
   dst_weights: dict[int, Any]
+  check: bool = True
 
   def __init__(
     self,
     self_weight: Any,
     src_weights: Mapping[int, Any],
     dst_weights: Mapping[int, Any] | Iterable[int],
+    *,
+    check: bool = True,
   ):
     object.__setattr__(self, "self_weight", self_weight)
     object.__setattr__(
@@ -71,6 +81,7 @@ class Peers:
     object.__setattr__(
       self, "dst_weights", _checked_ranks(dst_weights, "dst_weights")
     )
+    object.__setattr__(self, "check", bool(check))
 
   def tree_flatten(self):
     """The weights and the ranks, for JAX."""
@@ -79,12 +90,15 @@ class Peers:
       tuple(self.src_weights.values()),
       tuple(self.dst_weights.values()),
     )
-    return weights, (tuple(self.src_weights), tuple(self.dst_weights))
+    static = tuple(self.src_weights), tuple(self.dst_weights), self.check
+    return weights, static
 
   @classmethod
-  def tree_unflatten(cls, ranks, weights):
+  def tree_unflatten(cls, static, weights):
     """Peers of those ranks and weights, for JAX."""
+    *ranks, check = static
     peers = object.__new__(cls)
+    object.__setattr__(peers, "check", check)
     for name, value in zip(
       ("self_weight", "src_weights", "dst_weights"),
       (
@@ -125,23 +139,28 @@ def _checked_ranks(weights, name) -> dict[int, Any]:
   return checked
 
 
-def peers_call(
-  leaves, names, structure, peers: Peers, comm: Communicator
-) -> Call:
-  """The call of `neighbor_allreduce` with `Peers`."""
+def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
+  """Checks that peers are other ranks of a communicator of processes."""
   if comm.backend == "mesh":
     raise ValueError(
-      "neighbor_allreduce: Peers say what one rank does, and on a mesh all "
-      "ranks run one program; pass a Topology or a Schedule."
+      f"{operation}: Peers say what one rank does, and on a mesh all ranks run "
+      f"one program; pass a Topology or a Schedule."
     )
   for name in ("src_weights", "dst_weights"):
     for rank in getattr(peers, name):
       if rank >= comm.size or rank == comm.rank:
         raise ValueError(
-          f"neighbor_allreduce: {name} names the rank {rank} on rank "
-          f"{comm.rank} of {comm.size}; name other ranks, from 0 to "
-          f"{comm.size - 1}. The own weight is self_weight."
+          f"{operation}: {name} names the rank {rank} on rank {comm.rank} of "
+          f"{comm.size}; name other ranks, from 0 to {comm.size - 1}. The own "
+          f"weight is self_weight."
         )
+
+
+def peers_call(
+  leaves, names, structure, peers: Peers, comm: Communicator
+) -> Call:
+  """The call of `neighbor_allreduce` with `Peers`."""
+  check_ranks(peers, comm, "neighbor_allreduce")
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
   weights = [peers.self_weight, *sources.values()]
@@ -165,6 +184,7 @@ def peers_call(
       "scales": scales,
       "difference": _sum_to_one(weights),
       "pair": False,
+      "check": peers.check,
       "comm": comm,
     },
   )
@@ -177,6 +197,7 @@ def pair_gossip(
   *,
   self_weight: Any = 0.5,
   pair_weight: Any = 0.5,
+  check: bool = True,
   comm: Communicator | None = None,
 ) -> Any:
   """Averages `x` with that of one other rank.
@@ -196,6 +217,8 @@ def pair_gossip(
       neither traced nor compiled again if it is traced.
     self_weight: the weight of the own value, a number, which may be traced.
     pair_weight: the weight of the peer's value, likewise.
+    check: whether to ask a peer that is new to this rank whether it names this
+      rank, before anything else is sent; see `Peers`. On MPI only.
     comm: the communicator; by default the one in reach, see `jfog.init`.
 
   Returns:
@@ -250,6 +273,7 @@ def pair_gossip(
       "scales": False,
       "difference": difference,
       "pair": True,
+      "check": bool(check),
       "comm": comm,
     },
   )
@@ -346,11 +370,12 @@ def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
   )
 
 
-def _attributes(mode, *leaves, sources, scales, difference, pair, comm):
+def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
   del mode, leaves
   return {
     "context": np.int64(comm.context),
     "pair": np.int64(pair),
+    "check": np.int64(check),
     "sources": np.int64(sources),
     "scales": np.int64(scales),
     "difference": np.int64(difference),

@@ -37,8 +37,9 @@ class MpiCommunicator(Communicator):
   context: int  # its number in the native registry
   size: int
   rank: int
-  # For every rank, the index of its machine; empty on a sub-communicator.
+  # For every rank, the index of its machine; empty where all are on one.
   machine_of: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+  # Null where they are this communicator, or one of a single rank.
   local_part: Communicator | None = dataclasses.field(default=None, repr=False)
   machines_part: Communicator | None = dataclasses.field(
     default=None, repr=False
@@ -52,7 +53,9 @@ class MpiCommunicator(Communicator):
   @property
   def local(self) -> Communicator:
     """The ranks of this machine."""
-    return self if self.local_part is None else self.local_part
+    if self.machine_size == 1:
+      return self
+    return self.local_part or Single()
 
   @property
   def machines(self) -> Communicator:
@@ -61,16 +64,10 @@ class MpiCommunicator(Communicator):
     Raises:
       ValueError: if the machines hold different numbers of ranks.
     """
-    if self.machines_part is not None:
-      return self.machines_part
-    if not self.machine_of:
+    if self.machine_size == 1:
       return Single()
-    counts = [self.machine_of.count(m) for m in range(self.machine_size)]
-    raise ValueError(
-      f"the machines hold different numbers of ranks, {counts}, and have no "
-      f"rank for every local rank; start as many ranks on each machine, or set "
-      f"local_size in jfog.init."
-    )
+    self.require_equal_machines("machines")
+    return self.machines_part or self
 
   @property
   def machine_rank(self) -> int:
@@ -81,6 +78,26 @@ class MpiCommunicator(Communicator):
   def machine_size(self) -> int:
     """The number of machines."""
     return max(self.machine_of) + 1 if self.machine_of else 1
+
+  def ranks_of(self, machine: int) -> tuple[int, ...]:
+    """The ranks on a machine, ascending."""
+    if not self.machine_of:
+      return tuple(range(self.size))
+    return tuple(r for r, m in enumerate(self.machine_of) if m == machine)
+
+  def require_equal_machines(self, name: str) -> None:
+    """Refuses machines of different sizes, on behalf of what has that name.
+
+    Raises:
+      ValueError: naming the number of ranks on every machine.
+    """
+    counts = [len(self.ranks_of(m)) for m in range(self.machine_size)]
+    if len(set(counts)) > 1:
+      raise ValueError(
+        f"{name}: the machines hold different numbers of ranks, {counts}, so "
+        f"there is no rank on each for every local rank; start as many ranks on "
+        f"every machine, or set local_size in jfog.init."
+      )
 
 
 _world: Communicator | None = None
@@ -372,19 +389,27 @@ def _with_parts(
   native, context, rank, size, machine_of: Sequence[int], timeout
 ) -> MpiCommunicator:
   """The world with its sub-communicators inside and across machines."""
+  machines = max(machine_of) + 1
   mine = machine_of[rank]
   members = [r for r in range(size) if machine_of[r] == mine]
 
-  def part(color, key):
+  def part(color, key, machine_of=()):
     made = native.split(context, color, key, timeout)
-    return MpiCommunicator(made, native.size(made), native.rank(made))
+    return MpiCommunicator(
+      made, native.size(made), native.rank(made), machine_of
+    )
 
-  local = part(mine, rank)
-  counts = {machine_of.count(m) for m in machine_of}
-  machines = part(members.index(rank), mine) if len(counts) == 1 else None
-  return MpiCommunicator(
-    context, size, rank, tuple(machine_of), local, machines
-  )
+  # A communicator of one rank needs no MPI, and one of all ranks is the world.
+  local = across = None
+  if 1 < machines < size:
+    local = part(mine, rank)
+    if local.size == 1:  # beside larger machines
+      local = Single()
+    if len({machine_of.count(m) for m in machine_of}) == 1:
+      across = part(members.index(rank), mine, tuple(range(machines)))
+  if machines == 1:
+    machine_of = ()
+  return MpiCommunicator(context, size, rank, tuple(machine_of), local, across)
 
 
 def _check_launched_size(launched: int | None, size: int) -> None:

@@ -1,8 +1,13 @@
 // Agreement between ranks on what they are about to do.
 #include "mpi/agreement.h"
 
+#include <sched.h>
+
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "mpi/buffers.h"
@@ -11,6 +16,9 @@
 
 namespace jfog::mpi {
 namespace {
+
+constexpr std::chrono::microseconds kYieldFor{500};
+constexpr std::chrono::microseconds kNap{100};
 
 // The greatest graph number and the greatest complement of one: each other's
 // complement exactly where all ranks brought the same number.
@@ -52,8 +60,8 @@ class GraphAgreement : public Operation {
       if (all()[rank] == graph_) continue;
       return Fail(ffi::ErrorCode::kFailedPrecondition,
                   "does not match rank " + std::to_string(rank) +
-                      ": neighbor_allreduce gets another graph there; the "
-                      "graph must be equal on all ranks");
+                      ": an operation gets another graph there; the graph "
+                      "must be equal on all ranks");
     }
     return Fail(ffi::ErrorCode::kInternal, "disagrees for unknown reasons");
   }
@@ -80,7 +88,97 @@ class GraphAgreement : public Operation {
   Buffer buffer_;
 };
 
+// Waits for the answers of new peers.
+class PeerAgreement : public Operation {
+ public:
+  PeerAgreement(std::shared_ptr<Communicator> comm, const Operation& operation,
+                Pattern pattern)
+      : Operation(std::move(comm), operation), check_(std::move(pattern)) {}
+
+ private:
+  ffi::Error Post() override {
+    check_.Ask(comm(), MakeHeader(0));
+    return ffi::Error::Success();
+  }
+
+  ffi::Error Resume(bool* moved) override {
+    comm().ReadNotes();
+    const std::size_t before = check_.open().size();
+    if (const auto text = check_.ReadAnswers(comm(), MakeHeader(0))) {
+      return Fail(ffi::ErrorCode::kFailedPrecondition, *text);
+    }
+    *moved = check_.open().size() < before;
+    return ffi::Error::Success();
+  }
+
+  bool is_waiting() const override { return !check_.open().empty(); }
+  ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
+  std::vector<int> Missing() const override { return check_.open(); }
+  void Bury() override {}
+
+  PeerCheck check_;
+};
+
 }  // namespace
+
+PeerCheck::PeerCheck(Pattern pattern) : pattern_(std::move(pattern)) {}
+
+void PeerCheck::Ask(Communicator& comm, const Header& header) {
+  if (asked_) return;
+  asked_ = true;
+  for (int rank = 0; rank < comm.size(); ++rank) {
+    if (rank == comm.rank()) continue;
+    if (!pattern_.Sends(rank) && !pattern_.Receives(rank)) continue;
+    comm.Ask(rank, header, pattern_);
+    open_.push_back(rank);
+  }
+}
+
+std::optional<std::string> PeerCheck::ReadAnswers(Communicator& comm,
+                                                  const Header& header) {
+  std::optional<std::string> text;
+  const auto ends = [&](int rank) {
+    const std::optional<Note> answer = comm.TakeAnswer(rank, header.sequence);
+    if (!answer || text) return answer.has_value();
+    if (answer->kind == Note::kYes) return true;
+    text = "does not match rank " + std::to_string(rank) + ": ";
+    *text += answer->kind == Note::kNoPeers
+                 ? "that is in another operation"
+                 : Disagreement(comm.rank(), pattern_.Sends(rank),
+                                pattern_.Receives(rank), rank, answer->sends,
+                                answer->receives);
+    comm.AnnounceFailure(header, rank);
+    return true;
+  };
+  open_.erase(std::remove_if(open_.begin(), open_.end(), ends), open_.end());
+  return text;
+}
+
+ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
+                        const Operation& operation, Pattern pattern,
+                        bool check) {
+  if (comm->size() == 1) return ffi::Error::Success();
+  Engine::Get().Watch(comm);
+  const bool is_new = comm->RecordPattern(operation.sequence(), pattern);
+  if (!is_new || !check) return ffi::Error::Success();
+  PeerAgreement agreement(comm, operation, std::move(pattern));
+  agreement.Start();
+  agreement.Await();
+  Clock::time_point moved_at = Clock::now();
+  while (!agreement.finished()) {
+    const bool moved = agreement.Advance();
+    const Clock::time_point now = Clock::now();
+    if (moved) {
+      moved_at = now;
+    } else if (now - moved_at < kYieldFor) {
+      sched_yield();
+    } else {
+      agreement.CheckStall(now);
+      std::this_thread::sleep_for(kNap);
+    }
+  }
+  return agreement.error();
+}
 
 void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,
                   std::uint64_t graph) {

@@ -4,8 +4,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "mpi/communicator.h"
+#include "mpi/operation.h"
 
 namespace jfog::mpi {
 
@@ -15,6 +19,33 @@ namespace jfog::mpi {
 // only sends where the other does not receive; this spoils their communicator.
 void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,
                   std::uint64_t graph);
+
+// Whom an operation names as its peers, and whether they name this rank, too.
+class PeerCheck {
+ public:
+  PeerCheck() = default;
+  explicit PeerCheck(Pattern pattern);
+
+  // Asks all peers, once.
+  void Ask(Communicator& comm, const Header& header);
+  // Reads answers; how a peer's word differs from this rank's, if it does.
+  std::optional<std::string> ReadAnswers(Communicator& comm,
+                                         const Header& header);
+  // Peers that have been asked and have not answered.
+  const std::vector<int>& open() const { return open_; }
+
+ private:
+  Pattern pattern_;
+  bool asked_ = false;
+  std::vector<int> open_;
+};
+
+// Notes the peers of an operation that is about to start. With `check`, and
+// where they are new here, waits until all of them have said that they name
+// this rank in the same places. They answer when they come to the operation.
+ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
+                        const Operation& operation, Pattern pattern,
+                        bool check);
 
 }  // namespace jfog::mpi
 

@@ -1,16 +1,15 @@
 // Communicators of this process: who is there, what failed, what was counted.
 #include "mpi/communicator.h"
 
+#include <algorithm>
 #include <cstring>
-#include <limits>
-#include <map>
+#include <utility>
 
 #include "mpi/buffers.h"
 
 namespace jfog::mpi {
 namespace {
 
-constexpr std::uint64_t kLeft = std::numeric_limits<std::uint64_t>::max();
 constexpr int kNoteTag = 3;
 
 struct Registry {
@@ -33,6 +32,29 @@ MPI_Comm Duplicate(MPI_Comm comm) {
 }
 
 }  // namespace
+
+bool Pattern::Sends(int rank) const {
+  return std::count(destinations.begin(), destinations.end(), rank) > 0;
+}
+
+bool Pattern::Receives(int rank) const {
+  return std::count(sources.begin(), sources.end(), rank) > 0;
+}
+
+std::string Disagreement(int a, bool a_sends, bool a_receives, int b,
+                         bool b_sends, bool b_receives) {
+  const auto edge = [](int src, bool sends, int dst, bool receives) {
+    std::string text;
+    if (sends == receives) return text;
+    const std::string from = "rank " + std::to_string(src);
+    const std::string to = "rank " + std::to_string(dst);
+    if (sends) return from + " sends to " + to + ", which does not expect it";
+    return to + " expects to receive from " + from + ", which does not send";
+  };
+  const std::string there = edge(a, a_sends, b, b_receives);
+  const std::string back = edge(b, b_sends, a, a_receives);
+  return there.empty() || back.empty() ? there + back : there + "; " + back;
+}
 
 std::string ErrorText(int code) {
   char text[MPI_MAX_ERROR_STRING];
@@ -94,50 +116,159 @@ void Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
   failed_.store(true, std::memory_order_release);
 }
 
-void Communicator::SendNote(int peer, const Header& header) {
-  Buffer note(sizeof(header));
-  std::memcpy(note.get(), &header, sizeof(header));
+void Communicator::SendNote(int peer, const Note& note) {
+  Buffer sent(sizeof(note));
+  std::memcpy(sent.get(), &note, sizeof(note));
   MPI_Request request;
-  if (MPI_Isend(note.get(), sizeof(header), MPI_BYTE, peer, kNoteTag, aside_,
+  if (MPI_Isend(sent.get(), sizeof(note), MPI_BYTE, peer, kNoteTag, aside_,
                 &request) == MPI_SUCCESS) {
     MPI_Request_free(&request);
   }
-  note.Bury();
+  sent.Bury();
 }
 
 void Communicator::AnnounceArrival(const Header& header) {
+  Note note;
+  note.header = header;
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_) SendNote(peer, header);
+    if (peer != rank_) SendNote(peer, note);
   }
 }
 
 void Communicator::AnnounceLeave() {
-  Header header;
-  header.sequence = kLeft;
-  AnnounceArrival(header);
+  Note note;
+  note.kind = Note::kLeave;
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_) SendNote(peer, note);
+  }
+}
+
+void Communicator::AnnounceFailure(const Header& header, int rank) {
+  Note note;
+  note.header = header;
+  note.kind = Note::kFailed;
+  note.rank = rank;
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_) SendNote(peer, note);
+  }
 }
 
 void Communicator::ReadNotes() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (;;) {
-    int found = 0;
-    MPI_Status status;
-    if (MPI_Iprobe(MPI_ANY_SOURCE, kNoteTag, aside_, &found, &status) !=
-            MPI_SUCCESS ||
-        !found) {
-      return;
+  std::string failure;
+  const auto title = [](const Header& header) {
+    return std::string(header.operation,
+                       strnlen(header.operation, sizeof(header.operation))) +
+           " #" + std::to_string(header.sequence);
+  };
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (;;) {
+      int found = 0;
+      MPI_Status status;
+      if (MPI_Iprobe(MPI_ANY_SOURCE, kNoteTag, aside_, &found, &status) !=
+              MPI_SUCCESS ||
+          !found) {
+        break;
+      }
+      Note note;
+      const int source = status.MPI_SOURCE;
+      if (MPI_Recv(&note, sizeof(note), MPI_BYTE, source, kNoteTag, aside_,
+                   MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+        break;
+      }
+      switch (note.kind) {
+        case Note::kArrival:
+          notes_[source] = note.header;
+          break;
+        case Note::kLeave:
+          left_[source] = true;
+          break;
+        case Note::kQuery:
+          queries_.emplace_back(source, note);
+          break;
+        case Note::kFailed:
+          failure = title(note.header) + " has failed: on rank " +
+                    std::to_string(source) + " it does not match rank " +
+                    std::to_string(note.rank);
+          break;
+        default:
+          answers_[{source, note.header.sequence}] = note;
+      }
     }
-    Header note;
-    if (MPI_Recv(&note, sizeof(note), MPI_BYTE, status.MPI_SOURCE, kNoteTag,
-                 aside_, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
-      return;
-    }
-    if (note.sequence == kLeft) {
-      left_[status.MPI_SOURCE] = true;
-    } else {
-      notes_[status.MPI_SOURCE] = note;
+    for (auto query = queries_.begin(); query != queries_.end();) {
+      const auto& [source, note] = *query;
+      const std::optional<Note> answer = Answer(source, note);
+      if (!answer) {
+        ++query;
+        continue;
+      }
+      SendNote(source, *answer);
+      if (answer->kind != Note::kYes) {
+        failure = title(note.header) + " on rank " + std::to_string(source) +
+                  " does not match rank " + std::to_string(rank_) + ": ";
+        failure += answer->kind == Note::kNoPeers
+                       ? "that is in another operation"
+                       : Disagreement(source, note.sends, note.receives, rank_,
+                                      answer->sends, answer->receives);
+      }
+      query = queries_.erase(query);
     }
   }
+  if (!failure.empty()) Fail(ffi::ErrorCode::kFailedPrecondition, failure);
+}
+
+std::optional<Note> Communicator::Answer(int rank, const Note& query) {
+  const std::uint64_t sequence = query.header.sequence;
+  Note answer;
+  answer.header.sequence = sequence;
+  if (!past_.empty()) {
+    const Past& past = past_[sequence % kPast];
+    if (past.pattern != nullptr && past.sequence == sequence) {
+      answer.sends = past.pattern->Sends(rank);
+      answer.receives = past.pattern->Receives(rank);
+      const bool match =
+          answer.sends == query.receives && answer.receives == query.sends;
+      answer.kind = match ? Note::kYes : Note::kNo;
+      return answer;
+    }
+  }
+  // An operation notes its pattern before the next one gets its number.
+  if (sequence_.load() < sequence + 2) return std::nullopt;
+  answer.kind = Note::kNoPeers;
+  return answer;
+}
+
+bool Communicator::RecordPattern(std::uint64_t sequence, Pattern pattern) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto key = std::make_pair(std::move(pattern.sources),
+                            std::move(pattern.destinations));
+  auto found = patterns_.find(key);
+  const bool is_new = found == patterns_.end();
+  if (is_new) {
+    auto kept = std::make_shared<Pattern>(Pattern{key.first, key.second});
+    found = patterns_.emplace(std::move(key), std::move(kept)).first;
+  }
+  if (past_.empty()) past_.resize(kPast);
+  past_[sequence % kPast] = {sequence, found->second};
+  return is_new;
+}
+
+void Communicator::Ask(int rank, const Header& header, const Pattern& pattern) {
+  Note note;
+  note.header = header;
+  note.kind = Note::kQuery;
+  note.sends = pattern.Sends(rank);
+  note.receives = pattern.Receives(rank);
+  SendNote(rank, note);
+}
+
+std::optional<Note> Communicator::TakeAnswer(int rank, std::uint64_t sequence) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = answers_.find({rank, sequence});
+  if (found == answers_.end()) return std::nullopt;
+  const Note answer = found->second;
+  answers_.erase(found);
+  return answer;
 }
 
 std::optional<Header> Communicator::LastNote(int rank) {

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -37,6 +38,34 @@ struct Header {
   char operation[44] = {};
 };
 static_assert(sizeof(Header) == 96, "keeps what follows aligned");
+
+// What one rank names in an operation with peers.
+struct Pattern {
+  std::vector<int> sources;
+  std::vector<int> destinations;
+
+  bool Sends(int rank) const;
+  bool Receives(int rank) const;
+};
+
+// A short message outside the ordered chain.
+struct Note {
+  enum Kind : std::int32_t {
+    kArrival,  // "this is where I am"
+    kLeave,    // "I take part in nothing any more"
+    kQuery,    // "do your peers in that operation match mine?"
+    kYes,
+    kNo,
+    kNoPeers,  // "I am in another operation"
+    kFailed,   // "that operation has failed, because of `rank`"
+  };
+  Header header;
+  Kind kind = kArrival;
+  std::int32_t rank = 0;
+  // Of the writer, with the reader.
+  std::int32_t sends = 0;
+  std::int32_t receives = 0;
+};
 
 struct Counters {
   std::vector<std::int64_t> bytes_sent, bytes_received, messages_sent;
@@ -89,12 +118,22 @@ class Communicator {
   void Fail(ffi::ErrorCode code, const std::string& text);
   bool failed() const { return failed_.load(std::memory_order_acquire); }
 
-  // Notes are sent only when something stalls or ends. "This is where I am."
+  // Notes are sent only when something stalls, ends, or is new.
   void AnnounceArrival(const Header& header);
-  // "I take part in nothing any more."
   void AnnounceLeave();
-  // Reads what has arrived; cheap, never waits.
+  // To all ranks: an operation does not match that of a rank.
+  void AnnounceFailure(const Header& header, int rank);
+  // Reads what has arrived, and answers; cheap, never waits.
   void ReadNotes();
+
+  // Notes whom an operation names, so that others can ask. Returns whether this
+  // is the first time for that pattern here.
+  bool RecordPattern(std::uint64_t sequence, Pattern pattern);
+  // Asks a rank whether its pattern in an operation matches.
+  void Ask(int rank, const Header& header, const Pattern& pattern);
+  // Its answer, once.
+  std::optional<Note> TakeAnswer(int rank, std::uint64_t sequence);
+
   // The last that this rank of the communicator said of where it is.
   std::optional<Header> LastNote(int rank);
   bool HasLeft(int rank);
@@ -109,7 +148,16 @@ class Communicator {
   static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
   using Counts = std::vector<std::atomic<std::int64_t>>;
 
-  void SendNote(int peer, const Header& header);
+  // What it says of itself in an operation it has been in.
+  struct Past {
+    std::uint64_t sequence = 0;
+    std::shared_ptr<const Pattern> pattern;
+  };
+  static constexpr std::size_t kPast = 4096;
+
+  void SendNote(int peer, const Note& note);
+  // An answer to a query, unless it is too early for one.
+  std::optional<Note> Answer(int rank, const Note& query);
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   MPI_Comm aside_ = MPI_COMM_NULL;
@@ -133,7 +181,17 @@ class Communicator {
   std::vector<std::optional<Header>> notes_;
   std::vector<bool> left_;
   std::set<std::uint64_t> graphs_;
+  std::map<std::pair<std::vector<int>, std::vector<int>>,
+           std::shared_ptr<const Pattern>>
+      patterns_;
+  std::vector<Past> past_;  // by sequence, modulo its length
+  std::vector<std::pair<int, Note>> queries_;
+  std::map<std::pair<int, std::uint64_t>, Note> answers_;
 };
+
+// How two ranks' words on the edges between them differ; empty if they do not.
+std::string Disagreement(int a, bool a_sends, bool a_receives, int b,
+                         bool b_sends, bool b_receives);
 
 // The communicators of this process, by the number that operations carry.
 std::int64_t Register(std::shared_ptr<Communicator> comm);

@@ -18,6 +18,8 @@ constexpr std::chrono::microseconds kYieldFor{100};
 constexpr int kNapPart = 32;
 constexpr std::chrono::microseconds kShortestNap{20};
 constexpr std::chrono::microseconds kLongestNap{1000};
+// The notes of a rank that is in no operation are read this often.
+constexpr std::chrono::milliseconds kNotes{1};
 // Reasons to give up are looked for this often.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
@@ -60,6 +62,32 @@ bool Engine::Attach(const std::shared_ptr<Operation>& operation,
   return true;
 }
 
+void Engine::Watch(const std::shared_ptr<Communicator>& comm) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (std::count(watched_.begin(), watched_.end(), comm) > 0) return;
+  watched_.push_back(comm);
+  if (watching_ || stopped_) return;
+  watching_ = true;
+  std::thread([this] { ReadNotes(); }).detach();
+}
+
+void Engine::ReadNotes() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stopped_ && !watched_.empty()) {
+    const std::vector<std::shared_ptr<Communicator>> watched = watched_;
+    lock.unlock();
+    for (const auto& comm : watched) comm->ReadNotes();
+    lock.lock();
+    watched_.erase(
+        std::remove_if(watched_.begin(), watched_.end(),
+                       [](const auto& comm) { return comm->closed(); }),
+        watched_.end());
+    if (!stopped_) notes_.wait_for(lock, kNotes);
+  }
+  watching_ = false;
+  changed_.notify_all();
+}
+
 void Engine::Drain() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (const Entry& entry : entries_) entry.operation->Await();
@@ -72,7 +100,8 @@ void Engine::Stop() {
   stopped_ = true;
   ++version_;
   changed_.notify_all();
-  changed_.wait(lock, [this] { return !leading_; });
+  notes_.notify_all();
+  changed_.wait(lock, [this] { return !leading_ && !watching_; });
 }
 
 void Engine::Run() {

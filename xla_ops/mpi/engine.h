@@ -29,6 +29,10 @@ class Engine {
   // kept, if the operation has ended.
   bool Attach(const std::shared_ptr<Operation>& operation, Waiter& waiter);
 
+  // From now on reads the notes of a communicator also while this rank is in
+  // no operation.
+  void Watch(const std::shared_ptr<Communicator>& comm);
+
   // Waits until every operation has ended, each within its deadline.
   void Drain();
   // Ends when no thread of the engine is inside MPI, and none will be.
@@ -42,16 +46,20 @@ class Engine {
 
   Engine() = default;
   void Run();
+  void ReadNotes();
   // Moves operations on until one has ended.
   Entry Lead(std::unique_lock<std::mutex>& lock);
 
   std::mutex mutex_;
   std::condition_variable work_;     // for those who could lead
   std::condition_variable changed_;  // for the leader, and who stops it
+  std::condition_variable notes_;    // for who reads them
   std::vector<Entry> entries_;
   std::uint64_t version_ = 0;  // of the entries
   int idle_ = 0;               // threads that wait for work
   bool leading_ = false;
+  std::vector<std::shared_ptr<Communicator>> watched_;
+  bool watching_ = false;  // a thread reads notes
   bool stopped_ = false;
 };
 

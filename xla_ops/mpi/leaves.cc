@@ -1,6 +1,7 @@
 // The leaves of one operation: their layout inside a message, their signature.
 #include "mpi/leaves.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "mpi/communicator.h"
@@ -39,23 +40,60 @@ std::string Leaves::Describe() const {
   return text;
 }
 
-void Leaves::Stage() {
+void Leaves::Stage(bool apart) {
+  const auto shares = [apart](const Leaf& leaf) {
+    return !apart && leaf.output_count == leaf.count;
+  };
   std::size_t total = payload_bytes;
   for (const Leaf& leaf : leaves) {
-    if (leaf.output_count != leaf.count) total += RoundUp(leaf.output_bytes());
+    if (!shares(leaf)) total += RoundUp(leaf.output_bytes());
   }
   staging = Buffer(total);
-  std::byte* apart = staging.get() + payload_bytes;
+  std::byte* next = staging.get() + payload_bytes;
   for (Leaf& leaf : leaves) {
     std::byte* own = staging.get() + leaf.offset;
     if (leaf.bytes() > 0) std::memcpy(own, leaf.input, leaf.bytes());
     leaf.input = own;
     leaf.output = own;
-    if (leaf.output_count != leaf.count) {
-      leaf.output = apart;
-      apart += RoundUp(leaf.output_bytes());
+    if (!shares(leaf)) {
+      leaf.output = next;
+      next += RoundUp(leaf.output_bytes());
     }
   }
+}
+
+void Leaves::Lay() {
+  payload_bytes = bytes = 0;
+  for (Leaf& leaf : leaves) {
+    leaf.offset = payload_bytes;
+    payload_bytes += RoundUp(leaf.bytes());
+    bytes += leaf.bytes();
+  }
+}
+
+std::size_t Leaves::BytesIn(std::size_t begin, std::size_t end) const {
+  std::size_t sum = 0;
+  ForEachRun(begin, end,
+             [&](const Leaf& leaf, std::size_t, std::size_t count,
+                 std::size_t) { sum += count * SizeOf(leaf.type); });
+  return sum;
+}
+
+std::size_t Leaves::Cut(std::size_t begin, std::size_t end, std::size_t part,
+                        std::size_t parts) const {
+  if (part == 0) return begin;
+  std::size_t wanted = BytesIn(begin, end) * part / parts;
+  std::size_t cut = end;
+  ForEachRun(
+      begin, end,
+      [&](const Leaf& leaf, std::size_t, std::size_t count, std::size_t at) {
+        const std::size_t width = SizeOf(leaf.type);
+        if (cut == end && wanted < count * width) {
+          cut = begin + at + wanted / width * width;
+        }
+        wanted -= std::min(wanted, count * width);
+      });
+  return cut;
 }
 
 ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
@@ -69,7 +107,6 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
                       std::to_string(results->size()) + " results"));
   }
   leaves.leaves.reserve(size);
-  std::size_t offset = 0;
   for (std::size_t i = 0; i < size; ++i) {
     auto x = args.get<ffi::AnyBuffer>(first + i);
     if (!x) return ffi::Unexpected(x.error());
@@ -78,18 +115,16 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
               x->element_count(),
               static_cast<const std::byte*>(x->untyped_data()),
               nullptr,
-              offset};
+              /*offset=*/0};
     if (results != nullptr) {
       auto y = results->get<ffi::AnyBuffer>(i);
       if (!y) return ffi::Unexpected(y.error());
       leaf.output_count = (*y)->element_count();
       leaf.output = static_cast<std::byte*>((*y)->untyped_data());
     }
-    offset += RoundUp(leaf.bytes());
-    leaves.bytes += leaf.bytes();
     leaves.leaves.push_back(leaf);
   }
-  leaves.payload_bytes = offset;
+  leaves.Lay();
   return leaves;
 }
 

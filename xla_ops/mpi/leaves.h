@@ -44,9 +44,18 @@ struct Leaves {
   // "3 leaves, float32 x 1200, ..."
   std::string Describe() const;
 
-  // Copies the inputs to memory of our own, which the outputs share where they
-  // are of the same length, for an operation that outlives its call.
-  void Stage();
+  // Copies the inputs to memory of our own, for an operation that outlives its
+  // call. Outputs of the same length share it, or none where `apart`.
+  void Stage(bool apart = false);
+  // Gives the leaves their places in the payload.
+  void Lay();
+
+  // The leaves' own bytes in [begin, end) of the payload.
+  std::size_t BytesIn(std::size_t begin, std::size_t end) const;
+  // The place, between two elements, that has `part` of `parts` of those before
+  // it.
+  std::size_t Cut(std::size_t begin, std::size_t end, std::size_t part,
+                  std::size_t parts) const;
 
   // Calls `f(leaf, first, count, bytes)` for every run of elements of one leaf
   // between two multiples of 64 bytes of the payload; `bytes` counts from

@@ -4,6 +4,8 @@
 
 #include "mpi/call.h"
 #include "mpi/collectives.h"
+#include "mpi/gather.h"
+#include "mpi/hierarchical.h"
 #include "mpi/neighbor.h"
 #include "mpi/process.h"
 #include "xla/ffi/api/ffi.h"
@@ -47,6 +49,11 @@ PYBIND11_MODULE(_mpi, m) {
     py::dict targets;
     targets["jfog_mpi_neighbor_allreduce"] = Capsule(NeighborAllreduce);
     targets["jfog_mpi_peer_allreduce"] = Capsule(PeerAllreduce);
+    targets["jfog_mpi_hierarchical_neighbor_allreduce"] =
+        Capsule(HierarchicalNeighborAllreduce);
+    targets["jfog_mpi_neighbor_allgather"] = Capsule(NeighborAllgather);
+    targets["jfog_mpi_neighbor_allgather_transpose"] =
+        Capsule(NeighborAllgatherTranspose);
     targets["jfog_mpi_allreduce"] = Capsule(Allreduce);
     targets["jfog_mpi_broadcast"] = Capsule(Broadcast);
     targets["jfog_mpi_allgather"] = Capsule(Allgather);

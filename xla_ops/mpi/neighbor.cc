@@ -4,20 +4,16 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/agreement.h"
 #include "mpi/call.h"
 #include "mpi/exchange.h"
+#include "mpi/plan.h"
 
 namespace jfog::mpi {
 namespace {
-
-using Ints = ffi::Span<const std::int32_t>;
-using Doubles = ffi::Span<const double>;
 
 // Where the weights of a call come from.
 enum Weighting : std::int64_t {
@@ -27,24 +23,14 @@ enum Weighting : std::int64_t {
                      // sum_j (row_j[me] x_j)
 };
 
-// What one rank does in one round.
-struct Round {
-  std::vector<int> sources;
-  std::vector<double> source_weights;
-  std::vector<int> destinations;
-  std::vector<double> destination_weights;  // empty where the receivers weight
-  double self_weight = 1;
-  bool difference = false;
-};
-
 // The weighted sum of one's own payload and those of the sources.
 class Average : public Exchange {
  public:
   Average(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
           std::uint64_t variant, Round round)
       : Exchange(std::move(comm), name, std::move(leaves), variant,
-                 std::move(round.sources), std::move(round.destinations),
-                 round.destination_weights.empty()),
+                 {std::move(round.sources), std::move(round.destinations),
+                  round.destination_weights.empty()}),
         round_(std::move(round)) {
     for (double weight : round_.source_weights) {
       terms_.push_back({nullptr, weight});
@@ -78,12 +64,12 @@ class Average : public Exchange {
   }
 
   ffi::Error Consume(std::size_t begin, std::size_t end,
-                     const std::vector<const std::byte*>& received) override {
+                     const std::vector<Part>& received) override {
     leaves().ForEachRun(begin, end,
                         [&](const Leaf& leaf, std::size_t first,
                             std::size_t count, std::size_t at) {
                           for (std::size_t k = 0; k < received.size(); ++k) {
-                            terms_[k].values = received[k] + at;
+                            terms_[k].values = received[k].bytes + at;
                           }
                           const std::size_t start = first * SizeOf(leaf.type);
                           WeightedSum(leaf.type, count, leaf.input + start,
@@ -127,90 +113,28 @@ ffi::Error CheckTypes(const Leaves& leaves, const char* name) {
 
 constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
 
-// All that calls with the same attributes have in common.
-struct Plan {
-  std::shared_ptr<Communicator> comm;
-  std::int64_t mode;
-  std::int64_t graph;
-  std::int64_t weighting;
-  std::vector<Round> rounds;
-  bool agreed = false;
+struct NeighborPlan : Plan {
+  std::int64_t weighting = kGraph;
   // Of each round an average that has ended, to be used again: a call of few
   // bytes would spend most of its time on making one.
   std::mutex mutex;
   std::vector<std::shared_ptr<Average>> spare;
 };
 
-// By the number that Python derives from the attributes.
-struct Plans {
-  std::mutex mutex;
-  std::unordered_map<std::int64_t, std::shared_ptr<Plan>> plans;
-};
-
-// Never destroyed: programs may still run while the process ends.
-Plans& ThePlans() {
-  static Plans* plans = new Plans;
-  return *plans;
-}
-
-// The attributes hold all rounds: round t's part lies at [begin[t],
-// begin[t + 1]).
 ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
     const ffi::Dictionary& attributes) {
-  const auto context = attributes.get<std::int64_t>("context");
-  const auto mode = attributes.get<std::int64_t>("mode");
-  const auto graph = attributes.get<std::int64_t>("graph");
+  auto plan = std::make_shared<NeighborPlan>();
+  ffi::Error error = ReadPlan(attributes, kNeighborAllreduce, plan.get());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
   const auto weighting = attributes.get<std::int64_t>("weighting");
-  const auto source_begin = attributes.get<Ints>("source_begin");
-  const auto sources = attributes.get<Ints>("sources");
-  const auto source_weights = attributes.get<Doubles>("source_weights");
-  const auto destination_begin = attributes.get<Ints>("destination_begin");
-  const auto destinations = attributes.get<Ints>("destinations");
-  const auto self_weights = attributes.get<Doubles>("self_weights");
-  const auto difference = attributes.get<Ints>("difference");
-  if (!(context && mode && graph && weighting && source_begin && sources &&
-        source_weights && destination_begin && destinations && self_weights &&
-        difference)) {
-    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
-                                     "neighbor_allreduce lacks attributes"));
-  }
-  auto comm = Ready(*context, kNeighborAllreduce);
-  if (!comm) return ffi::Unexpected(comm.error());
-  auto plan = std::make_shared<Plan>();
-  plan->comm = *comm;
-  plan->mode = *mode;
-  plan->graph = *graph;
+  if (!weighting) return ffi::Unexpected(weighting.error());
   plan->weighting = *weighting;
-  for (std::size_t t = 0; t + 1 < source_begin->size(); ++t) {
-    const auto cut = [t](const auto& begin, const auto& values) {
-      return std::vector(values->begin() + (*begin)[t],
-                         values->begin() + (*begin)[t + 1]);
-    };
-    Round round;
-    round.sources = cut(source_begin, sources);
-    round.source_weights = cut(source_begin, source_weights);
-    round.destinations = cut(destination_begin, destinations);
-    round.self_weight = (*self_weights)[t];
-    round.difference = (*difference)[t] != 0;
-    plan->rounds.push_back(std::move(round));
-  }
   plan->spare.resize(plan->rounds.size());
-  return plan;
-}
-
-ffi::ErrorOr<std::shared_ptr<Plan>> FindPlan(
-    std::int64_t number, const ffi::Dictionary& attributes) {
-  Plans& plans = ThePlans();
-  std::lock_guard<std::mutex> lock(plans.mutex);
-  const auto found = plans.plans.find(number);
-  if (found != plans.plans.end()) return found->second;
-  auto plan = MakePlan(attributes);
-  if (plan) plans.plans.emplace(number, *plan);
-  return plan;
+  return std::shared_ptr<Plan>(std::move(plan));
 }
 
 // The round with the weights of a runtime row.
-ffi::ErrorOr<Round> Reweighted(Round round, const Plan& plan,
+ffi::ErrorOr<Round> Reweighted(Round round, const NeighborPlan& plan,
                                const ffi::AnyBuffer& row) {
   ffi::Error error = CheckWeights(row, plan.comm->size());
   if (error.failure()) return ffi::Unexpected(std::move(error));
@@ -233,29 +157,25 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
                                  ffi::Result<ffi::Token>,
                                  ffi::RemainingRets results,
                                  ffi::Dictionary attributes) {
-  JFOG_ASSIGN_OR_RETURN(number, attributes.get<std::int64_t>("plan"));
-  JFOG_ASSIGN_OR_RETURN(plan, FindPlan(number, attributes));
+  JFOG_ASSIGN_OR_RETURN(
+      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
+  auto* const plan = static_cast<NeighborPlan*>(found.get());
   JFOG_RETURN_IF_ERROR(CheckReady(plan->comm.get(), kNeighborAllreduce));
   const std::int64_t at = *step.typed_data();
-  if (at < 0 || at >= static_cast<std::int64_t>(plan->rounds.size())) {
-    return MakeError(ffi::ErrorCode::kInternal,
-                     "step " + std::to_string(at) + " of a period of " +
-                         std::to_string(plan->rounds.size()));
-  }
+  JFOG_ASSIGN_OR_RETURN(planned, plan->At(at));
   const bool has_row = plan->weighting != kGraph;
   const bool reuses = !has_row && plan->mode == kWhole;
+  plan->Agree();
   std::shared_ptr<Average> average;
   {
     std::lock_guard<std::mutex> lock(plan->mutex);
     if (reuses) average = std::move(plan->spare[at]);
-    if (!plan->agreed) AgreeOnGraph(plan->comm, plan->graph);
-    plan->agreed = true;
   }
   if (average == nullptr || !average->Renew(args, results)) {
     JFOG_ASSIGN_OR_RETURN(leaves,
                           ReadCall(args, has_row ? 1 : 0, results, plan->mode));
     JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kNeighborAllreduce));
-    Round round = plan->rounds[at];
+    Round round = *planned;
     if (has_row) {
       auto row = args.get<ffi::AnyBuffer>(0);
       if (!row) return row.error();
@@ -286,7 +206,7 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
                              ffi::RemainingRets results, std::int64_t context,
                              std::int64_t mode, std::int64_t pair,
                              std::int64_t sources, std::int64_t scales,
-                             std::int64_t difference) {
+                             std::int64_t difference, std::int64_t check) {
   const char* const name = pair ? "pair_gossip" : "neighbor_allreduce";
   JFOG_ASSIGN_OR_RETURN(comm, Ready(context, name));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
@@ -315,20 +235,13 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
     }
   }
   if (mode == kStart) leaves.Stage();
-  return Launch(std::make_shared<Average>(comm, name, std::move(leaves),
-                                          /*variant=*/0, std::move(round)),
-                results, mode);
+  auto average = std::make_shared<Average>(comm, name, std::move(leaves),
+                                           /*variant=*/0, std::move(round));
+  JFOG_RETURN_IF_ERROR(average->AgreeOnPeers(check != 0));
+  return Launch(std::move(average), results, mode);
 }
 
 }  // namespace
-
-void ForgetPlans(const Communicator& comm) {
-  Plans& plans = ThePlans();
-  std::lock_guard<std::mutex> lock(plans.mutex);
-  for (auto it = plans.plans.begin(); it != plans.plans.end();) {
-    it = it->second->comm.get() == &comm ? plans.plans.erase(it) : ++it;
-  }
-}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     NeighborAllreduce, NeighborAllreduceImpl,
@@ -338,7 +251,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .RemainingArgs()                 // [row of weights,] leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // leaves like the operands, or handle
-        .Attrs());                       // see MakePlan
+        .Attrs());                       // see ReadPlan
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PeerAllreduce, PeerAllreduceImpl,
@@ -354,6 +267,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<std::int64_t>("pair")
         .Attr<std::int64_t>("sources")
         .Attr<std::int64_t>("scales")
-        .Attr<std::int64_t>("difference"));
+        .Attr<std::int64_t>("difference")
+        .Attr<std::int64_t>("check"));
 
 }  // namespace jfog::mpi

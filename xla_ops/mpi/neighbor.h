@@ -2,16 +2,12 @@
 #ifndef JFOG_XLA_OPS_MPI_NEIGHBOR_H_
 #define JFOG_XLA_OPS_MPI_NEIGHBOR_H_
 
-#include "mpi/communicator.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jfog::mpi {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllreduce);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerAllreduce);
-
-// Drops what is kept for calls on a communicator.
-void ForgetPlans(const Communicator& comm);
 
 }  // namespace jfog::mpi
 

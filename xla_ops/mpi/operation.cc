@@ -60,6 +60,13 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
       signature_(0),
       variant_(0) {}
 
+Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
+    : comm_(std::move(comm)),
+      name_(other.name_),
+      sequence_(other.sequence_),
+      signature_(other.signature_),
+      variant_(other.variant_) {}
+
 std::string Operation::Title() const {
   return std::string(name_) + " #" + std::to_string(sequence_) + " on rank " +
          std::to_string(comm_->rank());
@@ -228,6 +235,7 @@ void Operation::CheckStall(Clock::time_point now) {
 ffi::Error Operation::FindStall(Clock::duration waited) {
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   comm_->ReadNotes();
+  JFOG_RETURN_IF_ERROR(comm_->Refusal());
   const std::vector<int> missing = Missing();
   std::vector<int> left;
   for (int rank : missing) {
@@ -244,6 +252,7 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
   }
   JFOG_RETURN_IF_ERROR(CheckNotes(missing, waited));
+  JFOG_RETURN_IF_ERROR(Stalled());
   if (!warned_ && Seconds(waited) > 0.1 * limit) {
     warned_ = true;
     std::fprintf(stderr, "jfog: %s has waited %s for %s\n", Title().c_str(),

@@ -29,6 +29,8 @@ class Operation {
   // Outside the ordered chain, with a number of its own.
   Operation(std::shared_ptr<Communicator> comm, const char* name,
             std::uint64_t sequence);
+  // In the place of another one, for as long as that has not started.
+  Operation(std::shared_ptr<Communicator> comm, const Operation& other);
   virtual ~Operation() = default;
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
@@ -55,6 +57,9 @@ class Operation {
   bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
   // "neighbor_allreduce #41 on rank 0"
   std::string Title() const;
+  std::uint64_t sequence() const { return sequence_; }
+  // The header of this rank's messages.
+  Header MakeHeader(std::size_t bytes) const;
 
  protected:
   // What a kind of operation does, step by step. Each is called with no other
@@ -77,6 +82,8 @@ class Operation {
   virtual void Bury() = 0;
   // Called once at the end.
   virtual void Ended() {}
+  // Called now and then while nothing moves: looks for reasons of its own.
+  virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 
   // The slot for a request, which the caller starts at once.
   MPI_Request* Slot(std::size_t slot) {
@@ -93,8 +100,6 @@ class Operation {
   void SetSignature(std::uint64_t signature) { signature_ = signature; }
   // One number for all that ranks must agree on.
   std::uint64_t Fingerprint() const;
-  // The header of this rank's messages.
-  Header MakeHeader(std::size_t bytes) const;
   // Whether that is of the same operation.
   bool Matches(const Header& theirs) const;
   // An error, if this rank and that one are not in the same operation.
@@ -109,7 +114,7 @@ class Operation {
 
   Leaves& mutable_leaves() { return leaves_; }
   Communicator& comm() const { return *comm_; }
-  std::uint64_t sequence() const { return sequence_; }
+  const std::shared_ptr<Communicator>& shared_comm() const { return comm_; }
 
  private:
   ffi::Error MpiFailure(int code, const std::string& what);

@@ -15,7 +15,7 @@
 #include "mpi/call.h"
 #include "mpi/communicator.h"
 #include "mpi/engine.h"
-#include "mpi/neighbor.h"
+#include "mpi/plan.h"
 
 namespace jfog::mpi {
 namespace {

@@ -1,0 +1,224 @@
+"""Averages inside machines and between them, every link carrying its share."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jfog import _compat
+from jfog.primitives import (
+  _calls,
+  _graphs,
+  _leaves,
+  _mesh,
+  _neighbor,
+  _primitive,
+)
+from jfog.primitives._calls import Call
+from jfog.runtime import Communicator, resolve
+from jfog.topology import Schedule, Topology
+
+_NAME = "hierarchical_neighbor_allreduce"
+
+
+@_calls.operation
+def hierarchical_neighbor_allreduce(
+  x: Any,
+  machine_graph: Topology | Schedule,
+  step: Any = None,
+  *,
+  comm: Communicator | None = None,
+) -> Any:
+  """Averages `x` inside each machine, and the machines with their neighbors.
+
+  With `m[a]` the mean of `x` over the ranks of machine a, every rank of machine
+  a gets `y[a] = sum_b W[a, b] m[b]`: `neighbor_allreduce` on
+  `jfog.topology.hierarchical(machine_graph, local_size)`, with less traffic
+  between machines. Each of the `local_size` ranks of a machine is responsible
+  for one part of the elements. It gets that part from the ranks of its machine,
+  exchanges its mean with the rank of the same local rank on the neighboring
+  machines, and gives the result to the ranks of its machine. So every rank sends
+  `1 / local_size` of the bytes of `x` to each neighboring machine. On MPI the
+  parts travel in segments, of which several are under way in different steps, in
+  one operation.
+
+  Linear in `x`; the transpose is the same operation on the machine graph with
+  every edge turned around.
+
+  Args:
+    x: a pytree of float or complex arrays, of equal shapes and dtypes on all
+      ranks; of any number of elements.
+    machine_graph: a `Topology` or a `Schedule` whose ranks are the machines,
+      equal on all ranks.
+    step: the index into a `Schedule`, as in `neighbor_allreduce`.
+    comm: the communicator; by default the one in reach, see `jfog.init`. Its
+      machines are those that share memory, or pretended ones
+      (`jfog.init(local_size=)`, `jfog.simulate(local_size=)`), or on a mesh the
+      first of two axes.
+
+  Returns:
+    A pytree like `x`, in shapes and dtypes, equal on all ranks of a machine. The
+    mean and the average are each summed in float32 for floats of at most 32
+    bits, and rounded once.
+
+  Raises:
+    ValueError: if the graph has not as many ranks as there are machines, the
+      machines hold different numbers of ranks, or a schedule comes without a
+      step.
+    TypeError: for integer or bool leaves, or what is no graph.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> machines = jfog.topology.ring(2)
+    >>> average = lambda x: jfog.hierarchical_neighbor_allreduce(x, machines)
+    >>> x = jnp.array([0.0, 2.0, 4.0, 8.0])
+    >>> jfog.simulate(average, 4, local_size=2)(x)
+    Array([3.5, 3.5, 3.5, 3.5], dtype=float32)
+
+  Source: `hierarchical_neighbor_allreduce` of BlueFog, which sends all of `x`
+  from one rank of each machine.
+  """
+  comm = resolve(comm)
+  leaves, names, structure = _leaves.flatten(x, _NAME)
+  _leaves.require_inexact(leaves, names, _NAME)
+  if comm.backend == "mpi":
+    comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
+  graph = _check_machine_graph(machine_graph, comm)
+  index = _graphs.step_index(graph, step, _NAME)
+  if not leaves or comm.backend in ("mesh", "single"):
+    mixed = _on_mesh(leaves, graph, index, comm) if leaves else []
+    return Call(leaves, structure, mixed)
+  index = np.int32(index) if isinstance(index, int) else index
+  return Call(
+    leaves,
+    structure,
+    primitive=hierarchical_neighbor_allreduce_p,
+    fixed=(index,),
+    operands=_leaves.to_native(leaves, names, _NAME),
+    params={"graph": graph, "comm": comm},
+  )
+
+
+hierarchical_neighbor_allreduce_start = _calls.start_of(
+  hierarchical_neighbor_allreduce,
+  """>>> machines = jfog.topology.ring(2)
+    >>> average = lambda x: jfog.wait(
+    ...     jfog.hierarchical_neighbor_allreduce_start(x, machines))
+    >>> x = jnp.array([0.0, 2.0, 4.0, 8.0])
+    >>> jfog.simulate(average, 4, local_size=2)(x)
+    Array([3.5, 3.5, 3.5, 3.5], dtype=float32)""",
+)
+
+
+def _check_machine_graph(graph: Any, comm: Communicator) -> Topology | Schedule:
+  """Checks that the ranks of the graph are the machines."""
+  machines = comm.machine_size
+  if isinstance(graph, (Topology, Schedule)) and graph.size != machines:
+    raise ValueError(
+      f"{_NAME}: the machine graph has {graph.size} ranks, but there are "
+      f"{machines} machines of {comm.local_size} ranks; make the graph with "
+      f"size={machines}, or use neighbor_allreduce for a graph of ranks."
+    )
+  return _graphs.check_graph(graph, machines, _NAME)
+
+
+# The mesh: an all_to_all inside the machine, the average of neighbors between
+# machines, an all_gather inside.
+
+
+def _on_mesh(leaves, graph, index, comm) -> list[jax.Array]:
+  inside = comm.local.axes if comm.local.backend == "mesh" else ()
+  across = comm.machines.axes if comm.machines.backend == "mesh" else ()
+  if comm.backend == "mesh":
+    leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
+  parts = [_mean_part(leaf, inside, comm) for leaf in leaves]
+
+  def mix(topology, parts):
+    return _neighbor.mix_on_mesh(
+      parts, topology, None, across, comm.machines.rank
+    )
+
+  if isinstance(index, jax.Array):
+    branches = [functools.partial(mix, topology) for topology in graph.rounds]
+    parts = lax.switch(_mesh.uniform(index, comm), branches, parts)
+  else:
+    parts = mix(graph.rounds[index], parts)
+  return [
+    _join(part, leaf, inside) for part, leaf in zip(parts, leaves, strict=True)
+  ]
+
+
+def _mean_part(x, inside, comm):
+  """This local rank's part of the mean over the machine."""
+  if not inside:
+    return x
+  size = comm.local.size
+  flat = x.ravel()
+  flat = jnp.pad(flat, (0, -len(flat) % size))
+  (axis,) = inside
+  theirs = lax.all_to_all(flat.reshape(size, -1), axis, 0, 0)
+  wide = theirs.astype(_leaves.accumulation_dtype(x.dtype))
+  # Equal values return bit for bit.
+  mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / size
+  return mean.astype(x.dtype)
+
+
+def _join(part, like, inside):
+  if not inside:
+    return part
+  (axis,) = inside
+  return lax.all_gather(part, axis, tiled=True)[: like.size].reshape(like.shape)
+
+
+# Between processes: the rules of the primitive.
+
+
+def _abstract_eval(*operands, fixed, **params):
+  del params
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
+
+
+def _transpose(cotangents, *operands, fixed, graph, comm):
+  # The adjoint of W (x) J is W.T (x) J.
+  return hierarchical_neighbor_allreduce_p.bind(
+    *operands,
+    *cotangents,
+    fixed=fixed,
+    graph=_neighbor.turned(graph),
+    comm=comm,
+  )
+
+
+def _attributes(mode, *leaves, graph, comm):
+  del leaves
+  members = comm.ranks_of(comm.machine_rank)
+  place = members.index(comm.rank)
+  return _graphs.numbered(
+    _NAME,
+    mode,
+    {
+      "context": np.int64(comm.context),
+      "graph": np.int64(_graphs.fingerprint(graph)),
+      "members": np.array(members, np.int32),
+      **_graphs.table(
+        graph,
+        comm.machine_rank,
+        lambda machine: comm.ranks_of(machine)[place],
+      ),
+    },
+  )
+
+
+hierarchical_neighbor_allreduce_p = _primitive.define(
+  _NAME,
+  abstract_eval=_abstract_eval,
+  attributes=_attributes,
+  transpose=_transpose,
+  in_place=True,
+)
