@@ -12,6 +12,10 @@ from jfog.primitives import allreduce_start as allreduce_start
 from jfog.primitives import barrier as barrier
 from jfog.primitives import broadcast as broadcast
 from jfog.primitives import broadcast_start as broadcast_start
+from jfog.primitives import finite_time_average as finite_time_average
+from jfog.primitives import (
+  finite_time_average_start as finite_time_average_start,
+)
 from jfog.primitives import (
   hierarchical_neighbor_allreduce as hierarchical_neighbor_allreduce,
 )

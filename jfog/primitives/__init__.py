@@ -10,6 +10,12 @@ from jfog.primitives._collectives import allreduce_start as allreduce_start
 from jfog.primitives._collectives import barrier as barrier
 from jfog.primitives._collectives import broadcast as broadcast
 from jfog.primitives._collectives import broadcast_start as broadcast_start
+from jfog.primitives._finite_time import (
+  finite_time_average as finite_time_average,
+)
+from jfog.primitives._finite_time import (
+  finite_time_average_start as finite_time_average_start,
+)
 from jfog.primitives._gather import neighbor_allgather as neighbor_allgather
 from jfog.primitives._gather import (
   neighbor_allgather_start as neighbor_allgather_start,

@@ -114,8 +114,8 @@ def rows_table(rows: list[tuple[dict, list, float, bool]]):
     "source_weights": np.array([*source_weights, 0.0], np.float64),
     "destination_begin": np.array(destination_begin, np.int32),
     "destinations": np.array([*destinations, -1], np.int32),
-    "self_weights": np.array([row[2] for row in rows], np.float64),
-    "difference": np.array([row[3] for row in rows], np.int32),
+    "self_weights": np.array([*(row[2] for row in rows), 0.0], np.float64),
+    "difference": np.array([*(row[3] for row in rows), False], np.int32),
   }
 
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <complex>
+#include <type_traits>
 
 namespace jfog {
 namespace {
@@ -142,6 +143,26 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
       return run(Sum<std::complex<float>, std::complex<float>, float>);
     case DataType::C128:
       return run(Sum<std::complex<double>, std::complex<double>, double>);
+    default:
+      return;
+  }
+}
+
+void Divide(DataType type, std::size_t count, double by, void* y) {
+  const auto run = [&](auto* values, std::size_t numbers) {
+    const auto divisor = static_cast<std::decay_t<decltype(*values)>>(by);
+    for (std::size_t k = 0; k < numbers; ++k) values[k] /= divisor;
+  };
+  // A complex number over a real one is two real divisions.
+  switch (type) {
+    case DataType::F32:
+      return run(static_cast<float*>(y), count);
+    case DataType::F64:
+      return run(static_cast<double*>(y), count);
+    case DataType::C64:
+      return run(static_cast<float*>(y), 2 * count);
+    case DataType::C128:
+      return run(static_cast<double*>(y), 2 * count);
     default:
       return;
   }

@@ -27,6 +27,10 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y);
 
+// Divides the elements of y, of a type with a weighted sum and at least 32
+// bits.
+void Divide(DataType type, std::size_t count, double by, void* y);
+
 // False for a type without arithmetic (integers, bool).
 bool HasWeightedSum(DataType type);
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/weighted_sum.h"
 #include "mpi/buffers.h"
 #include "mpi/call.h"
 #include "mpi/operation.h"
@@ -174,29 +175,6 @@ void Unpack(DataType type, const std::byte* wire, std::size_t count, void* y) {
     Narrow<Float16>(wire, count, y);
   } else {
     Copy(y, wire, count * SizeOf(type));
-  }
-}
-
-template <typename T>
-void Divide(std::byte* wire, std::size_t count, int size) {
-  T* values = reinterpret_cast<T*>(wire);
-  for (std::size_t k = 0; k < count; ++k) values[k] /= T(size);
-}
-
-void DivideBy(DataType wire_type, std::byte* wire, std::size_t count,
-              int size) {
-  // A complex number over a real one is two real divisions.
-  switch (wire_type) {
-    case DataType::F32:
-      return Divide<float>(wire, count, size);
-    case DataType::F64:
-      return Divide<double>(wire, count, size);
-    case DataType::C64:
-      return Divide<float>(wire, 2 * count, size);
-    case DataType::C128:
-      return Divide<double>(wire, 2 * count, size);
-    default:
-      return;
   }
 }
 
@@ -368,7 +346,7 @@ class AllreduceOperation : public Collective {
   ffi::Error Finish() override {
     if (reduction_ == kMean) {
       for (const auto& [type, vector] : vectors_) {
-        DivideBy(type, vector.wire, vector.count, comm().size());
+        Divide(type, vector.count, comm().size(), vector.wire);
       }
     }
     for (std::size_t i = 0; i < leaves().size(); ++i) {

@@ -88,8 +88,9 @@ std::size_t Exchange::Begin(std::size_t bytes, std::size_t chunk) const {
 }
 
 int Exchange::tag(std::size_t chunk) const {
-  if (chunk == 0) return kEnvelopeTag;
-  return kChunkTag + static_cast<int>(sequence() % kChunkTags);
+  const int number = static_cast<int>(sequence() % kChunkTags);
+  if (chunk > 0) return kChunkTag + number;
+  return edges_.late ? kSecondTag + number : kEnvelopeTag;
 }
 
 Header Exchange::Envelope() const {

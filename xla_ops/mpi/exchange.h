@@ -20,6 +20,8 @@ struct Edges {
   std::vector<int> destinations;
   // Whether all destinations get the same bytes; only then is a lane used.
   bool alike = true;
+  // Whether it starts out of program order, behind another one.
+  bool late = false;
   // Of the payload on each edge; where empty, that of the leaves.
   std::vector<std::size_t> source_bytes = {};
   std::vector<std::size_t> destination_bytes = {};

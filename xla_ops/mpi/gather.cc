@@ -77,8 +77,9 @@ class Gather : public Exchange {
  public:
   Gather(const GatherPlan& plan, const char* name, Leaves whole,
          std::uint64_t variant, const Round& round, std::vector<Leaves> parts)
-      : Exchange(plan.comm, name, std::move(whole), variant,
-                 {round.sources, round.destinations, true, Sizes(parts)}),
+      : Exchange(
+            plan.comm, name, std::move(whole), variant,
+            {round.sources, round.destinations, true, false, Sizes(parts)}),
         parts_(std::move(parts)) {
     SetSignature(Signature(leaves(), plan));
     // What is behind the last part is padding.
@@ -137,7 +138,7 @@ class Scatter : public Exchange {
           std::uint64_t variant, const Round& round, std::vector<Leaves> parts,
           Leaves own)
       : Exchange(plan.comm, name, std::move(whole), variant,
-                 {round.destinations, round.sources, false,
+                 {round.destinations, round.sources, false, false,
                   std::vector<std::size_t>(round.destinations.size(),
                                            own.payload_bytes),
                   Sizes(parts)}),

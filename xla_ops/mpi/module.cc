@@ -4,6 +4,7 @@
 
 #include "mpi/call.h"
 #include "mpi/collectives.h"
+#include "mpi/finite_time.h"
 #include "mpi/gather.h"
 #include "mpi/hierarchical.h"
 #include "mpi/neighbor.h"
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_mpi, m) {
     targets["jfog_mpi_peer_allreduce"] = Capsule(PeerAllreduce);
     targets["jfog_mpi_hierarchical_neighbor_allreduce"] =
         Capsule(HierarchicalNeighborAllreduce);
+    targets["jfog_mpi_finite_time_average"] = Capsule(FiniteTimeAverage);
     targets["jfog_mpi_neighbor_allgather"] = Capsule(NeighborAllgather);
     targets["jfog_mpi_neighbor_allgather_transpose"] =
         Capsule(NeighborAllgatherTranspose);

@@ -19,7 +19,7 @@ constexpr std::size_t kShort = kEnvelope - sizeof(Header);
 constexpr std::size_t kChunk = Lanes::kSlotBytes;
 
 // First messages are sent in program order, with one tag, so that ranks in
-// different operations meet.
+// different operations meet. Those of later rounds of one operation are not.
 constexpr int kEnvelopeTag = 1;
 // Chunks of different operations overtake each other, so each operation has
 // tags of its own, two for what it sends to one rank; MPI promises tags up to

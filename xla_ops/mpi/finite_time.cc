@@ -1,0 +1,219 @@
+// The exact average in finitely many rounds, each an exchange with few peers.
+#include "mpi/finite_time.h"
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/weighted_sum.h"
+#include "mpi/average.h"
+#include "mpi/buffers.h"
+#include "mpi/call.h"
+#include "mpi/exchange.h"
+#include "mpi/plan.h"
+
+namespace jfog::mpi {
+namespace {
+
+using Ints = ffi::Span<const std::int32_t>;
+
+constexpr const char* kName = "finite_time_average";
+
+// The leaves in their places, from `input` to the outputs, without the memory.
+enum Input { kOperands, kOutputs };
+Leaves ViewOf(const Leaves& whole, Input input) {
+  Leaves view;
+  view.leaves = whole.leaves;
+  if (input == kOutputs) {
+    for (Leaf& leaf : view.leaves) leaf.input = leaf.output;
+  }
+  view.Lay();
+  return view;
+}
+
+// One round of the protocol with two sums: with R what comes from the source,
+// S += R and T += R. S lies in the leaves, T in memory laid out like a payload;
+// one of the two travels.
+class Hop : public Exchange {
+ public:
+  Hop(std::shared_ptr<Communicator> comm, Leaves leaves, std::uint64_t variant,
+      const Round& round, std::byte* t, bool sends_s, bool late)
+      : Exchange(std::move(comm), kName, std::move(leaves), variant,
+                 {round.sources, round.destinations, /*alike=*/true, late}),
+        t_(t),
+        sends_s_(sends_s) {}
+
+ private:
+  void Pack(std::size_t, std::size_t begin, std::size_t end,
+            std::byte* to) override {
+    leaves().ForEachRun(
+        begin, end,
+        [&](const Leaf& leaf, std::size_t first, std::size_t count,
+            std::size_t at) {
+          const std::size_t width = SizeOf(leaf.type);
+          const std::byte* from = sends_s_ ? leaf.output : t_ + leaf.offset;
+          std::memcpy(to + at, from + first * width, count * width);
+        });
+  }
+
+  ffi::Error Consume(std::size_t begin, std::size_t end,
+                     const std::vector<Part>& received) override {
+    leaves().ForEachRun(
+        begin, end,
+        [&](const Leaf& leaf, std::size_t first, std::size_t count,
+            std::size_t at) {
+          const std::size_t width = SizeOf(leaf.type);
+          const std::vector<Term> terms = {{received[0].bytes + at, 1.0}};
+          for (std::byte* sum : {leaf.output, t_ + leaf.offset}) {
+            sum += first * width;
+            WeightedSum(leaf.type, count, sum, 1.0, terms,
+                        /*difference=*/false, sum);
+          }
+        });
+    return ffi::Error::Success();
+  }
+
+  std::byte* const t_;
+  const bool sends_s_;
+};
+
+struct FiniteTimePlan : Plan {
+  bool is_exact = false;      // the protocol with two sums
+  std::vector<bool> sends_s;  // for each of its rounds
+};
+
+// Rounds one after the other, each an operation with a number of its own that
+// starts when the one before it has ended.
+class FiniteTime : public Operation {
+ public:
+  FiniteTime(const FiniteTimePlan& plan, Leaves leaves)
+      : Operation(plan.comm, kName, std::move(leaves),
+                  static_cast<std::uint64_t>(plan.graph)),
+        divides_(plan.is_exact) {
+    const Leaves& whole = this->leaves();
+    if (plan.is_exact) {
+      sum_ = Buffer(whole.payload_bytes);
+      std::memset(sum_.get(), 0, whole.payload_bytes);
+    }
+    for (std::size_t k = 0; k < plan.rounds.size(); ++k) {
+      const std::uint64_t variant = Mix(plan.graph, k + 1);
+      const bool late = k > 0;
+      if (plan.is_exact) {
+        rounds_.push_back(std::make_unique<Hop>(
+            plan.comm, ViewOf(whole, kOutputs), variant, plan.rounds[k],
+            sum_.get(), plan.sends_s[k], late));
+      } else {
+        rounds_.push_back(std::make_unique<Average>(
+            plan.comm, kName, ViewOf(whole, late ? kOutputs : kOperands),
+            variant, plan.rounds[k], late));
+      }
+    }
+  }
+
+ private:
+  ffi::Error Post() override {
+    if (divides_ || rounds_.empty()) {
+      for (const Leaf& leaf : leaves()) {
+        if (leaf.input == leaf.output || leaf.bytes() == 0) continue;
+        std::memcpy(leaf.output, leaf.input, leaf.bytes());
+      }
+    }
+    if (!rounds_.empty()) rounds_[0]->Start();
+    return ffi::Error::Success();
+  }
+
+  bool is_waiting() const override { return ended_ < rounds_.size(); }
+
+  ffi::Error Resume(bool* moved) override {
+    while (ended_ < rounds_.size()) {
+      Operation& round = *rounds_[ended_];
+      if (round.Advance()) *moved = true;
+      if (!round.finished()) break;
+      if (round.error().failure()) return round.error();
+      *moved = true;
+      if (++ended_ < rounds_.size()) rounds_[ended_]->Start();
+    }
+    return ffi::Error::Success();
+  }
+
+  ffi::Error Drained(bool* ended) override {
+    *ended = true;
+    for (const Leaf& leaf : leaves()) {
+      if (divides_) Divide(leaf.type, leaf.count, comm().size(), leaf.output);
+    }
+    return ffi::Error::Success();
+  }
+
+  // The round that is under way knows what it waits for.
+  ffi::Error Stalled() override {
+    if (ended_ == rounds_.size()) return ffi::Error::Success();
+    Operation& round = *rounds_[ended_];
+    if (awaited_ != ended_ + 1) {
+      awaited_ = ended_ + 1;
+      round.Await();
+    }
+    round.CheckStall(Clock::now());
+    return ffi::Error::Success();
+  }
+
+  ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
+  std::vector<int> Missing() const override { return {}; }
+  void Bury() override {}
+
+  const bool divides_;
+  Buffer sum_;
+  std::vector<std::unique_ptr<Operation>> rounds_;
+  std::size_t ended_ = 0;
+  std::size_t awaited_ = 0;  // the round that somebody waits for, from 1
+};
+
+ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
+    const ffi::Dictionary& attributes) {
+  auto plan = std::make_shared<FiniteTimePlan>();
+  ffi::Error error = ReadPlan(attributes, kName, plan.get());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  const auto exact = attributes.get<std::int64_t>("exact");
+  const auto sends_s = attributes.get<Ints>("inclusive");
+  if (!(exact && sends_s)) {
+    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
+                                     std::string(kName) + " lacks attributes"));
+  }
+  plan->is_exact = *exact != 0;
+  plan->sends_s.assign(sends_s->begin(), sends_s->end());
+  return std::shared_ptr<Plan>(std::move(plan));
+}
+
+Completion FiniteTimeImpl(ffi::Token, ffi::RemainingArgs args,
+                          ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                          ffi::Dictionary attributes) {
+  JFOG_ASSIGN_OR_RETURN(
+      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
+  const auto& plan = static_cast<const FiniteTimePlan&>(*found);
+  JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), kName));
+  found->Agree();
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
+  for (const Leaf& leaf : leaves) {
+    if (!HasWeightedSum(leaf.type)) {
+      return MakeError(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string(kName) + " has no weighted sum of " + NameOf(leaf.type));
+    }
+  }
+  if (plan.mode == kStart) leaves.Stage();
+  return Launch(std::make_shared<FiniteTime>(plan, std::move(leaves)), results,
+                plan.mode);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FiniteTimeAverage, FiniteTimeImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()  // order in
+                                  .RemainingArgs()    // leaves
+                                  .Ret<ffi::Token>()  // order out
+                                  .RemainingRets()    // leaves, or handle
+                                  .Attrs());          // see MakePlan
+
+}  // namespace jfog::mpi
