@@ -89,14 +89,16 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
 
   Payload bytes as they travel in neighbor operations, for each peer and in all.
   A collective counts under this rank itself, with the bytes that it contributes
-  and gets, for its way through the peers is the MPI library's own.
+  and gets, for its way through the peers is the MPI library's own. Agreements
+  are the comparisons with other ranks before the first use of a graph or of a
+  set of peers.
 
   Args:
     comm: the communicator; by default the one in reach, see `jfog.init`.
 
   Returns:
-    A dict with `bytes_sent`, `bytes_received`, `messages_sent` and `operations`,
-    and under `"peers"` a dict from each peer to the first three.
+    A dict with `bytes_sent`, `bytes_received`, `messages_sent`, `operations` and
+    `agreements`, and under `"peers"` a dict from each peer to the first three.
 
   Raises:
     ValueError: on a mesh, where XLA moves the data and nobody counts.
@@ -115,11 +117,12 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
       "bytes_received": 0,
       "messages_sent": 0,
       "operations": 0,
+      "agreements": 0,
       "peers": {},
     }
   # What is still running has not been counted.
   jax.effects_barrier()
-  *columns, (operations,) = mpi().counters(_context(comm))
+  *columns, (operations, agreements) = mpi().counters(_context(comm))
   names = ("bytes_sent", "bytes_received", "messages_sent")
   totals = {
     name: sum(column) for name, column in zip(names, columns, strict=True)
@@ -129,7 +132,12 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
     for peer, row in enumerate(zip(*columns, strict=True))
     if any(row)
   }
-  return {**totals, "operations": operations, "peers": peers}
+  return {
+    **totals,
+    "operations": operations,
+    "agreements": agreements,
+    "peers": peers,
+  }
 
 
 def reset_counters(*, comm: Communicator | None = None) -> None:

@@ -35,6 +35,7 @@ if not _RANKS:
 
 import jax  # noqa: E402  (after XLA_FLAGS)
 import numpy as np  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 import jfog  # noqa: E402
 import jfog.runtime  # noqa: E402
@@ -65,7 +66,12 @@ class Place:
         fun, self.size, in_axes=in_axes, local_size=self.local_size
       )
     if self.kind == "mesh":
-      return jfog.spmd(fun, in_axes=in_axes)
+      mesh, axis = None, jfog.AXIS_NAME
+      if self.local_size > 1:
+        axis = (jfog.AXIS_NAME, jfog.runtime.LOCAL_AXIS_NAME)
+        devices = np.array(jax.devices()[: self.size])
+        mesh = Mesh(devices.reshape(-1, self.local_size), axis)
+      return jfog.spmd(fun, mesh, in_axes=in_axes, axis=axis)
 
     def one(*args):
       axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
@@ -129,15 +135,29 @@ def pytest_generate_tests(metafunc):
   metafunc.parametrize("place", names, indirect=True)
 
 
+_opened_local_size = 0
+
+
+def _open_world(size: int, local_size: int) -> None:
+  """Makes a world of real machines (0), or of pretended ones of that size."""
+  global _opened_local_size
+  if local_size != _opened_local_size:
+    jfog.shutdown()
+    _opened_local_size = local_size
+  world = jfog.init(timeout=60, local_size=local_size or None)
+  assert world.size == _RANKS == size
+
+
 @pytest.fixture
 def place(request):
   """The place of this form of the test, with a world if it needs one."""
   name = request.param
   kind, _, size = name.partition("-")
   if kind == "mpi":
+    size, _, local = size.partition("x")
     if _RANKS:
-      assert jfog.init(timeout=60).size == _RANKS == int(size)
-    yield Place(name, int(size))
+      _open_world(int(size), int(local or 0))
+    yield Place(name, int(size), int(local or 1))
     return
   if kind == "single":
     jfog.shutdown()
@@ -192,7 +212,9 @@ def _mpi_size(item) -> int | None:
   if _RANKS or not hasattr(item, "callspec"):
     return None
   name = str(item.callspec.params.get("place", ""))
-  return int(name.removeprefix("mpi-")) if name.startswith("mpi-") else None
+  if not name.startswith("mpi-"):
+    return None
+  return int(name.removeprefix("mpi-").partition("x")[0])
 
 
 def pytest_collection_modifyitems(config, items):
@@ -238,11 +260,18 @@ def pytest_pyfunc_call(pyfuncitem):
   return True
 
 
+def _machines(nodeid: str) -> str:
+  """The local size of a test's MPI form."""
+  found = re.search(r"mpi-\d+x(\d+)", nodeid)
+  return found[1] if found else ""
+
+
 def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
   """Runs the tests on `size` ranks and collects their reports."""
   with tempfile.TemporaryDirectory() as folder:
     arguments = pathlib.Path(folder) / "tests"
-    arguments.write_text("\n".join(nodeids))
+    # One world of machines after the other: making one costs all compiled code.
+    arguments.write_text("\n".join(sorted(nodeids, key=_machines)))
     environment = {
       **os.environ,
       "JFOG_TEST_RANKS": str(size),

@@ -182,3 +182,72 @@ def test_use_after_shutdown(world):
   jfog.shutdown()
   with pytest.raises(jax.errors.JaxRuntimeError, match="was shut down"):
     jax.block_until_ready(jfog.allreduce(jnp.ones(2), comm=world))
+
+
+# Peers: every rank speaks for itself, and asks new peers before it sends.
+
+
+def by_rank(*arguments):
+  """The peers of this rank; those behind the last have none."""
+  return jfog.Peers(*[*arguments, *[(1.0, {}, [])] * 4][jfog.rank()])
+
+
+def pair(other):
+  return 0.5, {other: 0.5}, [other]
+
+
+def exchange(peers):
+  return jfog.neighbor_allreduce(jnp.ones(3), peers)
+
+
+def known_and_new():
+  """Pairs 0-1, and 2 alone; then rank 0 changes, and 1 does what it knows."""
+  jax.block_until_ready(exchange(by_rank(pair(1), pair(0))))
+  jax.block_until_ready(exchange(by_rank((1.0, {}, []))))
+  return exchange(by_rank((1.0, {}, []), pair(0)))
+
+
+PEERS = {
+  "sent and not expected": lambda: exchange(by_rank((1.0, {}, [1]))),
+  "expected and not sent": lambda: exchange(by_rank((0.5, {1: 0.5}, []))),
+  "gathered and not sent": lambda: jfog.neighbor_allgather(
+    jnp.ones(3), by_rank((0.5, {1: 0.5}, []))
+  ),
+  "known to one and not meant by the other": known_and_new,
+  "gossip": lambda: jfog.pair_gossip(jnp.ones(3), [1, 1, 2, 3][jfog.rank()]),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_that_do_not_match(world, name):
+  text = outcome(PEERS[name])
+  rank = jfog.rank()
+  if text is not None:
+    assert "FAILED_PRECONDITION" in text, text
+    assert "rank 0" in text and "rank 1" in text, text
+  assert text is not None or rank != (0 if "known" not in name else 1)
+  # Those who could do their part learn of it at their next operation.
+  for _ in range(100):
+    text = text or outcome(lambda: exchange(jfog.Peers(1.0, {}, [])))
+    time.sleep(0.02)
+  assert text is not None and "does not match" in text, text
+
+
+def test_peers_are_asked_once(world, place):
+  """Also where a set of peers is new to one rank and not to the other."""
+  n, rank = place.size, jfog.rank()
+  pairs = [(i, j) for j in range(n) for i in range(j)]
+  known = set()
+  for check in (False, True):
+    for i, j in [*pairs, *reversed(pairs)]:
+      other = {i: j, j: i}.get(rank)
+      peers = jfog.Peers(1.0, {}, [])
+      if other is not None:
+        peers = jfog.Peers(0.0, {other: 1.0}, [other], check=check)
+      before = jfog.diagnostics.counters()["agreements"]
+      y = jfog.neighbor_allreduce(jnp.full(3, float(rank)), peers)
+      np.testing.assert_array_equal(y, rank if other is None else other)
+      asked = jfog.diagnostics.counters()["agreements"] - before
+      assert asked == (check and other is not None and other not in known)
+      if check:
+        known.add(other)

@@ -78,7 +78,9 @@ def finite_time_average(
   if not leaves or comm.backend in ("mesh", "single"):
     results = [_on_mesh(leaf, graph, rounds, comm) for leaf in leaves]
     return Call(leaves, structure, results)
-  wide = [leaf.astype(_leaves.accumulation_dtype(leaf.dtype)) for leaf in leaves]
+  wide = [
+    leaf.astype(_leaves.accumulation_dtype(leaf.dtype)) for leaf in leaves
+  ]
   return Call(
     leaves,
     structure,

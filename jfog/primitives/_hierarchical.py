@@ -156,7 +156,7 @@ def _on_mesh(leaves, graph, index, comm) -> list[jax.Array]:
 
 def _mean_part(x, inside, comm):
   """This local rank's part of the mean over the machine."""
-  if not inside:
+  if not inside or x.size == 0:
     return x
   size = comm.local.size
   flat = x.ravel()
@@ -170,7 +170,7 @@ def _mean_part(x, inside, comm):
 
 
 def _join(part, like, inside):
-  if not inside:
+  if not inside or like.size == 0:
     return part
   (axis,) = inside
   return lax.all_gather(part, axis, tiled=True)[: like.size].reshape(like.shape)

@@ -2,6 +2,7 @@
 
 import enum
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -123,6 +124,11 @@ neighbor_allreduce_start = _calls.start_of(
 
 def _row(weights: Any, comm: Communicator) -> jax.Array:
   """This rank's row of a matrix of runtime weights."""
+  if isinstance(weights, Mapping):
+    raise TypeError(
+      "neighbor_allreduce: weights is a dict; pass a matrix weights[dst, src], "
+      "or jfog.Peers for what this rank alone decides."
+    )
   weights = jnp.asarray(weights)
   if weights.shape != (comm.size, comm.size):
     raise ValueError(

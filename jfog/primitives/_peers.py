@@ -315,7 +315,7 @@ def _sum_to_one(weights: list[Any]) -> bool:
   return bool(abs(sum(weights) - 1) <= _TOLERANCE and weights[0] != 0)
 
 
-def _as_weights(weights: list[Any], name: str) -> jax.Array:
+def _as_weights(weights: list[Any], name: str) -> Any:
   """Weights as one vector, in the widest float that JAX has."""
   for weight in weights:
     if jnp.shape(weight) != ():
@@ -325,6 +325,8 @@ def _as_weights(weights: list[Any], name: str) -> jax.Array:
     if not jnp.isrealobj(weight):
       raise TypeError(f"{name} is complex; pass real weights.")
   dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+  if all(_is_static(weight) for weight in weights):
+    return np.array(weights, dtype)
   return jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
 
 

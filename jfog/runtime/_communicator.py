@@ -170,12 +170,26 @@ class Axis(Communicator):
   @property
   def local(self) -> Communicator:
     """The axis of the local ranks; a world of one without a second axis."""
-    return Single() if self.local_name is None else Axis(self.local_name)
+    return Single() if self.local_name is None else LocalAxis(self.local_name)
 
   @property
   def machines(self) -> Communicator:
     """The axis of the machines."""
     return Axis(self.name)
+
+
+class LocalAxis(Axis):
+  """The ranks of one machine, along the second axis of an `Axis` of two."""
+
+  @property
+  def local(self) -> Communicator:
+    """Itself."""
+    return self
+
+  @property
+  def machines(self) -> Communicator:
+    """A world of one."""
+    return Single()
 
 
 def default_axis() -> Axis | None:

@@ -159,8 +159,10 @@ ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
                         bool check) {
   if (comm->size() == 1) return ffi::Error::Success();
   Engine::Get().Watch(comm);
-  const bool is_new = comm->RecordPattern(operation.sequence(), pattern);
-  if (!is_new || !check) return ffi::Error::Success();
+  const bool asks = comm->RecordPattern(operation.sequence(), pattern, check);
+  const bool is_alone = pattern.sources.empty() && pattern.destinations.empty();
+  if (!asks || is_alone) return ffi::Error::Success();
+  comm->CountAgreement();
   PeerAgreement agreement(comm, operation, std::move(pattern));
   agreement.Start();
   agreement.Await();
@@ -185,6 +187,7 @@ void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,
   if (comm->size() == 1) return;
   const std::optional<std::uint64_t> number = comm->IfNew(graph);
   if (!number) return;
+  comm->CountAgreement();
   auto agreement = std::make_shared<GraphAgreement>(comm, *number, graph);
   agreement->Start();
   Engine::Get().Submit(std::move(agreement), nullptr);

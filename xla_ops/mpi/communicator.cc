@@ -155,10 +155,11 @@ void Communicator::AnnounceFailure(const Header& header, int rank) {
 
 void Communicator::ReadNotes() {
   std::string failure;
-  const auto title = [](const Header& header) {
+  const auto title = [this](const Header& header) {
     return std::string(header.operation,
                        strnlen(header.operation, sizeof(header.operation))) +
-           " #" + std::to_string(header.sequence);
+           " #" + std::to_string(header.sequence) + " on rank " +
+           std::to_string(rank_);
   };
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -187,8 +188,8 @@ void Communicator::ReadNotes() {
           queries_.emplace_back(source, note);
           break;
         case Note::kFailed:
-          failure = title(note.header) + " has failed: on rank " +
-                    std::to_string(source) + " it does not match rank " +
+          failure = title(note.header) + " has failed: rank " +
+                    std::to_string(source) + " does not match rank " +
                     std::to_string(note.rank);
           break;
         default:
@@ -204,10 +205,10 @@ void Communicator::ReadNotes() {
       }
       SendNote(source, *answer);
       if (answer->kind != Note::kYes) {
-        failure = title(note.header) + " on rank " + std::to_string(source) +
-                  " does not match rank " + std::to_string(rank_) + ": ";
+        failure = title(note.header) + " does not match rank " +
+                  std::to_string(source) + ": ";
         failure += answer->kind == Note::kNoPeers
-                       ? "that is in another operation"
+                       ? "this rank is in another operation"
                        : Disagreement(source, note.sends, note.receives, rank_,
                                       answer->sends, answer->receives);
       }
@@ -238,19 +239,18 @@ std::optional<Note> Communicator::Answer(int rank, const Note& query) {
   return answer;
 }
 
-bool Communicator::RecordPattern(std::uint64_t sequence, Pattern pattern) {
+bool Communicator::RecordPattern(std::uint64_t sequence, const Pattern& pattern,
+                                 bool check) {
   std::lock_guard<std::mutex> lock(mutex_);
-  auto key = std::make_pair(std::move(pattern.sources),
-                            std::move(pattern.destinations));
-  auto found = patterns_.find(key);
-  const bool is_new = found == patterns_.end();
-  if (is_new) {
-    auto kept = std::make_shared<Pattern>(Pattern{key.first, key.second});
-    found = patterns_.emplace(std::move(key), std::move(kept)).first;
+  Known& known = patterns_[{pattern.sources, pattern.destinations}];
+  if (known.pattern == nullptr) {
+    known.pattern = std::make_shared<Pattern>(pattern);
   }
   if (past_.empty()) past_.resize(kPast);
-  past_[sequence % kPast] = {sequence, found->second};
-  return is_new;
+  past_[sequence % kPast] = {sequence, known.pattern};
+  const bool asks = check && !known.asked;
+  if (asks) known.asked = true;
+  return asks;
 }
 
 void Communicator::Ask(int rank, const Header& header, const Pattern& pattern) {
@@ -299,7 +299,7 @@ Counters Communicator::counters() const {
     return std::vector<std::int64_t>(counts.begin(), counts.end());
   };
   return {values(bytes_sent_), values(bytes_received_), values(messages_sent_),
-          operations_.load(kRelaxed)};
+          operations_.load(kRelaxed), agreements_.load(kRelaxed)};
 }
 
 void Communicator::ResetCounters() {
@@ -307,6 +307,7 @@ void Communicator::ResetCounters() {
     for (auto& count : *counts) count.store(0, kRelaxed);
   }
   operations_.store(0, kRelaxed);
+  agreements_.store(0, kRelaxed);
 }
 
 std::int64_t Register(std::shared_ptr<Communicator> comm) {

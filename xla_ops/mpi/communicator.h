@@ -70,6 +70,7 @@ struct Note {
 struct Counters {
   std::vector<std::int64_t> bytes_sent, bytes_received, messages_sent;
   std::int64_t operations = 0;
+  std::int64_t agreements = 0;
 };
 
 // A duplicate of an MPI communicator with what jfog knows about it. After its
@@ -126,9 +127,11 @@ class Communicator {
   // Reads what has arrived, and answers; cheap, never waits.
   void ReadNotes();
 
-  // Notes whom an operation names, so that others can ask. Returns whether this
-  // is the first time for that pattern here.
-  bool RecordPattern(std::uint64_t sequence, Pattern pattern);
+  // Notes whom an operation names, so that others can ask. Returns whether to
+  // ask them, which is where `check` comes with that pattern for the first
+  // time.
+  bool RecordPattern(std::uint64_t sequence, const Pattern& pattern,
+                     bool check);
   // Asks a rank whether its pattern in an operation matches.
   void Ask(int rank, const Header& header, const Pattern& pattern);
   // Its answer, once.
@@ -141,6 +144,7 @@ class Communicator {
   void CountSent(int peer, std::size_t bytes);
   void CountReceived(int peer, std::size_t bytes);
   void CountOperation() { operations_.fetch_add(1, kRelaxed); }
+  void CountAgreement() { agreements_.fetch_add(1, kRelaxed); }
   Counters counters() const;
   void ResetCounters();
 
@@ -154,6 +158,10 @@ class Communicator {
     std::shared_ptr<const Pattern> pattern;
   };
   static constexpr std::size_t kPast = 4096;
+  struct Known {
+    std::shared_ptr<const Pattern> pattern;
+    bool asked = false;
+  };
 
   void SendNote(int peer, const Note& note);
   // An answer to a query, unless it is too early for one.
@@ -175,15 +183,14 @@ class Communicator {
   std::atomic<bool> closed_{false};
   Counts bytes_sent_, bytes_received_, messages_sent_;
   std::atomic<std::int64_t> operations_{0};
+  std::atomic<std::int64_t> agreements_{0};
 
   std::mutex mutex_;  // guards all below
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
   std::vector<std::optional<Header>> notes_;
   std::vector<bool> left_;
   std::set<std::uint64_t> graphs_;
-  std::map<std::pair<std::vector<int>, std::vector<int>>,
-           std::shared_ptr<const Pattern>>
-      patterns_;
+  std::map<std::pair<std::vector<int>, std::vector<int>>, Known> patterns_;
   std::vector<Past> past_;  // by sequence, modulo its length
   std::vector<std::pair<int, Note>> queries_;
   std::map<std::pair<int, std::uint64_t>, Note> answers_;

@@ -208,7 +208,7 @@ std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
   return {counters.bytes_sent,
           counters.bytes_received,
           counters.messages_sent,
-          {counters.operations}};
+          {counters.operations, counters.agreements}};
 }
 
 void ResetCounters(std::int64_t context) { Get(context)->ResetCounters(); }
