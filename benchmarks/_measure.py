@@ -48,15 +48,27 @@ def arguments(description, ranks):
 # The driver: starts jobs and reads what their rank 0 has measured.
 
 
-def mpi_job(script, ranks, job, environment=None):
-  """Runs `script` on MPI ranks with `--job`; returns rank 0's JSON."""
+def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
+  """Runs `script` on MPI ranks with `--job`; returns rank 0's JSON.
+
+  With `link`, the ranks are on so many pretended machines, each of which sends
+  and receives at most `link` megabytes a second; see slow_link.sh.
+  """
   from jfog import launch
 
+  hosts = [f"machine{i}:{ranks // machines}" for i in range(machines)]
+
   def command(arguments):
-    return [launch.command_line(["-np", str(ranks), *arguments])]
+    words = ["-np", str(ranks)]
+    if link is None:
+      return [launch.command_line([*words, *arguments])]
+    words += ["--host", ",".join(hosts)]
+    wrapper = ["sh", str(FOLDER / "slow_link.sh"), f"{link:g}"]
+    return [[*wrapper, *launch.command_line([*words, *arguments])]]
 
   environment = {**(environment or {})}
-  if "--yield" in sys.argv:  # Open MPI does it by itself with too few cores
+  # Open MPI does it by itself where it knows that there are too few cores.
+  if "--yield" in sys.argv or link is not None:
     environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
   return _run(script, job, command, environment)
 
