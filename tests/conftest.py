@@ -44,6 +44,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import jfog  # noqa: E402
+import jfog.launch  # noqa: E402
 import jfog.runtime  # noqa: E402
 
 PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
@@ -264,7 +265,7 @@ def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
     }
     environment.pop("XLA_FLAGS", None)
     command = [
-      *(sys.executable, "-m", "jfog.cli", "run", "-np", str(size)),
+      *jfog.launch.command_line(["-np", str(size)]),
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
       *(["--soak"] if soak else []),
       f"@{arguments}",
