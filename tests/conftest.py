@@ -25,19 +25,27 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != _ROOT]
 
 _RANKS = int(os.environ.get("JFOG_TEST_RANKS", "0"))  # inside of a job
 _RESULTS = os.environ.get("JFOG_TEST_RESULTS", "")
+_PROGRAMS = os.environ.get("JFOG_TEST_PROGRAMS", "")  # where they lie compiled
 _RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", ""))
 _DEVICES = 4
+# LLVM's optimisations are not what is tested, and take long.
+_XLA_FLAGS = [
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+]
 if not _RANKS:
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + f" --xla_force_host_platform_device_count={_DEVICES}"
-  )
+  _XLA_FLAGS += [f"--xla_force_host_platform_device_count={_DEVICES}"]
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]
+)
 
-import jax  # noqa: E402  (after XLA_FLAGS)
+import compilation  # noqa: E402  (after XLA_FLAGS)
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 import jfog  # noqa: E402
+import jfog.launch  # noqa: E402
 import jfog.runtime  # noqa: E402
 
 PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
@@ -98,7 +106,13 @@ class Place:
 
 
 def pytest_configure(config):
-  """Declares the markers."""
+  """Declares the markers, and shares compiled programs with the jobs."""
+  global _PROGRAMS
+  if not _RANKS:
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    _PROGRAMS = folder.name
+  compilation.share(_PROGRAMS)
   config.addinivalue_line(
     "markers", "places(*names): run in these places or kinds of places only"
   )
@@ -276,10 +290,11 @@ def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
       **os.environ,
       "JFOG_TEST_RANKS": str(size),
       "JFOG_TEST_RESULTS": folder,
+      "JFOG_TEST_PROGRAMS": _PROGRAMS,
     }
     environment.pop("XLA_FLAGS", None)
     command = [
-      *(sys.executable, "-m", "jfog.cli", "run", "-np", str(size)),
+      *jfog.launch.command_line(["-np", str(size)]),
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
       *(["--soak"] if soak else []),
       f"@{arguments}",

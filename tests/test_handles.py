@@ -203,7 +203,7 @@ def test_the_leaves_may_be_donated_at_once(place):
   np.testing.assert_allclose(jfog.wait(handle), truth, rtol=1e-6)
 
 
-@pytest.mark.places("mpi-2", "mpi-3")
+@pytest.mark.places("mpi-3")
 def test_the_exchange_goes_on_while_nobody_waits(place):
   """A rank asleep in Python still serves its neighbors."""
   n, rank = place.size, jfog.rank()

@@ -12,6 +12,8 @@ from jfog import topology
 
 pytestmark = pytest.mark.places("mpi-2", "mpi-3", "mpi-4")
 TIMEOUT = 3.0
+# What waits for seconds, and waits in the same way for any number of ranks.
+asleep = pytest.mark.places("mpi-3")
 
 
 @pytest.fixture
@@ -135,6 +137,7 @@ def test_both_sides_are_named(world):
     assert "other dtypes or shapes" in error
 
 
+@asleep
 def test_a_rank_that_does_not_come(world):
   start = time.monotonic()
   if world.rank == 1:
@@ -153,6 +156,7 @@ def test_a_rank_that_does_not_come(world):
   time.sleep(2)
 
 
+@asleep
 def test_a_rank_that_does_not_come_to_a_collective(world):
   if world.rank == 1:
     time.sleep(TIMEOUT + 2)
@@ -165,6 +169,7 @@ def test_a_rank_that_does_not_come_to_a_collective(world):
   time.sleep(2)
 
 
+@asleep
 def test_a_new_world_works_after_a_failure(world):
   if world.rank != 0:
     time.sleep(TIMEOUT + 1)

@@ -1,0 +1,50 @@
+"""Compiled programs that all processes of a test session share.
+
+Compiling takes most of the tests' time, though most programs are the same on all
+ranks, and small operations outside of `jit` the same in all jobs. JAX's own cache
+writes files that another process may read half written, and lets ranks that come
+to a program together all compile it; here they wait for the first.
+"""
+
+import os
+import pathlib
+import time
+
+import jax
+from jax._src import compilation_cache, lru_cache
+
+_PATIENCE = 10.0  # seconds; then a process compiles for itself
+
+
+class _Shared(lru_cache.LRUCache):
+  """JAX's cache with whole files, and one process to compile each program."""
+
+  def _file(self, key, suffix=""):
+    return pathlib.Path(str(self.path), key + suffix)
+
+  def get(self, key):
+    """The program, or None for the one process that is to compile it."""
+    end = time.monotonic() + _PATIENCE
+    while not self._file(key).exists():
+      try:
+        self._file(key, ".begun").touch(exist_ok=False)
+        return None
+      except FileExistsError:
+        if time.monotonic() > end:
+          return None
+      time.sleep(0.002)
+    return self._file(key).read_bytes()
+
+  def put(self, key, value):
+    """Keeps the program for the others."""
+    part = self._file(key, f".{os.getpid()}")
+    part.write_bytes(value)
+    part.replace(self._file(key))
+
+
+def share(folder):
+  """Makes this process keep compiled programs in a folder, and find them there."""
+  compilation_cache.LRUCache = _Shared
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
