@@ -31,23 +31,22 @@ def graphs(size):
   ]
 
 
-@pytest.mark.two_axes
-@pytest.mark.mpi(1, 2, 3, 4, 5)
+@pytest.mark.mpi(1, 2, 3, 4)
 def test_value(place, rng):
   """Whole and started; any shapes, and dtypes that hold fractions."""
   n = place.size
   tree = {
-    "odd": rng.randn(n, 7, 3).astype(np.float32),
     "scalar": rng.randn(n).astype(np.float32),
-    "empty": np.zeros((n, 0, 2), np.float32),
-    "long": rng.randn(n, 40_001).astype(np.float32),
-    "half": rng.randn(n, 5).astype(np.float16),
+    "long": rng.randn(n, 3, 20_001).astype(np.float32),
     "bfloat": rng.randn(n, 5).astype(jnp.bfloat16),
     "complex": (rng.randn(n, 3) + 1j * rng.randn(n, 3)).astype(np.complex64),
   }
+  if place.kind == "mpi":
+    tree["empty"] = np.zeros((n, 0, 2), np.float16)
 
   def program(tree):
-    handles = [jfog.finite_time_average_start(tree, g) for g in graphs(n)]
+    started = graphs(n)[:3] if place.kind == "mpi" else graphs(n)[:1]
+    handles = [jfog.finite_time_average_start(tree, g) for g in started]
     whole = [average(tree, g) for g in graphs(n)]
     return whole, [jfog.wait(handle) for handle in handles]
 
@@ -57,7 +56,7 @@ def test_value(place, rng):
       wide = leaf.astype(np.complex128 if name == "complex" else np.float64)
       truth = place.mine(np.broadcast_to(wide.mean(axis=0), leaf.shape))
       assert y[name].dtype == leaf.dtype
-      tolerance = {"half": 2e-3, "bfloat": 2e-2}.get(name, 2e-6)
+      tolerance = 2e-2 if name == "bfloat" else 2e-6
       np.testing.assert_allclose(
         np.asarray(y[name]).astype(wide.dtype), truth, rtol=0, atol=tolerance
       )
@@ -85,7 +84,7 @@ def test_derivatives_vmap_and_float64(place, rng, x64):
 
 def test_every_size_in_simulation():
   """All matrices at once: the rows of the identity become their mean."""
-  for size in (*range(1, 17), 24, 33, 47, 64):
+  for size in (*range(1, 17), 33, 64):
     program = jax.jit(
       jfog.simulate(
         lambda x, size=size: [
@@ -101,7 +100,7 @@ def test_every_size_in_simulation():
 
 
 @pytest.mark.places("mpi-16")
-def test_every_size_between_processes(place, rng):
+def test_every_size_between_processes(place, rng, soak):
   """16 ranks in all their splits into n and 16 - n, which run side by side."""
   native = jfog.runtime.mpi()
   world = jfog.init()
@@ -116,7 +115,7 @@ def test_every_size_between_processes(place, rng):
     program = jax.jit(
       lambda x, comm=comm: [
         average(x, g, comm=comm)
-        for g in (ceca(comm.size), base_k(comm.size, 1))
+        for g in (graphs(comm.size) if soak else graphs(comm.size)[:3:2])
       ]
     )
     members = x[:n] if first else x[n:]

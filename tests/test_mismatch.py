@@ -223,6 +223,7 @@ PEERS = {
 }
 
 
+@pytest.mark.places("mpi-2", "mpi-3")
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_that_do_not_match(world, name):
   text = outcome(PEERS[name])
@@ -239,6 +240,7 @@ def test_peers_that_do_not_match(world, name):
   assert text is not None and "does not match" in text, text
 
 
+@pytest.mark.places("mpi-3", "mpi-4")
 def test_peers_are_asked_once(world, place):
   """Also where a set of peers is new to one rank and not to the other."""
   n, rank = place.size, jfog.rank()

@@ -45,19 +45,16 @@ def lengths(size, unit):
 
 
 @pytest.mark.two_axes
-@pytest.mark.mpi(2, 3, 5)
+@pytest.mark.mpi(2, 3, 4)
 def test_value(place, rng):
   n = place.size
-  graphs = [ring(n), ring(n, "left"), exponential(n)]
+  graphs = [ring(n, "left"), exponential(n)]
   tree = {
     "matrix": rng.randn(n, 3, 2).astype(np.float32),
     "scalar": np.arange(n),
     "bool": rng.rand(n, 4) < 0.5,
-    "half": rng.randn(n, 5).astype(jnp.bfloat16),
+    "half": rng.randn(n, 40_001).astype(jnp.bfloat16),
     "empty": np.zeros((n, 0, 3), np.int8),
-    "none": np.zeros((n, 2, 0), np.int8),
-    "long": rng.randn(n, 40_001).astype(np.float32),
-    "complex": (rng.randn(n, 3) * 1j).astype(np.complex64),
   }
   fun = jax.jit(lambda tree: [gather(tree, graph) for graph in graphs])
   for graph, y in zip(graphs, place.run(fun, tree), strict=True):
@@ -67,7 +64,7 @@ def test_value(place, rng):
       assert y[name].dtype == jnp.asarray(leaf).dtype
 
 
-@pytest.mark.mpi(3, 4)
+@pytest.mark.mpi(3)
 def test_traced_step_of_a_schedule(place, rng):
   """Traced once; and at known steps, eagerly."""
   n = place.size
@@ -92,7 +89,7 @@ def test_irregular_graphs_between_processes(place, rng):
 
 
 @pytest.mark.two_axes
-@pytest.mark.mpi(3, 4)
+@pytest.mark.mpi(3)
 def test_padding(place, rng):
   """To the longest of any rank and round, with zeros behind."""
   n = place.size
@@ -141,7 +138,7 @@ def test_rounds_of_different_lengths_need_a_known_step(place):
     jax.eval_shape(lambda x, step: gather(x, graph, step), x, np.int32(0))
 
 
-@pytest.mark.places("mpi-2", "mpi-3", "mpi-5")
+@pytest.mark.places("mpi-2", "mpi-4")
 def test_differing_lengths(place, rng):
   """Short, and in chunks: of each edge as many as it needs."""
   n, rank = place.size, jfog.rank()
@@ -162,7 +159,7 @@ def test_differing_lengths(place, rng):
         np.testing.assert_array_equal(z, gathered(graph, other)[rank])
 
 
-@pytest.mark.places("mpi-2", "mpi-3", "mpi-5")
+@pytest.mark.places("mpi-4")
 def test_derivative_with_differing_lengths(place, rng):
   n, rank = place.size, jfog.rank()
   for unit in (1, 12_001):
