@@ -44,7 +44,7 @@ class _Shared(lru_cache.LRUCache):
 
 def share(folder):
   """Makes this process keep compiled programs in a folder, and find them there."""
-  compilation_cache.LRUCache = _Shared
+  compilation_cache.LRUCache = _Shared  # type: ignore[reportPrivateImportUsage]
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
