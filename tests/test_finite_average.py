@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jfog
+import jfog.runtime
 from jfog.topology import (
   base_k,
   ceca,
@@ -104,6 +105,7 @@ def test_every_size_between_processes(place, rng, soak):
   """16 ranks in all their splits into n and 16 - n, which run side by side."""
   native = jfog.runtime.mpi()
   world = jfog.init()
+  assert isinstance(world, jfog.runtime.MpiCommunicator)
   x = rng.randn(place.size, 3).astype(np.float32)
   for n in range(8, 17):
     first = world.rank < n

@@ -334,6 +334,7 @@ def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
 
 @functools.lru_cache(maxsize=1024)
 def turned(graph):
+  """The graph with every edge turned around."""
   return graph.transpose()
 
 

@@ -8,8 +8,10 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 #include <vector>
 
+#include "common/weighted_sum.h"
 #include "mpi/engine.h"
 
 namespace jfog::mpi {
@@ -201,6 +203,17 @@ ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
 ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
                               ffi::RemainingRets results, std::int64_t mode) {
   return ReadLeaves(args, first, mode == kWhole ? &results : nullptr);
+}
+
+ffi::Error CheckWeighable(const Leaves& leaves, const char* name) {
+  for (const Leaf& leaf : leaves) {
+    if (!HasWeightedSum(leaf.type)) {
+      return MakeError(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string(name) + " has no weighted sum of " + NameOf(leaf.type));
+    }
+  }
+  return ffi::Error::Success();
 }
 
 Completion Launch(std::shared_ptr<Operation> operation,

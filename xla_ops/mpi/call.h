@@ -32,6 +32,9 @@ ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
 ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
                               ffi::RemainingRets results, std::int64_t mode);
 
+// An error, if the values of some leaf cannot be weighted and summed.
+ffi::Error CheckWeighable(const Leaves& leaves, const char* name);
+
 // Starts the operation and, in a whole call, completes it: at once if its
 // messages come at once, or else by the engine.
 Completion Launch(std::shared_ptr<Operation> operation,

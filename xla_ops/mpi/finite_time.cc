@@ -194,13 +194,7 @@ Completion FiniteTimeImpl(ffi::Token, ffi::RemainingArgs args,
   JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), kName));
   found->Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
-  for (const Leaf& leaf : leaves) {
-    if (!HasWeightedSum(leaf.type)) {
-      return MakeError(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string(kName) + " has no weighted sum of " + NameOf(leaf.type));
-    }
-  }
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
   if (plan.mode == kStart) leaves.Stage();
   return Launch(std::make_shared<FiniteTime>(plan, std::move(leaves)), results,
                 plan.mode);

@@ -231,12 +231,8 @@ Completion Call(const char* name, bool transposed,
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     const std::size_t gathered = plan.total[i] * plan.width[i];
     leaves[i].output_count = transposed ? plan.Count(i, me) : gathered;
-    if (transposed && !HasWeightedSum(leaves[i].type)) {
-      return MakeError(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string(name) + " has no sum of " + NameOf(leaves[i].type));
-    }
   }
+  if (transposed) JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
   if (plan.mode == kStart) leaves.Stage(/*apart=*/true);
   std::vector<Leaves> parts = PartsOf(leaves, plan, round->sources);
   const std::uint64_t variant = Mix(plan.graph, plan.first + at);

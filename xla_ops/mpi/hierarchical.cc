@@ -110,7 +110,7 @@ class Hierarchical : public Operation {
   // operation, or the claim of the lane of results.
   static constexpr std::size_t kOpening = kEnvelope;
 
-  // --- The cut of the payload.
+  // The cut of the payload.
 
   void CutPayload() {
     const Leaves& whole = leaves();
@@ -158,7 +158,7 @@ class Hierarchical : public Operation {
     return End(segment, part) - Begin(segment, part);
   }
 
-  // --- Memory and requests.
+  // Memory and requests.
 
   void AllocateWindows() {
     const std::size_t stride = RoundUp(std::max<std::size_t>(longest_, 1));
@@ -229,7 +229,7 @@ class Hierarchical : public Operation {
     return ffi::Error::Success();
   }
 
-  // --- The start: a header to everybody.
+  // The start: a header to everybody.
 
   ffi::Error Post() override {
     for (const Peer& peer : peers_) {
@@ -346,7 +346,7 @@ class Hierarchical : public Operation {
     return ffi::Error::Success();
   }
 
-  // --- The messages of a segment.
+  // The messages of a segment.
 
   ffi::Error SendInputs(std::size_t segment) {
     if (is_short_ || inputs_lane_) return ffi::Error::Success();
@@ -388,7 +388,7 @@ class Hierarchical : public Operation {
     return ffi::Error::Success();
   }
 
-  // --- What moves without a message of its own.
+  // What moves without a message of its own.
 
   bool is_waiting() const override {
     if (gathered_ < segments_) return true;
@@ -599,7 +599,7 @@ class Hierarchical : public Operation {
                         });
   }
 
-  // --- The end.
+  // The end.
 
   void Ended() override {
     if (error().failure()) return;
@@ -718,13 +718,7 @@ Completion HierarchicalImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
   JFOG_ASSIGN_OR_RETURN(round, plan.At(at));
   found->Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
-  for (const Leaf& leaf : leaves) {
-    if (!HasWeightedSum(leaf.type)) {
-      return MakeError(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string(kName) + " has no weighted sum of " + NameOf(leaf.type));
-    }
-  }
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
   if (plan.mode == kStart) leaves.Stage();
   return Launch(
       std::make_shared<Hierarchical>(plan.comm, std::move(leaves),

@@ -38,17 +38,6 @@ ffi::Error CheckWeights(const ffi::AnyBuffer& weights, std::size_t count) {
   return MakeError(ffi::ErrorCode::kInternal, "malformed operand of weights");
 }
 
-ffi::Error CheckTypes(const Leaves& leaves, const char* name) {
-  for (const Leaf& leaf : leaves) {
-    if (!HasWeightedSum(leaf.type)) {
-      return MakeError(
-          ffi::ErrorCode::kInvalidArgument,
-          std::string(name) + " has no weighted sum of " + NameOf(leaf.type));
-    }
-  }
-  return ffi::Error::Success();
-}
-
 constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
 
 struct NeighborPlan : Plan {
@@ -112,7 +101,7 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
   if (average == nullptr || !average->Renew(args, results)) {
     JFOG_ASSIGN_OR_RETURN(leaves,
                           ReadCall(args, has_row ? 1 : 0, results, plan->mode));
-    JFOG_RETURN_IF_ERROR(CheckTypes(leaves, kNeighborAllreduce));
+    JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kNeighborAllreduce));
     Round round = *planned;
     if (has_row) {
       auto row = args.get<ffi::AnyBuffer>(0);
@@ -148,7 +137,7 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
   const char* const name = pair ? "pair_gossip" : "neighbor_allreduce";
   JFOG_ASSIGN_OR_RETURN(comm, Ready(context, name));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
-  JFOG_RETURN_IF_ERROR(CheckTypes(leaves, name));
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
   const std::size_t count = ids.element_count();
   JFOG_RETURN_IF_ERROR(CheckWeights(weights, 1 + count));
   Round round;
