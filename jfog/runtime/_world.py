@@ -39,7 +39,7 @@ class MpiCommunicator(Communicator):
   rank: int
   # For every rank, the index of its machine; empty where all are on one.
   machine_of: tuple[int, ...] = dataclasses.field(default=(), repr=False)
-  # Null where they are this communicator, or one of a single rank.
+  # None where they are this communicator, or one of a single rank.
   local_part: Communicator | None = dataclasses.field(default=None, repr=False)
   machines_part: Communicator | None = dataclasses.field(
     default=None, repr=False
@@ -53,9 +53,9 @@ class MpiCommunicator(Communicator):
   @property
   def local(self) -> Communicator:
     """The ranks of this machine."""
-    if self.machine_size == 1:
-      return self
-    return self.local_part or Single()
+    if self.local_part is not None:
+      return self.local_part
+    return self if self.machine_size == 1 else Single()
 
   @property
   def machines(self) -> Communicator:
@@ -399,14 +399,15 @@ def _with_parts(
       made, native.size(made), native.rank(made), machine_of
     )
 
-  # A communicator of one rank needs no MPI, and one of all ranks is the world.
-  local = across = None
-  if 1 < machines < size:
-    local = part(mine, rank)
-    if local.size == 1:  # beside larger machines
-      local = Single()
-    if len({machine_of.count(m) for m in machine_of}) == 1:
-      across = part(members.index(rank), mine, tuple(range(machines)))
+  # A communicator of one rank needs no MPI. All others are apart from the world,
+  # also where they have the same ranks: operations of two are in no order.
+  local = part(mine, rank)
+  across = None
+  if machines > 1 and len({machine_of.count(m) for m in machine_of}) == 1:
+    across = part(members.index(rank), mine, tuple(range(machines)))
+  if local.size == 1:
+    native.close(local.context)
+    local = Single()
   if machines == 1:
     machine_of = ()
   return MpiCommunicator(context, size, rank, tuple(machine_of), local, across)
