@@ -88,6 +88,20 @@ MISMATCHES = {
   "only the receiver": lambda odd: jfog.neighbor_allreduce(
     jnp.ones(3), jfog.Peers(1.0, {0: 1.0} if odd else {}, [])
   ),
+  "machines": lambda odd: jfog.hierarchical_neighbor_allreduce(
+    jnp.ones(3 if odd else 300_000), topology.ring(1)
+  ),
+  "gather": lambda odd: jfog.neighbor_allgather(
+    jnp.ones(3, jnp.int32 if odd else jnp.float32),
+    topology.ring(jfog.size()),
+  ),
+  "lengths": lambda odd: jfog.neighbor_allgather(
+    jnp.ones(3 if odd else 300_000), topology.ring(jfog.size())
+  ),
+  "rounds": lambda odd: jfog.finite_time_average(
+    jnp.ones(3),
+    (topology.ceca if odd else topology.fully_connected)(jfog.size()),
+  ),
   "handle": lambda odd: jfog.wait(
     jfog.neighbor_allreduce_start(
       jnp.ones(3 if odd else 300_000), topology.ring(jfog.size())
