@@ -9,15 +9,17 @@ to a program together all compile it; here they wait for the first.
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
-from jax._src import compilation_cache, lru_cache
 
 _PATIENCE = 10.0  # seconds; then a process compiles for itself
 
 
-class _Shared(lru_cache.LRUCache):
-  """JAX's cache with whole files, and one process to compile each program."""
+class _Whole:
+  """For JAX's cache: whole files, and one process to compile each program."""
+
+  path: Any
 
   def _file(self, key, suffix=""):
     return pathlib.Path(str(self.path), key + suffix)
@@ -44,7 +46,12 @@ class _Shared(lru_cache.LRUCache):
 
 def share(folder):
   """Makes this process keep compiled programs in a folder, and find them there."""
-  compilation_cache.LRUCache = _Shared  # type: ignore[reportPrivateImportUsage]
+  try:
+    from jax._src import compilation_cache, lru_cache
+  except ImportError:  # another JAX: every process compiles for itself
+    return
+  shared = type("Shared", (_Whole, lru_cache.LRUCache), {})
+  compilation_cache.LRUCache = shared  # type: ignore[reportPrivateImportUsage]
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -36,9 +36,10 @@ class Peers:
 
   The first time that a rank uses peers it has not used before, it asks each of
   them whether they name it in the same places, and sends nothing else before all
-  have answered, which they do when they come to the operation. What differs is
-  an error on all ranks that names both sides. Peers that this rank has used
-  before are not asked again, unless nothing comes from them for long.
+  have answered, which they do when they come to the operation. Where two ranks
+  differ, both get an error that names them, and the other ranks get one at the
+  latest in their next operation. Peers that this rank has used before are not
+  asked again, unless nothing comes from them for long.
 
   Args:
     self_weight: the weight of this rank's own value.
