@@ -5,6 +5,7 @@ from jfog import optimizers as optimizers
 from jfog import topology as topology
 from jfog.primitives import Handle as Handle
 from jfog.primitives import Peers as Peers
+from jfog.primitives import Window as Window
 from jfog.primitives import allgather as allgather
 from jfog.primitives import allgather_start as allgather_start
 from jfog.primitives import allreduce as allreduce
@@ -30,6 +31,19 @@ from jfog.primitives import pair_gossip as pair_gossip
 from jfog.primitives import pair_gossip_start as pair_gossip_start
 from jfog.primitives import poll as poll
 from jfog.primitives import wait as wait
+from jfog.primitives import win_accumulate as win_accumulate
+from jfog.primitives import win_accumulate_start as win_accumulate_start
+from jfog.primitives import win_associated_p as win_associated_p
+from jfog.primitives import win_create as win_create
+from jfog.primitives import win_free as win_free
+from jfog.primitives import win_get as win_get
+from jfog.primitives import win_get_start as win_get_start
+from jfog.primitives import win_mutex as win_mutex
+from jfog.primitives import win_put as win_put
+from jfog.primitives import win_put_start as win_put_start
+from jfog.primitives import win_update as win_update
+from jfog.primitives import win_update_then_collect as win_update_then_collect
+from jfog.primitives import win_version as win_version
 from jfog.runtime import AXIS_NAME as AXIS_NAME
 from jfog.runtime import Axis as Axis
 from jfog.runtime import Communicator as Communicator

@@ -35,3 +35,21 @@ from jfog.primitives._neighbor import (
 from jfog.primitives._peers import Peers as Peers
 from jfog.primitives._peers import pair_gossip as pair_gossip
 from jfog.primitives._peers import pair_gossip_start as pair_gossip_start
+from jfog.primitives._windows import Window as Window
+from jfog.primitives._windows import win_accumulate as win_accumulate
+from jfog.primitives._windows import (
+  win_accumulate_start as win_accumulate_start,
+)
+from jfog.primitives._windows import win_associated_p as win_associated_p
+from jfog.primitives._windows import win_create as win_create
+from jfog.primitives._windows import win_free as win_free
+from jfog.primitives._windows import win_get as win_get
+from jfog.primitives._windows import win_get_start as win_get_start
+from jfog.primitives._windows import win_mutex as win_mutex
+from jfog.primitives._windows import win_put as win_put
+from jfog.primitives._windows import win_put_start as win_put_start
+from jfog.primitives._windows import win_update as win_update
+from jfog.primitives._windows import (
+  win_update_then_collect as win_update_then_collect,
+)
+from jfog.primitives._windows import win_version as win_version

@@ -32,7 +32,7 @@ def define(
   attributes: Callable[..., dict[str, Any]],
   tangents: Callable[..., list[Any]] | None = None,
   transpose: Callable[..., Sequence[jax.Array]] | None = None,
-  batch_axis: int = 0,
+  batch_axis: int | None = 0,
   in_place: bool = False,
 ) -> Primitive:
   """Makes and registers the primitives of one operation between processes.
@@ -58,7 +58,8 @@ def define(
     transpose: `(cotangents, *fixed operands, **params)` to the cotangents of
       the leaves, all of them; None for an operation without a transpose.
     batch_axis: where a batch lies in a leaf and in a result, 0 or -1: an axis
-      the operation treats like all elements.
+      the operation treats like all elements; None for an operation that takes
+      no batches.
     in_place: whether a result may share the buffer of its leaf.
 
   Returns:
@@ -66,7 +67,7 @@ def define(
   """
   whole = Primitive(name)
   start = Primitive(f"{name}_start")
-  _start_of[whole] = start, batch_axis
+  _start_of[whole] = start, batch_axis or 0
 
   def start_abstract_eval(*operands, **params):
     number = jax.core.ShapedArray((), jnp.uint32)
@@ -90,12 +91,18 @@ def define(
     ad.primitive_transposes[whole] = functools.partial(
       _transpose_leaves, transpose
     )
-  batching.primitive_batchers[whole] = functools.partial(
-    _batch, whole, batch_axis
-  )
-  batching.primitive_batchers[start] = functools.partial(
-    _start_batch, start, batch_axis
-  )
+  if batch_axis is None:
+    for primitive in (whole, start):
+      batching.primitive_batchers[primitive] = functools.partial(
+        _no_batch, primitive
+      )
+  else:
+    batching.primitive_batchers[whole] = functools.partial(
+      _batch, whole, batch_axis
+    )
+    batching.primitive_batchers[start] = functools.partial(
+      _start_batch, start, batch_axis
+    )
 
   def handler_attributes(mode, *operands, fixed, **params):
     leaves = operands[fixed:]
@@ -193,6 +200,13 @@ def _transpose_leaves(rule, cotangents, *operands, fixed, **params):
     ct if ad.is_undefined_primal(x) else None
     for x, ct in zip(operands[fixed:], results, strict=True)
   ]
+
+
+def _no_batch(primitive, operands, dims, **params):
+  raise ValueError(
+    f"{primitive.name} under vmap would be one operation for each element of the "
+    f"batch, on one state; make the batch part of the value."
+  )
 
 
 def _batch(primitive, axis, operands, dims, *, fixed, **params):

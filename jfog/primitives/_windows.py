@@ -1,0 +1,907 @@
+"""Windows: slots that in-neighbors write, each at a pace of its own."""
+
+import contextlib
+import enum
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jfog import _compat
+from jfog.primitives import _calls, _graphs, _leaves, _primitive, _window_slots
+from jfog.primitives._calls import Call
+from jfog.primitives._window_slots import EdgeWeights, Spec
+from jfog.runtime import Communicator, mpi, resolve
+from jfog.topology import Topology
+
+
+@jax.tree_util.register_pytree_node_class
+class Window:
+  """What `jfog.win_create` returns: a pytree, which may cross `jax.jit`.
+
+  Every rank exposes one value, and owns one slot for each of its in-neighbors,
+  which that neighbor alone writes.
+
+  On MPI the values lie outside of JAX, where other ranks reach them, and a
+  `Window` is a number that stands for them: all copies of it are one window, and
+  it means nothing in another process, nor after `jfog.win_free`. On a mesh and
+  in simulation the values are part of the pytree, and the operations return
+  changed copies, so go on with what the last one has returned.
+
+  Attributes:
+    topology: the graph that it was made for.
+    comm: its communicator.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def step(x):
+    ...   win = jfog.win_create(x, graph)
+    ...   win = jfog.win_put(win, x)
+    ...   x, win = jfog.win_update(win, x)
+    ...   return x
+    >>> jfog.simulate(step, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 1., 3.], dtype=float32)
+  """
+
+  def __init__(self, spec: Spec, state: Any):
+    self._spec = spec
+    self._state = state  # a number on MPI, else slots
+
+  def __repr__(self) -> str:
+    return f"<jfog.Window of {self._spec.describe()} on {self.topology!r}>"
+
+  @property
+  def topology(self) -> Topology:
+    """The graph that it was made for."""
+    return self._spec.topology
+
+  @property
+  def comm(self) -> Communicator:
+    """Its communicator."""
+    return self._spec.comm
+
+  def tree_flatten(self):
+    """The arrays of the window, for JAX."""
+    return (self._state,), self._spec
+
+  @classmethod
+  def tree_unflatten(cls, spec, children):
+    """A window of those arrays, for JAX."""
+    return cls(spec, *children)
+
+
+@_calls.operation
+def win_create(
+  x: Any,
+  topology: Topology,
+  *,
+  zero_init: bool = False,
+  associated_p: bool = False,
+  delay: Any = None,
+  comm: Communicator | None = None,
+) -> Window:
+  """Makes a window for values like `x`. Collective.
+
+  Exposes `x`, until the first `jfog.win_update` exposes another value, and
+  fills the slot of every in-neighbor with a copy of this rank's own `x`, or with
+  zeros. All versions start at 0.
+
+  Between processes of one machine the window is MPI shared memory, and its
+  writers and readers help themselves. Between machines they send messages, and a
+  thread of the other rank does as they say, whatever else that rank is at.
+
+  Args:
+    x: a pytree of float, complex or integer arrays, of equal shapes and dtypes
+      on all ranks.
+    topology: whose edges the window has; equal on all ranks.
+    zero_init: whether the slots start as zeros.
+    associated_p: whether a scalar p travels with the values and undergoes the
+      same arithmetic, as push-sum needs it. It is 1 at the start, also in slots
+      that start as copies. Its dtype is that of the widest leaf, at least
+      float32.
+    delay: for research, on a mesh and in simulation only: what is put,
+      accumulated or got arrives that many updates later. An int for all edges,
+      or an array `delay[dst, src]`, or `delay[t, dst, src]` for the t-th update,
+      taken modulo its length. What a rank sends to another one arrives in order.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    The window.
+
+  Raises:
+    TypeError: for a `Schedule` or another graph, for leaves that hold no
+      numbers, or a delay that is no integer.
+    ValueError: if the topology and the communicator have different sizes, for a
+      negative delay or one of another shape, or a delay on MPI.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, if another rank is in another operation,
+      brings other shapes, dtypes or another topology (`FAILED_PRECONDITION`), or
+      does not come in time (`DEADLINE_EXCEEDED`); if there is no memory
+      (`RESOURCE_EXHAUSTED`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3)
+    >>> def versions(x):
+    ...   win = jfog.win_create(x, graph)
+    ...   return jfog.win_version(jfog.win_put(win, x))
+    >>> jfog.simulate(versions, 3)(jnp.zeros(3))
+    Array([[0, 1, 1],
+           [1, 0, 1],
+           [1, 1, 0]], dtype=int32)
+
+  Source: `win_create` of BlueFog; MPI 4.0, chapter 12.
+  """
+  comm = resolve(comm)
+  if not isinstance(topology, Topology):
+    raise TypeError(
+      f"win_create: topology={topology!r} is {type(topology).__name__}; a window "
+      f"keeps its neighbors, so pass a jfog.topology.Topology."
+    )
+  _graphs.check_graph(topology, comm.size, "win_create")
+  leaves, names, structure = _leaves.flatten(x, "win_create")
+  for leaf, name in zip(leaves, names, strict=True):
+    if leaf.dtype == jnp.bool_:
+      raise TypeError(
+        f"win_create: the leaf {name} has dtype bool, which holds no sums; cast "
+        f"it to int8."
+      )
+  native = _leaves.to_native(leaves, names, "win_create")
+  spec = Spec(
+    structure=structure,
+    names=tuple(names),
+    shapes=tuple(leaf.shape for leaf in leaves),
+    dtypes=tuple(leaf.dtype for leaf in leaves),
+    topology=topology,
+    comm=comm,
+    zero_init=bool(zero_init),
+    associated_p=bool(associated_p),
+    delay=_window_slots.check_delay(delay, comm),
+  )
+  if comm.backend in ("mesh", "single"):
+    window = Window(spec, _window_slots.create(spec, leaves))
+    return _done(window)  # type: ignore[return-value]
+  return Call(  # type: ignore[return-value]
+    [_NUMBER],
+    jax.tree.structure(Window(spec, 0)),
+    primitive=win_create_p,
+    operands=native,
+    params={"spec": spec},
+  )
+
+
+@_calls.operation
+def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
+  """Writes `w x` into this rank's slot at each out-neighbor.
+
+  With `w[j]` the weight for rank `j`, `slot[j] = w[j] x` there, and that slot's
+  version is one more. An associated p is put like the value: the slot's is
+  `w[j]` times this rank's. When it returns, the value is in the slot. Nobody
+  waits for the other rank's program.
+
+  Args:
+    win: the window.
+    x: a pytree like the window's.
+    dst_weights: a dict from out-neighbors to weights, which puts to those alone;
+      or one number for all out-neighbors; or an array of shape `(size,)`, by
+      rank, whose entries for others are not used. Weights may be traced. By
+      default 1.
+
+  Returns:
+    The window.
+
+  Raises:
+    TypeError: if `win` is no window, or for a weight that is no real number, or
+      one with fractions on an integer leaf.
+    ValueError: if `x` has another structure, other shapes or dtypes than the
+      window, or for a weight of a rank that is no out-neighbor.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed on this rank or on
+      one that is put to (`FAILED_PRECONDITION`), that rank has ended
+      (`ABORTED`), or does not answer in time (`DEADLINE_EXCEEDED`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph, zero_init=True)
+    ...   win = jfog.win_put(win, x, dst_weights=0.5)
+    ...   return jfog.win_update(win, x, self_weight=0, src_weights=1)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 0., 1.], dtype=float32)
+
+  Source: `win_put` of BlueFog; MPI 4.0, section 12.3.1.
+  """
+  return _send(win, x, dst_weights, "win_put", accumulate=False)
+
+
+win_put_start = _calls.start_of(
+  win_put,
+  """>>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph)
+    ...   win = jfog.wait(jfog.win_put_start(win, x))
+    ...   return jfog.win_update(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 1., 3.], dtype=float32)""",
+)
+
+
+@_calls.operation
+def win_accumulate(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
+  """Adds `w x` to this rank's slot at each out-neighbor.
+
+  With `w[j]` the weight for rank `j`, `slot[j] += w[j] x` there, and that slot's
+  version is one more. An associated p is accumulated like the value. All else is
+  as in `jfog.win_put`.
+
+  For push-sum let what is kept and what is sent sum to what there was, for
+  example `win_accumulate(win, x, dst_weights=w)` with equal weights, followed by
+  `win_update(win, x, self_weight=1 - degree * w, src_weights=1, reset=True)`.
+
+  Args:
+    win: the window.
+    x: a pytree like the window's.
+    dst_weights: as in `jfog.win_put`.
+
+  Returns:
+    The window.
+
+  Raises:
+    TypeError, ValueError, jax.errors.JaxRuntimeError: as in `jfog.win_put`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph, zero_init=True)
+    ...   win = jfog.win_accumulate(jfog.win_accumulate(win, x), x)
+    ...   return jfog.win_update_then_collect(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([8., 2., 8.], dtype=float32)
+
+  Source: `win_accumulate` of BlueFog; MPI 4.0, section 12.3.4.
+  """
+  return _send(win, x, dst_weights, "win_accumulate", accumulate=True)
+
+
+win_accumulate_start = _calls.start_of(
+  win_accumulate,
+  """>>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph, zero_init=True)
+    ...   win = jfog.wait(jfog.win_accumulate_start(win, x))
+    ...   return jfog.win_update_then_collect(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([4., 2., 6.], dtype=float32)""",
+)
+
+
+def _send(win, x, dst_weights, operation, *, accumulate) -> Any:
+  """The call of a put or an accumulate."""
+  spec = _require_window(win, operation)
+  leaves = _require_like(spec, x, operation)
+  weights = _edge_weights(spec, dst_weights, "dst_weights", operation)
+  if spec.comm.backend in ("mesh", "single"):
+    state = _window_slots.send(spec, win._state, leaves, weights, accumulate)
+    return _done(Window(spec, state))
+  peers, row = _own_edges(spec.topology.out_neighbors(spec.comm.rank), weights)
+  return Call(
+    [win._state],
+    jax.tree.structure(win),
+    primitive=win_accumulate_p if accumulate else win_put_p,
+    fixed=(win._state, row),
+    operands=_leaves.to_native(leaves, spec.names, operation),
+    params={"peers": peers, "comm": spec.comm},
+  )
+
+
+@_calls.operation
+def win_get(win: Window, *, src_weights: Any = None) -> Window:
+  """Copies `w` times each in-neighbor's exposed value into its slot here.
+
+  With `w[j]` the weight for rank `j`, `slot[j] = w[j] exposed[j]`, where rank `j`
+  exposes the result of its last `jfog.win_update`, or the `x` of
+  `jfog.win_create`. The slot's version is one more. An associated p comes with
+  the value. Nobody waits for the other rank's program.
+
+  Args:
+    win: the window.
+    src_weights: a dict from in-neighbors to weights, which gets from those
+      alone; or one number for all in-neighbors; or an array of shape `(size,)`,
+      by rank, whose entries for others are not used. Weights may be traced. By
+      default 1.
+
+  Returns:
+    The window.
+
+  Raises:
+    TypeError: if `win` is no window, or for a weight that is no real number, or
+      one with fractions on an integer leaf.
+    ValueError: for a weight of a rank that is no in-neighbor.
+    jax.errors.JaxRuntimeError: as in `jfog.win_put`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_get(jfog.win_create(x, graph))
+    ...   return jfog.win_update(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 1., 3.], dtype=float32)
+
+  Source: `win_get` of BlueFog; MPI 4.0, section 12.3.2.
+  """
+  spec = _require_window(win, "win_get")
+  weights = _edge_weights(spec, src_weights, "src_weights", "win_get")
+  if spec.comm.backend in ("mesh", "single"):
+    state = _window_slots.get(spec, win._state, weights)
+    return _done(Window(spec, state))  # type: ignore[return-value]
+  peers, row = _own_edges(spec.topology.in_neighbors(spec.comm.rank), weights)
+  return Call(  # type: ignore[return-value]
+    [win._state],
+    jax.tree.structure(win),
+    primitive=win_get_p,
+    fixed=(win._state, row),
+    params={"peers": peers, "comm": spec.comm},
+  )
+
+
+win_get_start = _calls.start_of(
+  win_get,
+  """>>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.wait(jfog.win_get_start(jfog.win_create(x, graph)))
+    ...   return jfog.win_update(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 1., 3.], dtype=float32)""",
+)
+
+
+@_calls.operation
+def win_update(
+  win: Window,
+  x: Any,
+  *,
+  self_weight: Any = None,
+  src_weights: Any = None,
+  reset: bool = False,
+) -> tuple[Any, Window]:
+  """Combines `x` with what lies in the slots, and exposes the result.
+
+  Computes `y = self_weight x + sum_j w[j] slot[j]` over the in-neighbors `j`,
+  clears the versions of the slots it has read, and only those, and with `reset`
+  sets those slots to zero. An associated p is combined like the value. Where
+  both weights are the topology's and sum to 1 it is evaluated as
+  `x + sum_j w[j] (slot[j] - x)`, which does not drift.
+
+  Each slot is read and reset in one piece: a put or an accumulate comes before
+  that or after it. Nothing is communicated.
+
+  Args:
+    win: the window.
+    x: a pytree like the window's.
+    self_weight: a number; by default the topology's.
+    src_weights: as in `jfog.win_get`; slots of ranks that a dict leaves out are
+      not read. By default the topology's row.
+    reset: whether the slots that are read become zero.
+
+  Returns:
+    A pytree like `x`, and the window. Floats of at most 32 bits are summed in
+    float32, wider ones and complex ones in their own precision; the sum goes over
+    this rank first and then the in-neighbors in ascending order.
+
+  Raises:
+    TypeError: if `win` is no window, or for a weight that is no real number, or
+      one with fractions on an integer leaf, as those of most topologies are.
+    ValueError: if `x` has another structure, other shapes or dtypes than the
+      window, or for a weight of a rank that is no in-neighbor.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed
+      (`FAILED_PRECONDITION`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.fully_connected(3)
+    >>> def program(x):
+    ...   win = jfog.win_put(jfog.win_create(x, graph), x)
+    ...   return jfog.win_update(win, x)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 2., 2.], dtype=float32)
+
+  Source: `win_update` of BlueFog.
+  """
+  return _update(win, x, self_weight, src_weights, reset, "win_update")
+
+
+@_calls.operation
+def win_update_then_collect(win: Window, x: Any) -> tuple[Any, Window]:
+  """Adds to `x` all that lies in the slots, and leaves them empty.
+
+  Computes `y = x + sum_j slot[j]` over the in-neighbors `j`, sets the slots to
+  zero, clears their versions and exposes the result: the collect of push-sum. It
+  is `jfog.win_update` with all weights 1 and `reset=True`.
+
+  Args:
+    win: the window.
+    x: a pytree like the window's.
+
+  Returns:
+    A pytree like `x`, and the window.
+
+  Raises:
+    TypeError, ValueError, jax.errors.JaxRuntimeError: as in `jfog.win_update`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph, zero_init=True)
+    ...   win = jfog.win_accumulate(win, x, dst_weights=0.5)
+    ...   return jfog.win_update_then_collect(win, x * 0.5)[0]
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
+    Array([2., 1., 3.], dtype=float32)
+
+  Source: `win_update_then_collect` of BlueFog.
+  """
+  return _update(win, x, 1, 1, True, "win_update_then_collect")
+
+
+def _update(win, x, self_weight, src_weights, reset, operation) -> Any:
+  """The call of an update."""
+  spec = _require_window(win, operation)
+  leaves = _require_like(spec, x, operation)
+  defaults = self_weight is None and src_weights is None
+  if self_weight is None:
+    diagonal = spec.topology.mixing_matrix.diagonal()
+    self_weight = jnp.asarray(diagonal)[spec.comm.rank]
+  if src_weights is None:
+    src_weights = jnp.asarray(spec.topology.mixing_matrix)[spec.comm.rank]
+  own = _weight(spec, self_weight, "self_weight", operation)
+  weights = _edge_weights(spec, src_weights, "src_weights", operation)
+  if spec.comm.backend in ("mesh", "single"):
+    results, state = _window_slots.update(
+      spec, win._state, leaves, own, weights, defaults, bool(reset)
+    )
+    return _done((spec.structure.unflatten(results), Window(spec, state)))
+  rank = spec.comm.rank
+  peers, row = _own_edges(spec.topology.in_neighbors(rank), weights)
+  dtype = jnp.promote_types(own.dtype, row.dtype)
+  structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
+  difference = defaults and _graphs.difference_rows(spec.topology)[rank]
+  return Call(
+    [*leaves, win._state],
+    structure,
+    primitive=win_update_p,
+    fixed=(
+      win._state,
+      jnp.concatenate([own[None].astype(dtype), row.astype(dtype)]),
+    ),
+    operands=_leaves.to_native(leaves, spec.names, operation),
+    params={
+      "peers": peers,
+      "difference": bool(difference),
+      "reset": bool(reset),
+      "comm": spec.comm,
+    },
+  )
+
+
+@_calls.operation
+def win_version(win: Window) -> jax.Array:
+  """How often each slot was written since it was last read.
+
+  Puts, accumulates and gets count one each; `jfog.win_update` clears the counts
+  of the slots that it reads. Nothing is communicated.
+
+  Args:
+    win: the window.
+
+  Returns:
+    An int32 array of shape `(size,)`, by rank; 0 for ranks that are no
+    in-neighbors.
+
+  Raises:
+    TypeError: if `win` is no window.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed
+      (`FAILED_PRECONDITION`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph)
+    ...   return jfog.win_version(jfog.win_get(jfog.win_put(win, x)))
+    >>> jfog.simulate(program, 3)(jnp.zeros(3))
+    Array([[0, 0, 2],
+           [2, 0, 0],
+           [0, 2, 0]], dtype=int32)
+
+  Source: `get_win_version` of BlueFog.
+  """
+  spec = _require_window(win, "win_version")
+  if spec.comm.backend in ("mesh", "single"):
+    return _done(_window_slots.versions(spec, win._state))  # type: ignore[return-value]
+  result = jnp.zeros(spec.comm.size, jnp.int32)
+  return Call(  # type: ignore[return-value]
+    [result],
+    jax.tree.structure(0),
+    primitive=win_version_p,
+    fixed=(win._state,),
+    params={"comm": spec.comm},
+  )
+
+
+@_calls.operation
+def win_associated_p(win: Window) -> jax.Array:
+  """This rank's scalar p, which undergoes the arithmetic of its value.
+
+  It is 1 at the start, and `self_weight p + sum_j w[j] p[j]` after
+  `jfog.win_update`, with `p[j]` what came with the value in slot j. Where weights
+  of what is sent and kept sum to 1, `x / p` is push-sum's estimate of the
+  average. Nothing is communicated.
+
+  Args:
+    win: a window that was made with `associated_p=True`.
+
+  Returns:
+    A float scalar.
+
+  Raises:
+    TypeError: if `win` is no window.
+    ValueError: if the window has no associated p.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed
+      (`FAILED_PRECONDITION`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(3, "right")
+    >>> def program(x):
+    ...   win = jfog.win_create(x, graph, zero_init=True, associated_p=True)
+    ...   win = jfog.win_accumulate(win, x)
+    ...   _, win = jfog.win_update_then_collect(win, x)
+    ...   return jfog.win_associated_p(win)
+    >>> jfog.simulate(program, 3)(jnp.zeros(3))
+    Array([2., 2., 2.], dtype=float32)
+
+  Source: `win_associated_p` of BlueFog; Kempe, Dobra and Gehrke, "Gossip-based
+  computation of aggregate information", 2003.
+  """
+  spec = _require_window(win, "win_associated_p")
+  if not spec.associated_p:
+    raise ValueError(
+      "win_associated_p: this window has none; make it with "
+      "win_create(..., associated_p=True)."
+    )
+  if spec.comm.backend in ("mesh", "single"):
+    return _done(_window_slots.associated_p(win._state))  # type: ignore[return-value]
+  return Call(  # type: ignore[return-value]
+    [jnp.zeros([], spec.p_dtype)],
+    jax.tree.structure(0),
+    primitive=win_associated_p_p,
+    fixed=(win._state,),
+    params={"dtype": spec.p_dtype, "comm": spec.comm},
+  )
+
+
+def win_free(win: Window) -> None:
+  """Frees a window. Collective on MPI; elsewhere there is nothing to free.
+
+  From its start on other ranks' operations that would reach this rank's part are
+  errors, so where ranks are at different places call `jfog.barrier` first. The
+  memory is given back when all ranks have come.
+
+  Args:
+    win: the window.
+
+  Raises:
+    TypeError: if `win` is no window.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed before or a
+      handle of it is open (`FAILED_PRECONDITION`), or another rank does not come
+      in time (`DEADLINE_EXCEEDED`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> world = jfog.init()
+    >>> win = jfog.win_create(jnp.ones(2), jfog.topology.ring(1))
+    >>> jfog.win_free(win)
+
+  Source: `win_free` of BlueFog; MPI 4.0, section 12.2.5.
+  """
+  spec = _require_window(win, "win_free")
+  if spec.comm.backend in ("mesh", "single"):
+    return
+  win_free_p.bind(win._state, fixed=1, comm=spec.comm)
+
+
+@contextlib.contextmanager
+def win_mutex(
+  win: Window, ranks: Sequence[int] | None = None
+) -> Iterator[None]:
+  """Excludes all others that take the mutex of one of the same ranks.
+
+  Every rank has one mutex in a window. They are taken in ascending order, so two
+  who take several do not block each other, and are given back at the end, also
+  after an exception. They do not change what the operations do: each of those is
+  atomic by itself.
+
+  Operations inside are complete when the mutexes are given back.
+
+  Args:
+    win: the window.
+    ranks: whose mutexes to take; by default those of all ranks.
+
+  Raises:
+    TypeError: if `win` is no window, or a rank is no int.
+    ValueError: for a rank that is none, or inside of a transformation such as
+      `jax.jit`, which would take the mutex while it traces.
+    jax.errors.JaxRuntimeError: on MPI, if the window was freed
+      (`FAILED_PRECONDITION`), or a mutex is not given back in time
+      (`DEADLINE_EXCEEDED`).
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> world = jfog.init()
+    >>> win = jfog.win_create(jnp.ones(2), jfog.topology.ring(1))
+    >>> with jfog.win_mutex(win):
+    ...   x, win = jfog.win_update(win, jnp.ones(2))
+
+  Source: `win_mutex` of BlueFog.
+  """
+  spec = _require_window(win, "win_mutex")
+  if not _compat.at_top_level():
+    raise ValueError(
+      "win_mutex is taken where Python runs, and this is traced; call it around "
+      "the jitted function."
+    )
+  size = spec.comm.size
+  for rank in () if ranks is None else ranks:
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+      raise TypeError(f"win_mutex: {rank!r} in ranks is no rank; pass ints.")
+    if not 0 <= rank < size:
+      raise ValueError(f"win_mutex: {rank} in ranks is no rank of {size}.")
+  if spec.comm.backend != "mpi":
+    yield
+    return
+  taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})
+  number = int(win._state)
+  jax.effects_barrier()  # what was called before is done before
+  mpi().lock_window(number, taken)
+  try:
+    yield
+  finally:
+    try:
+      jax.effects_barrier()
+    finally:
+      mpi().unlock_window(number, taken)
+
+
+def _done(results: Any) -> Any:
+  """The call of what XLA computes."""
+  leaves, structure = jax.tree.flatten(results)
+  return Call(leaves, structure, leaves)
+
+
+# Checks of arguments.
+
+
+def _require_window(win: Any, operation: str) -> Spec:
+  if not isinstance(win, Window):
+    raise TypeError(
+      f"{operation}: win={win!r} is {type(win).__name__}, not a window; pass what "
+      f"jfog.win_create has returned."
+    )
+  return win._spec
+
+
+def _require_like(spec: Spec, x: Any, operation: str) -> list[jax.Array]:
+  """The leaves of `x`, if it is like the window's value."""
+  leaves, names, structure = _leaves.flatten(x, operation)
+  if structure != spec.structure:
+    raise ValueError(
+      f"{operation}: x has the structure {structure}, the window "
+      f"{spec.structure}; pass a tree like the one it was made with."
+    )
+  for leaf, name, shape, dtype in zip(
+    leaves, names, spec.shapes, spec.dtypes, strict=True
+  ):
+    if leaf.shape != shape or leaf.dtype != dtype:
+      raise ValueError(
+        f"{operation}: the leaf {name} has shape {leaf.shape} and dtype "
+        f"{leaf.dtype}, the window's {shape} and {dtype}; reshape or cast it, or "
+        f"make another window."
+      )
+  return leaves
+
+
+def _weight(spec: Spec, weight: Any, name: str, operation: str) -> jax.Array:
+  """A weight, or several, in a dtype that suits the window's leaves."""
+  weight = jnp.asarray(weight)
+  if weight.dtype == jnp.bool_ or not (
+    jnp.issubdtype(weight.dtype, jnp.integer)
+    or jnp.issubdtype(weight.dtype, jnp.floating)
+  ):
+    raise TypeError(
+      f"{operation}: {name} has dtype {weight.dtype}; weights are real numbers."
+    )
+  if name == "self_weight" and weight.shape != ():
+    raise ValueError(
+      f"{operation}: self_weight has shape {weight.shape}; pass a scalar."
+    )
+  if jnp.issubdtype(weight.dtype, jnp.integer):
+    return weight.astype(jnp.int32)
+  for leaf, dtype in zip(spec.names, spec.dtypes, strict=True):
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f"{operation}: {name} has dtype {weight.dtype}, but the leaf {leaf} has "
+        f"dtype {dtype}, which holds no fractions; pass integer weights, or cast "
+        f"the leaf to a float dtype."
+      )
+  return weight if weight.dtype == jnp.float64 else weight.astype(jnp.float32)
+
+
+def _edge_weights(
+  spec: Spec, weights: Any, name: str, operation: str
+) -> EdgeWeights:
+  """The weights of this rank's edges, by the rank at their other end."""
+  size = spec.comm.size
+  if weights is None:
+    weights = 1
+  if not isinstance(weights, Mapping):
+    values = _weight(spec, weights, name, operation)
+    if values.shape not in ((), (size,)):
+      raise ValueError(
+        f"{operation}: {name} has shape {values.shape}; pass one number, {size} "
+        f"of them (one for each rank), or a dict from neighbors to numbers."
+      )
+    return EdgeWeights(jnp.broadcast_to(values, (size,)), None)
+  chosen = np.zeros(size, bool)
+  neighbors = _neighbors(spec, name)
+  for rank, weight in weights.items():
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+      raise TypeError(
+        f"{operation}: {name} has the key {rank!r}; keys are ranks, ints."
+      )
+    if rank not in neighbors:
+      raise ValueError(
+        f"{operation}: {name} names rank {rank}, which is no "
+        f"{'out' if name == 'dst_weights' else 'in'}-neighbor; those are "
+        f"{sorted(neighbors)}."
+      )
+    if jnp.shape(weight) != ():
+      raise ValueError(
+        f"{operation}: {name}[{rank}] has shape {jnp.shape(weight)}; pass a "
+        f"scalar."
+      )
+    chosen[rank] = True
+  given = [
+    _weight(spec, weights[r] if chosen[r] else 0, name, operation)
+    for r in range(size)
+  ]
+  dtype = jnp.result_type(*given)
+  return EdgeWeights(jnp.stack([w.astype(dtype) for w in given]), chosen)
+
+
+def _neighbors(spec: Spec, name: str) -> set[int]:
+  """The ranks that a dict of weights may name; on a mesh those of any rank."""
+  topology = spec.topology
+  ends = (
+    topology.out_neighbors if name == "dst_weights" else topology.in_neighbors
+  )
+  if spec.comm.backend == "mesh":
+    return {r for rank in range(topology.size) for r in ends(rank)}
+  return set(ends(spec.comm.rank))
+
+
+def _own_edges(
+  neighbors: Sequence[int], weights: EdgeWeights
+) -> tuple[tuple[int, ...], jax.Array]:
+  """The neighbors that take part, ascending, and their weights."""
+  peers = tuple(
+    int(r) for r in neighbors if weights.chosen is None or weights.chosen[r]
+  )
+  return peers, weights.values[np.array(peers, np.int32)]
+
+
+# Between processes: the rules of the primitives. The number of the window is
+# an operand, so a program finds at run time which window it is about, and a
+# result, so that a handle of an operation gives it back.
+
+_NUMBER = jax.ShapeDtypeStruct((), jnp.uint32)
+
+
+def _number_abstract_eval(*operands, **params):
+  del operands, params
+  return [jax.core.ShapedArray((), jnp.uint32)]
+
+
+def _update_abstract_eval(*operands, fixed, **params):
+  leaves = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
+  return [*leaves, *_number_abstract_eval(**params)]
+
+
+def _no_derivative(primitive, primals, results, tangents, **params):
+  raise TypeError(
+    f"{primitive.name} has no derivative: what lies in a window comes from other "
+    f"ranks' past; use jax.lax.stop_gradient on what goes in."
+  )
+
+
+class _Associated(enum.IntEnum):
+  """The dtype of a window's p; numbered as in window.h."""
+
+  NONE = 0
+  FLOAT32 = 1
+  FLOAT64 = 2
+
+
+def _create_attributes(mode, *leaves, spec):
+  del mode, leaves
+  topology, rank = spec.topology, spec.comm.rank
+  out = topology.out_neighbors(rank)
+  associated = _Associated.NONE
+  if spec.associated_p:
+    associated = _Associated[spec.p_dtype.name.upper()]
+  return {
+    "context": np.int64(spec.comm.context),
+    "graph": np.int64(_graphs.fingerprint(topology)),
+    "structure": np.int64(_fingerprint(str(spec.structure))),
+    # An attribute may not be empty: one more element, which is never read.
+    "sources": np.array([*topology.in_neighbors(rank), -1], np.int32),
+    "destinations": np.array([*out, -1], np.int32),
+    # Which slot of an out-neighbor is this rank's.
+    "slots": np.array(
+      [*(topology.in_neighbors(d).index(rank) for d in out), -1], np.int32
+    ),
+    "zero_init": np.int64(spec.zero_init),
+    "associated": np.int64(associated),
+  }
+
+
+def _fingerprint(text: str) -> int:
+  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, "little", signed=True)
+
+
+def _attributes(mode, *leaves, comm, peers=None, **flags):
+  del mode, leaves
+  attributes = {"context": np.int64(comm.context)}
+  if peers is not None:
+    attributes["peers"] = np.array([*peers, -1], np.int32)
+  return {**attributes, **{k: np.int64(v) for k, v in flags.items()}}
+
+
+def _define(name, abstract_eval=_number_abstract_eval, **rules):
+  return _primitive.define(
+    name,
+    abstract_eval=abstract_eval,
+    tangents=_no_derivative,
+    batch_axis=None,
+    **{"attributes": _attributes, **rules},
+  )
+
+
+win_create_p = _define("win_create", attributes=_create_attributes)
+win_put_p = _define("win_put")
+win_accumulate_p = _define("win_accumulate")
+win_get_p = _define("win_get")
+win_update_p = _define(
+  "win_update", abstract_eval=_update_abstract_eval, in_place=True
+)
+win_version_p = _define(
+  "win_version",
+  abstract_eval=lambda number, fixed, comm: [
+    jax.core.ShapedArray((comm.size,), jnp.int32)
+  ],
+)
+win_associated_p_p = _define(
+  "win_associated_p",
+  abstract_eval=lambda number, fixed, dtype, comm: [
+    jax.core.ShapedArray((), dtype)
+  ],
+  attributes=lambda mode, dtype, comm: {"context": np.int64(comm.context)},
+)
+win_free_p = _define("win_free")
