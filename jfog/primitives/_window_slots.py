@@ -4,11 +4,18 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jfog.primitives import _graphs, _leaves, _mesh
+from jfog.primitives._permutations import permutations
 from jfog.runtime import Communicator
 from jfog.topology import Topology
+
+# A sum over more slots than this is a loop in the program.
+_UNROLLED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +52,338 @@ class EdgeWeights(NamedTuple):
 
   values: jax.Array  # shape=(size,), int32 or a float dtype
   chosen: np.ndarray | None  # shape=(size,), bool: which ranks; None: all
+
+
+class Pending(NamedTuple):
+  """Messages on their way, by the time modulo `ring` at which they arrive.
+
+  What arrives in one slot at one time is merged, in the order in which it was
+  sent.
+  """
+
+  messages: list[jax.Array]  # shape=(ring, slots, ...), one for each leaf
+  puts: jax.Array  # shape=(ring, slots), dtype=bool: else they are summands
+  counts: jax.Array  # shape=(ring, slots), dtype=int32: how many were merged
+  latest: jax.Array  # shape=(slots,), dtype=int32: the last arrival so far
+  time: jax.Array  # shape=(), dtype=int32: the updates so far
+
+
+class State(NamedTuple):
+  """The arrays of a window; slot k belongs to the k-th in-neighbor.
+
+  All ranks have as many slots as the largest in-degree. An associated p is one
+  more leaf, the last.
+  """
+
+  exposed: list[jax.Array]
+  slots: list[jax.Array]  # shape=(slots, ...), one for each leaf
+  versions: jax.Array  # shape=(slots,), dtype=int32
+  pending: Pending | None  # None without delays
+
+
+def check_delay(delay: Any, comm: Communicator) -> Any:
+  """A delay as tuples `[t][dst][src]`; None if there is none.
+
+  Raises:
+    TypeError: if it is no integer.
+    ValueError: if it is negative, of another shape, or meant for processes.
+  """
+  if delay is None:
+    return None
+  if comm.backend == "mpi":
+    raise ValueError(
+      "win_create: delay is for a mesh and for simulation; between processes a "
+      "message takes the time that it takes, so leave it out."
+    )
+  if isinstance(delay, jax.core.Tracer):
+    raise TypeError(
+      "win_create: delay is traced; pass an int or a NumPy array of them."
+    )
+  table, size = np.asarray(delay), comm.size
+  if not np.issubdtype(table.dtype, np.integer):
+    raise TypeError(
+      f"win_create: delay has dtype {table.dtype}; it counts updates, so pass "
+      f"integers."
+    )
+  if table.ndim == 0:
+    table = np.full((size, size), table)
+  if table.ndim == 2:
+    table = table[None]
+  if table.shape[1:] != (size, size) or len(table) == 0:
+    raise ValueError(
+      f"win_create: delay has shape {np.shape(delay)}; pass an int, or an array "
+      f"delay[dst, src] or delay[t, dst, src] of {size} ranks."
+    )
+  if table.min() < 0:
+    raise ValueError(
+      f"win_create: delay has an entry {table.min()}; what is sent arrives 0 or "
+      f"more updates later."
+    )
+  if not table.any():
+    return None
+  return tuple(tuple(map(tuple, matrix)) for matrix in table.tolist())
+
+
+def create(spec: Spec, leaves: list[jax.Array]) -> State:
+  """The state of a window that exposes `leaves`."""
+  exposed = [jnp.asarray(x, x.dtype) for x in leaves]  # no longer weakly typed
+  if spec.associated_p:
+    exposed.append(jnp.ones([], spec.p_dtype))
+  count = len(_sources(spec.topology))
+  starts = [jnp.zeros_like(x) if spec.zero_init else x for x in exposed]
+  slots = [jnp.broadcast_to(x, (count, *x.shape)) for x in starts]
+  pending = None
+  if spec.delay is not None:
+    ring = 1 + int((_edges(spec.topology) * np.array(spec.delay)).max())
+    pending = Pending(
+      messages=[jnp.zeros((ring, *x.shape), x.dtype) for x in slots],
+      puts=jnp.zeros((ring, count), bool),
+      counts=jnp.zeros((ring, count), jnp.int32),
+      latest=jnp.zeros(count, jnp.int32),
+      time=jnp.zeros([], jnp.int32),
+    )
+  state = State(exposed, slots, jnp.zeros(count, jnp.int32), pending)
+  return jax.tree.map(lambda x: _mesh.varying(x, spec.comm), state)
+
+
+def send(
+  spec: Spec,
+  state: State,
+  leaves: list[jax.Array],
+  weights: EdgeWeights,
+  accumulate: bool,
+) -> State:
+  """Puts or accumulates `leaves` into this rank's slots at its out-neighbors."""
+  edges = _edges(spec.topology)
+  if weights.chosen is not None:
+    edges &= weights.chosen[:, None]
+  messages = []
+  for x in [*leaves, *state.exposed[len(leaves) :]]:
+    # A summand is rounded with the sum, and what overwrites before it travels.
+    dtype = _leaves.accumulation_dtype(x.dtype) if accumulate else x.dtype
+    messages.append(_fetch(spec, edges, x, weights.values, dtype))
+  return _arrive(spec, state, messages, edges, accumulate)
+
+
+def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
+  """Copies what the in-neighbors expose into their slots."""
+  edges = _edges(spec.topology)
+  if weights.chosen is not None:
+    edges &= weights.chosen
+  row = weights.values[_own_sources(spec)]
+  messages = [
+    _times(row, _fetch(spec, edges, x)).astype(x.dtype) for x in state.exposed
+  ]
+  return _arrive(spec, state, messages, edges, accumulate=False)
+
+
+def update(
+  spec: Spec,
+  state: State,
+  leaves: list[jax.Array],
+  self_weight: jax.Array,
+  weights: EdgeWeights,
+  defaults: bool,
+  reset: bool,
+) -> tuple[list[jax.Array], State]:
+  """Combines `leaves` with the slots, and exposes the result.
+
+  With `defaults` both weights are the topology's.
+  """
+  rank, sources = spec.comm.rank, _own_sources(spec)
+  edges = _edges(spec.topology)
+  if weights.chosen is not None:
+    edges &= weights.chosen
+  reads = jnp.asarray(edges)[rank, sources]
+  row = weights.values[sources]
+  difference = False
+  if defaults:
+    difference = jnp.asarray(_graphs.difference_rows(spec.topology))[rank]
+  values = [_mesh.varying(x, spec.comm) for x in leaves]
+  values += state.exposed[len(leaves) :]
+  results = [
+    _combine(x, slots, self_weight, row, reads, difference)
+    for x, slots in zip(values, state.slots, strict=True)
+  ]
+  slots = state.slots
+  if reset:
+    slots = [jnp.where(_along(reads, x), jnp.zeros_like(x), x) for x in slots]
+  versions = jnp.where(reads, 0, state.versions)
+  state = State(results, slots, versions, state.pending)
+  if state.pending is not None:
+    pending = state.pending._replace(time=state.pending.time + 1)
+    state = _deliver(state, pending)
+  return results[: len(leaves)], state
+
+
+def versions(spec: Spec, state: State) -> jax.Array:
+  """How often each slot was written since it was last read, by rank."""
+  counts = jnp.zeros(spec.comm.size, jnp.int32)
+  return counts.at[_own_sources(spec)].add(state.versions)
+
+
+def associated_p(state: State) -> jax.Array:
+  """The p of what this rank exposes."""
+  return state.exposed[-1]
+
+
+# Edges and slots.
+
+
+def _edges(topology: Topology) -> np.ndarray:
+  """Which `[dst, src]` are neighbors."""
+  edges = topology.mixing_matrix != 0
+  np.fill_diagonal(edges, False)
+  return edges
+
+
+def _sources(topology: Topology) -> np.ndarray:
+  """The rank that writes slot k of rank i, at `[k, i]`; i itself if nobody."""
+  neighbors = [topology.in_neighbors(i) for i in range(topology.size)]
+  sources = np.tile(np.arange(topology.size), (max(map(len, neighbors)), 1))
+  for i, ranks in enumerate(neighbors):
+    sources[: len(ranks), i] = ranks
+  return sources
+
+
+def _own_sources(spec: Spec) -> jax.Array:
+  """The ranks that write this rank's slots."""
+  return jnp.asarray(_sources(spec.topology))[:, spec.comm.rank]
+
+
+# The movement of data, and its arithmetic.
+
+
+def _fetch(spec, edges, x, row=None, dtype=None) -> jax.Array:
+  """What each source of a slot has for this rank, stacked.
+
+  With a `row` of weights for its destinations each sends that weight times its
+  `x`, as `dtype`. What comes without one of the `edges` means nothing.
+  """
+  topology, comm = spec.topology, spec.comm
+  axes = comm.axes if comm.backend == "mesh" else ()
+  dtype = dtype or x.dtype
+  if _mesh.are_virtual(axes):
+    sources = _own_sources(spec)
+    fetched = _mesh.gather(x, axes)[sources]
+    if row is None:
+      return fetched
+    weights = _mesh.gather(row, axes)[sources, comm.rank]
+    return _times(weights, fetched).astype(dtype)
+  count = len(_sources(topology))
+  fetched = _mesh.varying(jnp.zeros((count, *x.shape), dtype), comm)
+  for group in permutations(topology):
+    group = [(src, dst) for src, dst in group if edges[dst, src]]
+    if not group:
+      continue
+    destinations = np.zeros(topology.size, np.int32)
+    slots = np.full(topology.size, count, np.int32)  # there is none: dropped
+    for src, dst in group:
+      destinations[src] = dst
+      slots[dst] = topology.in_neighbors(dst).index(src)
+    sent = _mesh.varying(x, comm)
+    if row is not None:
+      weight = row[jnp.asarray(destinations)[comm.rank]]
+      sent = _times(weight, sent).astype(dtype)
+    received = lax.ppermute(sent, axes, group)
+    slot = jnp.asarray(slots)[comm.rank]
+    fetched = fetched.at[slot].set(received, mode="drop")
+  return fetched
+
+
+def _arrive(spec, state, messages, edges, accumulate) -> State:
+  """Lets one message for each of the `edges` arrive, now or later."""
+  rank, sources = spec.comm.rank, _own_sources(spec)
+  sent = jnp.asarray(edges)[rank, sources]
+  pending = state.pending
+  if pending is None:
+    return state._replace(
+      slots=[
+        _write(slot, message, sent, accumulate)
+        for slot, message in zip(state.slots, messages, strict=True)
+      ],
+      versions=state.versions + sent,
+    )
+  delays = jnp.asarray(np.array(spec.delay, np.int32))
+  delay = delays[pending.time % len(delays), rank, sources]
+  # One edge keeps the order in which it was sent.
+  arrival = jnp.maximum(pending.time + delay, pending.latest)
+  ring = len(pending.counts)
+  there = sent & (jnp.arange(ring)[:, None] == arrival % ring)
+  pending = Pending(
+    messages=[
+      _write(old, new, there, accumulate & (pending.counts > 0))
+      for old, new in zip(pending.messages, messages, strict=True)
+    ],
+    puts=pending.puts if accumulate else pending.puts | there,
+    counts=pending.counts + there,
+    latest=jnp.where(sent, arrival, pending.latest),
+    time=pending.time,
+  )
+  return _deliver(state, pending)
+
+
+def _deliver(state: State, pending: Pending) -> State:
+  """Writes what arrives at this time into the slots."""
+  now = pending.time % len(pending.counts)
+  counts, puts = pending.counts[now], pending.puts[now]
+  return state._replace(
+    slots=[
+      _write(slot, messages[now], counts > 0, ~puts)
+      for slot, messages in zip(state.slots, pending.messages, strict=True)
+    ],
+    versions=state.versions + counts,
+    pending=pending._replace(
+      puts=pending.puts.at[now].set(False),
+      counts=pending.counts.at[now].set(0),
+    ),
+  )
+
+
+def _write(old, message, there, adds) -> jax.Array:
+  """`old` with the message written, or where it `adds` added, `there`."""
+  total = old.astype(message.dtype) + message
+  new = jnp.where(_along(adds, total), total, message).astype(old.dtype)
+  return jnp.where(_along(there, new), new, old)
+
+
+def _combine(x, slots, self_weight, row, reads, difference) -> jax.Array:
+  """`self_weight x + sum_k row[k] slots[k]` over the slots that are read.
+
+  Where it is to be a `difference`, `x + sum_k row[k] (slots[k] - x)`.
+  """
+  own = x.astype(_leaves.accumulation_dtype(x.dtype))
+  # A weight of zero leaves no trace of the value.
+  kept = jnp.where(self_weight == 0, _mesh.nothing(own), _times(self_weight, x))
+  minus = jnp.where(difference, own, jnp.zeros_like(own))
+
+  def add(total, slot):
+    value, weight, read = slot
+    term = _times(weight, value.astype(own.dtype) - minus)
+    return total + jnp.where(read, term, _mesh.nothing(term)), None
+
+  total, _ = lax.scan(
+    add,
+    jnp.where(difference, own, kept),
+    (slots, row, reads),
+    unroll=max(1, min(len(slots), _UNROLLED)),
+  )
+  return total.astype(x.dtype)
+
+
+def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """The product in the dtype in which `x` is summed; 1 returns the bits.
+
+  Several weights are those of the entries along axis 0.
+  """
+  x = x.astype(_leaves.accumulation_dtype(x.dtype))
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    weight = _along(weight, x).astype(jnp.finfo(x.dtype).dtype)
+    return lax.complex(weight * x.real, weight * x.imag)
+  return _along(weight, x).astype(x.dtype) * x
+
+
+def _along(values: Any, x: jax.Array) -> jax.Array:
+  """`values` of the first axes of `x`, to be broadcast along the others."""
+  values = jnp.asarray(values)
+  return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))

@@ -409,8 +409,8 @@ def win_update(
     >>> def program(x):
     ...   win = jfog.win_put(jfog.win_create(x, graph), x)
     ...   return jfog.win_update(win, x)[0]
-    >>> jfog.simulate(program, 3)(jnp.array([0.0, 2.0, 4.0]))
-    Array([2., 2., 2.], dtype=float32)
+    >>> jfog.simulate(program, 3)(jnp.array([0.0, 3.0, 6.0]))
+    Array([3., 3., 3.], dtype=float32)
 
   Source: `win_update` of BlueFog.
   """
