@@ -183,10 +183,12 @@ def update(
   leaves: list[jax.Array],
   self_weight: jax.Array,
   weights: EdgeWeights,
+  *,
   defaults: bool,
   reset: bool,
+  expose: bool,
 ) -> tuple[list[jax.Array], State]:
-  """Combines `leaves` with the slots, and exposes the result.
+  """Combines `leaves` with the slots; with `expose` others see the result.
 
   With `defaults` both weights are the topology's.
   """
@@ -209,8 +211,9 @@ def update(
   if reset:
     slots = [jnp.where(_along(reads, x), jnp.zeros_like(x), x) for x in slots]
   versions = jnp.where(reads, 0, state.versions)
-  state = State(results, slots, versions, state.pending)
-  if state.pending is not None:
+  exposed = results if expose else state.exposed
+  state = State(exposed, slots, versions, state.pending)
+  if state.pending is not None and edges.any():
     pending = state.pending._replace(time=state.pending.time + 1)
     state = _deliver(state, pending)
   return results[: len(leaves)], state

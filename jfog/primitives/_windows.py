@@ -105,7 +105,8 @@ def win_create(
       that start as copies. Its dtype is that of the widest leaf, at least
       float32.
     delay: for research, on a mesh and in simulation only: what is put,
-      accumulated or got arrives that many updates later. An int for all edges,
+      accumulated or got arrives that many updates later, where those count that
+      read a slot. An int for all edges,
       or an array `delay[dst, src]`, or `delay[t, dst, src]` for the t-th update,
       taken modulo its length. What a rank sends to another one arrives in order.
     comm: the communicator; by default the one in reach, see `jfog.init`.
@@ -370,6 +371,7 @@ def win_update(
   self_weight: Any = None,
   src_weights: Any = None,
   reset: bool = False,
+  expose: bool = True,
 ) -> tuple[Any, Window]:
   """Combines `x` with what lies in the slots, and exposes the result.
 
@@ -382,6 +384,9 @@ def win_update(
   Each slot is read and reset in one piece: a put or an accumulate comes before
   that or after it. Nothing is communicated.
 
+  To expose `x` itself, read no slot: `win_update(win, x, self_weight=1,
+  src_weights={})`.
+
   Args:
     win: the window.
     x: a pytree like the window's.
@@ -389,6 +394,8 @@ def win_update(
     src_weights: as in `jfog.win_get`; slots of ranks that a dict leaves out are
       not read. By default the topology's row.
     reset: whether the slots that are read become zero.
+    expose: whether the result is exposed, with its p; otherwise other ranks go
+      on getting what was exposed before, and p stays as it was.
 
   Returns:
     A pytree like `x`, and the window. Floats of at most 32 bits are summed in
@@ -414,7 +421,9 @@ def win_update(
 
   Source: `win_update` of BlueFog.
   """
-  return _update(win, x, self_weight, src_weights, reset, "win_update")
+  return _update(
+    win, x, self_weight, src_weights, "win_update", reset=reset, expose=expose
+  )
 
 
 @_calls.operation
@@ -447,10 +456,14 @@ def win_update_then_collect(win: Window, x: Any) -> tuple[Any, Window]:
 
   Source: `win_update_then_collect` of BlueFog.
   """
-  return _update(win, x, 1, 1, True, "win_update_then_collect")
+  return _update(
+    win, x, 1, 1, "win_update_then_collect", reset=True, expose=True
+  )
 
 
-def _update(win, x, self_weight, src_weights, reset, operation) -> Any:
+def _update(
+  win, x, self_weight, src_weights, operation, *, reset, expose
+) -> Any:
   """The call of an update."""
   spec = _require_window(win, operation)
   leaves = _require_like(spec, x, operation)
@@ -464,7 +477,14 @@ def _update(win, x, self_weight, src_weights, reset, operation) -> Any:
   weights = _edge_weights(spec, src_weights, "src_weights", operation)
   if spec.comm.backend in ("mesh", "single"):
     results, state = _window_slots.update(
-      spec, win._state, leaves, own, weights, defaults, bool(reset)
+      spec,
+      win._state,
+      leaves,
+      own,
+      weights,
+      defaults=defaults,
+      reset=bool(reset),
+      expose=bool(expose),
     )
     return _done((spec.structure.unflatten(results), Window(spec, state)))
   rank = spec.comm.rank
@@ -485,6 +505,7 @@ def _update(win, x, self_weight, src_weights, reset, operation) -> Any:
       "peers": peers,
       "difference": bool(difference),
       "reset": bool(reset),
+      "expose": bool(expose),
       "comm": spec.comm,
     },
   )

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <complex>
+#include <cstdint>
 #include <type_traits>
 
 namespace jfog {
@@ -12,6 +13,15 @@ namespace {
 constexpr std::size_t kBlock = 1024;
 // Up to this many terms are added in one pass.
 constexpr std::size_t kFused = 4;
+
+// Integers are summed modulo 2^64, of which every integer type keeps its part.
+template <typename R>
+R Rounded(double weight) {
+  if constexpr (std::is_integral_v<R>) {
+    return static_cast<R>(static_cast<std::int64_t>(weight));
+  }
+  return static_cast<R>(weight);
+}
 
 // T is stored, A accumulates, R is the type of a weight. Every form adds the
 // same numbers in the same order, so the bits do not depend on the form.
@@ -23,7 +33,7 @@ inline __attribute__((always_inline)) void SumLoop(
   R weights[N + 1] = {};
   for (std::size_t t = 0; t < N; ++t) {
     values[t] = static_cast<const T*>(terms[t].values);
-    weights[t] = static_cast<R>(terms[t].weight);
+    weights[t] = Rounded<R>(terms[t].weight);
   }
   // An element of y depends on no other element than its own of x.
 #pragma GCC ivdep
@@ -78,7 +88,7 @@ void SumBlocks(std::size_t count, const T* x, R self,
       std::copy_n(own, n, sum);
     } else if (self == R(0) && !terms.empty()) {
       const T* values = static_cast<const T*>(terms[0].values) + start;
-      const R weight = static_cast<R>(terms[0].weight);
+      const R weight = Rounded<R>(terms[0].weight);
       for (std::size_t k = 0; k < n; ++k) {
         sum[k] = weight * static_cast<A>(values[k]);
       }
@@ -88,7 +98,7 @@ void SumBlocks(std::size_t count, const T* x, R self,
     }
     for (std::size_t t = first; t < terms.size(); ++t) {
       const T* values = static_cast<const T*>(terms[t].values) + start;
-      const R weight = static_cast<R>(terms[t].weight);
+      const R weight = Rounded<R>(terms[t].weight);
       if (difference) {
         for (std::size_t k = 0; k < n; ++k) {
           sum[k] += weight * (static_cast<A>(values[k]) - own[k]);
@@ -108,7 +118,7 @@ void Sum(std::size_t count, const void* x, double self_weight,
          const std::vector<Term>& terms, bool difference, void* y) {
   const T* in = static_cast<const T*>(x);
   T* out = static_cast<T*>(y);
-  const R self = static_cast<R>(self_weight);
+  const R self = Rounded<R>(self_weight);
   if constexpr (N <= kFused) {
     if (terms.size() != N) {
       return Sum<T, A, R, N + 1>(count, x, self_weight, terms, difference, y);
@@ -143,6 +153,22 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
       return run(Sum<std::complex<float>, std::complex<float>, float>);
     case DataType::C128:
       return run(Sum<std::complex<double>, std::complex<double>, double>);
+    case DataType::S8:
+      return run(Sum<std::int8_t, std::uint64_t, std::uint64_t>);
+    case DataType::S16:
+      return run(Sum<std::int16_t, std::uint64_t, std::uint64_t>);
+    case DataType::S32:
+      return run(Sum<std::int32_t, std::uint64_t, std::uint64_t>);
+    case DataType::S64:
+      return run(Sum<std::int64_t, std::uint64_t, std::uint64_t>);
+    case DataType::U8:
+      return run(Sum<std::uint8_t, std::uint64_t, std::uint64_t>);
+    case DataType::U16:
+      return run(Sum<std::uint16_t, std::uint64_t, std::uint64_t>);
+    case DataType::U32:
+      return run(Sum<std::uint32_t, std::uint64_t, std::uint64_t>);
+    case DataType::U64:
+      return run(Sum<std::uint64_t, std::uint64_t, std::uint64_t>);
     default:
       return;
   }
@@ -166,6 +192,10 @@ void Divide(DataType type, std::size_t count, double by, void* y) {
     default:
       return;
   }
+}
+
+bool HasSum(DataType type) {
+  return HasWeightedSum(type) || (type != DataType::PRED && SizeOf(type) > 0);
 }
 
 bool HasWeightedSum(DataType type) {

@@ -21,8 +21,9 @@ struct Term {
 //
 // over `count` elements, self first and then the terms in their order. Weights
 // are rounded once to the type that accumulates: float32 for float32 and the
-// 16-bit floats, float64 for float64 and complex128, and so on. A self weight
-// of zero leaves x out, so that a pure move returns the sender's bits.
+// 16-bit floats, float64 for float64 and complex128, and so on; those of
+// integers are whole. A self weight of zero leaves x out, so that a pure move
+// returns the sender's bits.
 void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y);
@@ -31,8 +32,11 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
 // bits.
 void Divide(DataType type, std::size_t count, double by, void* y);
 
-// False for a type without arithmetic (integers, bool).
+// False for a type without fractions (integers, bool).
 bool HasWeightedSum(DataType type);
+
+// Whether sums with whole weights have a meaning (not for bool).
+bool HasSum(DataType type);
 
 }  // namespace jfog
 

@@ -1,12 +1,9 @@
 // Agreement between ranks on what they are about to do.
 #include "mpi/agreement.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -16,9 +13,6 @@
 
 namespace jfog::mpi {
 namespace {
-
-constexpr std::chrono::microseconds kYieldFor{500};
-constexpr std::chrono::microseconds kNap{100};
 
 // The greatest graph number and the greatest complement of one: each other's
 // complement exactly where all ranks brought the same number.
@@ -165,21 +159,7 @@ ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
   comm->CountAgreement();
   PeerAgreement agreement(comm, operation, std::move(pattern));
   agreement.Start();
-  agreement.Await();
-  Clock::time_point moved_at = Clock::now();
-  while (!agreement.finished()) {
-    const bool moved = agreement.Advance();
-    const Clock::time_point now = Clock::now();
-    if (moved) {
-      moved_at = now;
-    } else if (now - moved_at < kYieldFor) {
-      sched_yield();
-    } else {
-      agreement.CheckStall(now);
-      std::this_thread::sleep_for(kNap);
-    }
-  }
-  return agreement.error();
+  return agreement.Complete();
 }
 
 void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,

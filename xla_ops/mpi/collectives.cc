@@ -459,10 +459,9 @@ class AllgatherOperation : public Collective {
 };
 
 // To agree is to have met.
-class BarrierOperation : public Collective {
+class Meeting : public Collective {
  public:
-  explicit BarrierOperation(std::shared_ptr<Communicator> comm)
-      : Collective(std::move(comm), "barrier", Leaves(), 0) {}
+  using Collective::Collective;
 
  private:
   ffi::Error Begin() override { return ffi::Error::Success(); }
@@ -533,10 +532,18 @@ Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
                        ffi::RemainingRets results, std::int64_t context,
                        std::int64_t mode) {
   JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "barrier"));
-  return Launch(std::make_shared<BarrierOperation>(comm), results, mode);
+  return Launch(std::make_shared<Meeting>(comm, "barrier", Leaves(), 0),
+                results, mode);
 }
 
 }  // namespace
+
+ffi::Error Meet(const std::shared_ptr<Communicator>& comm, const char* name,
+                Leaves leaves, std::uint64_t variant) {
+  Meeting meeting(comm, name, std::move(leaves), variant);
+  meeting.Start();
+  return meeting.Complete();
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Allreduce, AllreduceImpl,
                               ffi::Ffi::Bind()

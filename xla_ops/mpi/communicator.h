@@ -99,6 +99,8 @@ class Communicator {
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
+  // Of a request to another rank's windows.
+  std::uint64_t NextRequest() { return requests_.fetch_add(1); }
 
   // MPI wants collectives started in one order on all ranks. Each takes a
   // ticket when it is posted in program order, and starts when its turn comes.
@@ -177,6 +179,7 @@ class Communicator {
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
   bool shares_memory_ = false;
   std::atomic<std::uint64_t> sequence_{0};
+  std::atomic<std::uint64_t> requests_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};
   std::atomic<bool> failed_{false};

@@ -18,8 +18,10 @@ constexpr std::chrono::microseconds kYieldFor{100};
 constexpr int kNapPart = 32;
 constexpr std::chrono::microseconds kShortestNap{20};
 constexpr std::chrono::microseconds kLongestNap{1000};
-// The notes of a rank that is in no operation are read this often.
+// A rank that is in no operation looks this often for what others want of it,
+// and without a pause while it serves them and a little longer.
 constexpr std::chrono::milliseconds kNotes{1};
+constexpr std::chrono::microseconds kServeFor{300};
 // Reasons to give up are looked for this often.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
@@ -63,26 +65,51 @@ bool Engine::Attach(const std::shared_ptr<Operation>& operation,
 }
 
 void Engine::Watch(const std::shared_ptr<Communicator>& comm) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (std::count(watched_.begin(), watched_.end(), comm) > 0) return;
-  watched_.push_back(comm);
-  if (watching_ || stopped_) return;
-  watching_ = true;
-  std::thread([this] { ReadNotes(); }).detach();
+  LookAfter(Watched{comm, nullptr});
 }
 
-void Engine::ReadNotes() {
+void Engine::Serve(const std::shared_ptr<Communicator>& comm,
+                   std::function<bool()> serve) {
+  LookAfter(Watched{comm, std::move(serve)});
+}
+
+void Engine::LookAfter(Watched watched) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Watched& other : watched_) {
+    if (other.comm == watched.comm && !other.serve == !watched.serve) return;
+  }
+  watched_.push_back(std::move(watched));
+  if (watching_ || stopped_) return;
+  watching_ = true;
+  std::thread([this] { LookAfter(); }).detach();
+}
+
+void Engine::LookAfter() {
+  prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);
+  Clock::time_point busy_at;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopped_ && !watched_.empty()) {
-    const std::vector<std::shared_ptr<Communicator>> watched = watched_;
+    const std::vector<Watched> watched = watched_;
     lock.unlock();
-    for (const auto& comm : watched) comm->ReadNotes();
+    bool busy = false;
+    for (const auto& [comm, serve] : watched) {
+      if (serve == nullptr) {
+        comm->ReadNotes();
+      } else {
+        busy = serve() || busy;
+      }
+    }
+    const Clock::time_point now = Clock::now();
+    if (busy) busy_at = now;
+    const bool pauses = now - busy_at > kServeFor;
+    if (!pauses) sched_yield();
     lock.lock();
-    watched_.erase(
-        std::remove_if(watched_.begin(), watched_.end(),
-                       [](const auto& comm) { return comm->closed(); }),
-        watched_.end());
-    if (!stopped_) notes_.wait_for(lock, kNotes);
+    watched_.erase(std::remove_if(watched_.begin(), watched_.end(),
+                                  [](const Watched& watched) {
+                                    return watched.comm->closed();
+                                  }),
+                   watched_.end());
+    if (!stopped_ && pauses) stop_.wait_for(lock, kNotes);
   }
   watching_ = false;
   changed_.notify_all();
@@ -100,7 +127,7 @@ void Engine::Stop() {
   stopped_ = true;
   ++version_;
   changed_.notify_all();
-  notes_.notify_all();
+  stop_.notify_all();
   changed_.wait(lock, [this] { return !leading_ && !watching_; });
 }
 

@@ -32,6 +32,10 @@ class Engine {
   // From now on reads the notes of a communicator also while this rank is in
   // no operation.
   void Watch(const std::shared_ptr<Communicator>& comm);
+  // From now on calls `serve` again and again until the communicator is closed;
+  // it does what others ask for, and says whether it is in the middle of that.
+  void Serve(const std::shared_ptr<Communicator>& comm,
+             std::function<bool()> serve);
 
   // Waits until every operation has ended, each within its deadline.
   void Drain();
@@ -44,22 +48,28 @@ class Engine {
     Waiter waiter;
   };
 
+  struct Watched {
+    std::shared_ptr<Communicator> comm;
+    std::function<bool()> serve;  // null: its notes are read
+  };
+
   Engine() = default;
   void Run();
-  void ReadNotes();
+  void LookAfter(Watched watched);
+  void LookAfter();
   // Moves operations on until one has ended.
   Entry Lead(std::unique_lock<std::mutex>& lock);
 
   std::mutex mutex_;
   std::condition_variable work_;     // for those who could lead
   std::condition_variable changed_;  // for the leader, and who stops it
-  std::condition_variable notes_;    // for who reads them
+  std::condition_variable stop_;     // for who looks after others
   std::vector<Entry> entries_;
   std::uint64_t version_ = 0;  // of the entries
   int idle_ = 0;               // threads that wait for work
   bool leading_ = false;
-  std::vector<std::shared_ptr<Communicator>> watched_;
-  bool watching_ = false;  // a thread reads notes
+  std::vector<Watched> watched_;
+  bool watching_ = false;  // a thread looks after these
   bool stopped_ = false;
 };
 

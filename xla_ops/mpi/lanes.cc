@@ -1,32 +1,14 @@
 // Memory that the ranks of one machine share, for long exchanges.
 #include "mpi/lanes.h"
 
-#include <sys/statvfs.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <new>
 
 namespace jfog::mpi {
 namespace {
 
 constexpr std::size_t kLine = 64;
-// MPI puts shared memory here; a page of it that cannot be had kills a process.
-constexpr const char* kFileSystem = "/dev/shm";
-constexpr std::size_t kSpare = 4;  // times of what the lanes need
-
-bool HasRoom(std::size_t bytes) {
-  struct statvfs system;
-  if (statvfs(kFileSystem, &system) != 0) return true;  // it is elsewhere
-  return system.f_bavail * system.f_frsize / kSpare >= bytes;
-}
-
-bool IsWanted() {
-  const char* text = std::getenv("JFOG_SHARED_MEMORY");
-  return text == nullptr || std::strcmp(text, "0") != 0;
-}
 
 }  // namespace
 
@@ -52,43 +34,12 @@ std::shared_ptr<Lanes> Lanes::Make(MPI_Comm comm, int local_size) {
   MPI_Comm_size(machine, &lanes->size_);
   const std::size_t marks = kLanes * kSlots * (1 + lanes->size_);
   const std::size_t bytes = marks * sizeof(Mark) + kLanes * kSlots * kSlotBytes;
-  int usable = IsWanted() && lanes->size_ > 1 && HasRoom(lanes->size_ * bytes);
-  MPI_Allreduce(MPI_IN_PLACE, &usable, 1, MPI_INT, MPI_MIN, machine);
-  void* own = nullptr;
-  MPI_Win window = MPI_WIN_NULL;
+  lanes->memory_ = SharedMemory::Make(machine, bytes);
+  const bool usable = lanes->memory_ != nullptr;
   if (usable) {
-    usable =
-        MPI_Win_allocate_shared(static_cast<MPI_Aint>(bytes), 1, MPI_INFO_NULL,
-                                machine, &own, &window) == MPI_SUCCESS;
-    MPI_Allreduce(MPI_IN_PLACE, &usable, 1, MPI_INT, MPI_MIN, machine);
-  }
-  if (usable) {
-    // The window lives as long as the process, like the memory.
-    for (int local = 0; local < lanes->size_; ++local) {
-      MPI_Aint length = 0;
-      int unit = 0;
-      void* base = nullptr;
-      MPI_Win_shared_query(window, local, &length, &unit, &base);
-      lanes->memory_.push_back(static_cast<std::byte*>(base));
-    }
-    for (std::size_t i = 0; i < marks; ++i) {
-      new (static_cast<std::byte*>(own) + i * sizeof(Mark)) Mark;
-    }
-    int size = 0;
-    MPI_Comm_size(comm, &size);
-    std::vector<int> ranks(size);
-    for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
-    lanes->local_.resize(size);
-    MPI_Group all, here;
-    MPI_Comm_group(comm, &all);
-    MPI_Comm_group(machine, &here);
-    MPI_Group_translate_ranks(all, size, ranks.data(), here,
-                              lanes->local_.data());
-    MPI_Group_free(&all);
-    MPI_Group_free(&here);
-    for (int& local : lanes->local_) {
-      if (local == MPI_UNDEFINED) local = -1;
-    }
+    std::byte* own = lanes->memory_->of(lanes->me_);
+    for (std::size_t i = 0; i < marks; ++i) new (own + i * sizeof(Mark)) Mark;
+    lanes->local_ = RanksIn(comm, machine);
   }
   MPI_Barrier(machine);  // all marks are made
   MPI_Comm_free(&machine);
@@ -96,17 +47,16 @@ std::shared_ptr<Lanes> Lanes::Make(MPI_Comm comm, int local_size) {
 }
 
 Lanes::Mark& Lanes::Ready(int local, int lane, int slot) const {
-  return reinterpret_cast<Mark*>(memory_[local])[lane * kSlots + slot];
+  return reinterpret_cast<Mark*>(memory_->of(local))[lane * kSlots + slot];
 }
 
 Lanes::Mark& Lanes::DoneMark(int local, int lane, int slot, int reader) const {
-  return reinterpret_cast<Mark*>(
-      memory_[local])[kLanes * kSlots + (lane * kSlots + slot) * size_ +
-                      reader];
+  return reinterpret_cast<Mark*>(memory_->of(
+      local))[kLanes * kSlots + (lane * kSlots + slot) * size_ + reader];
 }
 
 std::byte* Lanes::Bytes(int local, int lane, int slot) const {
-  return memory_[local] + kLanes * kSlots * (1 + size_) * sizeof(Mark) +
+  return memory_->of(local) + kLanes * kSlots * (1 + size_) * sizeof(Mark) +
          (lane * kSlots + slot) * kSlotBytes;
 }
 

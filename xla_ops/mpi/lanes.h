@@ -12,6 +12,8 @@
 #include <optional>
 #include <vector>
 
+#include "mpi/shared_memory.h"
+
 namespace jfog::mpi {
 
 // Every rank writes into lanes of its own, and all ranks of its machine read
@@ -28,8 +30,7 @@ class Lanes {
   };
 
   // Collective over `comm`. With `local_size` that many consecutive ranks pass
-  // for a machine. Null where a machine's shared memory is unwanted (the
-  // environment variable JFOG_SHARED_MEMORY is 0 on some rank of it) or short.
+  // for a machine. Null where there is no shared memory.
   static std::shared_ptr<Lanes> Make(MPI_Comm comm, int local_size);
   ~Lanes() = default;
   Lanes(const Lanes&) = delete;
@@ -76,7 +77,8 @@ class Lanes {
   std::vector<int> local_;  // of each rank its number on the machine, or -1
   int size_ = 0;            // ranks on the machine
   int me_ = 0;
-  std::vector<std::byte*> memory_;
+  // Lives as long as the process.
+  std::unique_ptr<SharedMemory> memory_;
   mutable std::mutex mutex_;  // guards all below
   std::array<Own, kLanes> own_;
   std::uint64_t next_ = 1;

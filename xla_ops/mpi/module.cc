@@ -9,6 +9,7 @@
 #include "mpi/hierarchical.h"
 #include "mpi/neighbor.h"
 #include "mpi/process.h"
+#include "mpi/windows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -46,6 +47,10 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
+  m.def("lock_window", &LockWindow, py::arg("number"), py::arg("ranks"),
+        NoGil());
+  m.def("unlock_window", &UnlockWindow, py::arg("number"), py::arg("ranks"),
+        NoGil());
   m.def("registrations", [] {
     py::dict targets;
     targets["jfog_mpi_neighbor_allreduce"] = Capsule(NeighborAllreduce);
@@ -60,6 +65,14 @@ PYBIND11_MODULE(_mpi, m) {
     targets["jfog_mpi_broadcast"] = Capsule(Broadcast);
     targets["jfog_mpi_allgather"] = Capsule(Allgather);
     targets["jfog_mpi_barrier"] = Capsule(Barrier);
+    targets["jfog_mpi_win_create"] = Capsule(WinCreate);
+    targets["jfog_mpi_win_put"] = Capsule(WinPut);
+    targets["jfog_mpi_win_accumulate"] = Capsule(WinAccumulate);
+    targets["jfog_mpi_win_get"] = Capsule(WinGet);
+    targets["jfog_mpi_win_update"] = Capsule(WinUpdate);
+    targets["jfog_mpi_win_version"] = Capsule(WinVersion);
+    targets["jfog_mpi_win_associated_p"] = Capsule(WinAssociatedP);
+    targets["jfog_mpi_win_free"] = Capsule(WinFree);
     targets["jfog_mpi_wait"] = Capsule(Wait);
     targets["jfog_mpi_poll"] = Capsule(Poll);
     return targets;

@@ -1,9 +1,12 @@
 // One operation in flight: its identity, its pending messages, its end.
 #include "mpi/operation.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <thread>
 
 namespace jfog::mpi {
 namespace {
@@ -12,6 +15,9 @@ constexpr std::uint64_t kMagic = 0x6a666f6731303032u;
 constexpr std::chrono::milliseconds kStalledAfter{50};
 // What a rank that left has sent before may still be on its way.
 constexpr std::chrono::seconds kGrace{1};
+// Who completes an operation by himself first lets others run.
+constexpr std::chrono::microseconds kYieldFor{500};
+constexpr std::chrono::microseconds kNap{100};
 
 double Seconds(Clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
@@ -220,6 +226,24 @@ void Operation::Await() {
                        std::memory_order_relaxed);
 }
 
+ffi::Error Operation::Complete() {
+  Await();
+  Clock::time_point moved_at = Clock::now();
+  while (!finished()) {
+    const bool moved = Advance();
+    const Clock::time_point now = Clock::now();
+    if (moved) {
+      moved_at = now;
+    } else if (now - moved_at < kYieldFor) {
+      sched_yield();
+    } else {
+      CheckStall(now);
+      std::this_thread::sleep_for(kNap);
+    }
+  }
+  return error_;
+}
+
 void Operation::CheckStall(Clock::time_point now) {
   const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
   const Clock::duration waited =
@@ -247,11 +271,13 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
                                               leaves_.Describe() + ")");
   }
   const double limit = comm_->timeout();
-  if (!announced_ && Seconds(waited) > 0.05 * limit) {
-    announced_ = true;
-    comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+  if (is_ordered()) {
+    if (!announced_ && Seconds(waited) > 0.05 * limit) {
+      announced_ = true;
+      comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+    }
+    JFOG_RETURN_IF_ERROR(CheckNotes(missing, waited));
   }
-  JFOG_RETURN_IF_ERROR(CheckNotes(missing, waited));
   JFOG_RETURN_IF_ERROR(Stalled());
   if (!warned_ && Seconds(waited) > 0.1 * limit) {
     warned_ = true;

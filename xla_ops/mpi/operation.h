@@ -52,6 +52,8 @@ class Operation {
   // Looks for a reason to give up: the communicator has failed; a rank that is
   // waited for has left, or is in another operation; the deadline.
   void CheckStall(Clock::time_point now);
+  // Moves it on until it has ended, on the thread that calls.
+  ffi::Error Complete();
 
   const Leaves& leaves() const { return leaves_; }
   bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
@@ -82,6 +84,8 @@ class Operation {
   virtual void Bury() = 0;
   // Called once at the end.
   virtual void Ended() {}
+  // Whether other ranks come to the same operation, in the same order.
+  virtual bool is_ordered() const { return true; }
   // Called now and then while nothing moves: looks for reasons of its own.
   virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 

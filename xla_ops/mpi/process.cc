@@ -16,6 +16,7 @@
 #include "mpi/communicator.h"
 #include "mpi/engine.h"
 #include "mpi/plan.h"
+#include "mpi/window.h"
 
 namespace jfog::mpi {
 namespace {
@@ -165,6 +166,7 @@ int Close(std::int64_t context) {
   comm->Close();
   const int forgotten = ForgetHandles(*comm);
   ForgetPlans(*comm);
+  LeaveWindows(comm.get());
   std::lock_guard<std::mutex> lock(roots_mutex);
   auto& roots = Roots();
   const auto root = std::find(roots.begin(), roots.end(), comm);
@@ -183,6 +185,7 @@ void Finish() {
   if (Finalized() || abandoned) return;
   // What was started and not waited on is still wanted by its peers.
   Engine::Get().Drain();
+  LeaveWindows(nullptr);
   std::lock_guard<std::mutex> lock(roots_mutex);
   for (const auto& root : Roots()) {
     if (root->failed()) return;

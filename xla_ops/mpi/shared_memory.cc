@@ -1,0 +1,90 @@
+// Memory that the ranks of one machine share.
+#include "mpi/shared_memory.h"
+
+#include <sys/statvfs.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace jfog::mpi {
+namespace {
+
+constexpr std::size_t kLine = 64;
+// MPI puts shared memory here; a page of it that cannot be had kills a process.
+constexpr const char* kFileSystem = "/dev/shm";
+
+bool HasRoom(std::uint64_t bytes) {
+  struct statvfs system;
+  if (statvfs(kFileSystem, &system) != 0) return true;  // it is elsewhere
+  const std::uint64_t free = system.f_bavail * system.f_frsize;
+  return free / 4 * 3 >= bytes;
+}
+
+bool IsWanted() {
+  const char* text = std::getenv("JFOG_SHARED_MEMORY");
+  return text == nullptr || std::strcmp(text, "0") != 0;
+}
+
+// Whether it is true on all ranks.
+bool AllSay(bool yes, MPI_Comm machine) {
+  int all = yes;
+  MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, machine);
+  return all != 0;
+}
+
+}  // namespace
+
+std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
+                                                 std::size_t bytes) {
+  int ranks = 0;
+  MPI_Comm_size(machine, &ranks);
+  const std::size_t own_bytes = bytes + kLine;
+  std::uint64_t total = own_bytes;
+  MPI_Allreduce(MPI_IN_PLACE, &total, 1, MPI_UINT64_T, MPI_SUM, machine);
+  if (!AllSay(IsWanted() && ranks > 1 && HasRoom(total), machine)) {
+    return nullptr;
+  }
+  std::unique_ptr<SharedMemory> memory(new SharedMemory);
+  void* own = nullptr;
+  const bool made = MPI_Win_allocate_shared(static_cast<MPI_Aint>(own_bytes), 1,
+                                            MPI_INFO_NULL, machine, &own,
+                                            &memory->window_) == MPI_SUCCESS;
+  if (!AllSay(made, machine)) return nullptr;
+  for (int rank = 0; rank < ranks; ++rank) {
+    MPI_Aint length = 0;
+    int unit = 0;
+    void* base = nullptr;
+    MPI_Win_shared_query(memory->window_, rank, &length, &unit, &base);
+    // Parts follow each other without a gap, at the same places of a page in
+    // all processes.
+    const auto address = reinterpret_cast<std::uintptr_t>(base);
+    const std::size_t skip = (kLine - address % kLine) % kLine;
+    memory->parts_.push_back(static_cast<std::byte*>(base) + skip);
+  }
+  return memory;
+}
+
+void SharedMemory::Free() {
+  if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
+  parts_.clear();
+}
+
+std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part) {
+  int size = 0;
+  MPI_Comm_size(comm, &size);
+  std::vector<int> ranks(size), numbers(size);
+  for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
+  MPI_Group all, some;
+  MPI_Comm_group(comm, &all);
+  MPI_Comm_group(part, &some);
+  MPI_Group_translate_ranks(all, size, ranks.data(), some, numbers.data());
+  MPI_Group_free(&all);
+  MPI_Group_free(&some);
+  for (int& number : numbers) {
+    if (number == MPI_UNDEFINED) number = -1;
+  }
+  return numbers;
+}
+
+}  // namespace jfog::mpi

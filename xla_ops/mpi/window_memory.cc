@@ -1,0 +1,84 @@
+// One rank's part of a window in memory: its value, its slots, their locks.
+#include "mpi/window_memory.h"
+
+#include <sched.h>
+
+#include <cstring>
+#include <new>
+#include <thread>
+
+#include "common/weighted_sum.h"
+#include "mpi/tags.h"
+
+namespace jfog::mpi {
+namespace {
+
+// Who holds a lock copies memory, or waits for a core to do so.
+constexpr int kYields = 200;
+constexpr std::chrono::microseconds kNap{50};
+constexpr std::size_t kHeadBytes = RoundUp(sizeof(WindowMemory::Head));
+constexpr std::size_t kRecordBytes = RoundUp(sizeof(WindowMemory::Record));
+
+}  // namespace
+
+bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
+  const std::uint32_t ticket = TakeTicket();
+  for (int looks = 0; !IsTurn(ticket); ++looks) {
+    if (looks < kYields) {
+      sched_yield();
+    } else if (may_wait()) {
+      std::this_thread::sleep_for(kNap);
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::size_t WindowMemory::Bytes(std::size_t payload_bytes, int records) {
+  return kHeadBytes + records * (kRecordBytes + RoundUp(payload_bytes));
+}
+
+WindowMemory::WindowMemory(std::byte* memory, std::size_t payload_bytes)
+    : memory_(memory), payload_bytes_(RoundUp(payload_bytes)) {}
+
+void WindowMemory::Initialize(int records) {
+  new (memory_) Head;
+  for (int i = 0; i < records; ++i) new (&record(i)) Record;
+}
+
+WindowMemory::Head& WindowMemory::head() const {
+  return *reinterpret_cast<Head*>(memory_);
+}
+
+WindowMemory::Record& WindowMemory::record(int i) const {
+  return *reinterpret_cast<Record*>(memory_ + kHeadBytes +
+                                    i * (kRecordBytes + payload_bytes_));
+}
+
+std::byte* WindowMemory::payload(int i) const {
+  return reinterpret_cast<std::byte*>(&record(i)) + kRecordBytes;
+}
+
+void WriteScaled(const Leaves& leaves, double weight, std::byte* to) {
+  for (const Leaf& leaf : leaves) {
+    if (leaf.count == 0) continue;
+    if (weight == 1) {
+      std::memcpy(to + leaf.offset, leaf.input, leaf.bytes());
+    } else {
+      WeightedSum(leaf.type, leaf.count, leaf.input, weight, {},
+                  /*difference=*/false, to + leaf.offset);
+    }
+  }
+}
+
+void AddScaled(const Leaves& leaves, double weight, std::byte* to) {
+  for (const Leaf& leaf : leaves) {
+    if (leaf.count == 0) continue;
+    std::byte* sum = to + leaf.offset;
+    WeightedSum(leaf.type, leaf.count, sum, 1, {{leaf.input, weight}},
+                /*difference=*/false, sum);
+  }
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,214 @@
+// What ranks that share no memory with this one ask of its windows.
+#include "mpi/window_service.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <map>
+#include <utility>
+
+#include "mpi/buffers.h"
+#include "mpi/engine.h"
+#include "mpi/tags.h"
+#include "mpi/window.h"
+
+namespace jfog::mpi {
+namespace {
+
+// Works for one communicator, on the engine's thread that reads notes.
+class WindowService {
+ public:
+  explicit WindowService(std::shared_ptr<Communicator> comm)
+      : comm_(std::move(comm)), arriving_(comm_->size()) {}
+
+  // Does what can be done without waiting; whether more is to come.
+  bool Serve() {
+    bool busy = ReadRequests();
+    for (int source = 0; source < comm_->size(); ++source) {
+      busy = Receive(source) || busy;
+    }
+    GiveMutexes();
+    for (auto it = sent_.begin(); it != sent_.end();) {
+      int done = 0;
+      const bool ended =
+          MPI_Test(&it->request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS ||
+          done;
+      it = ended ? sent_.erase(it) : std::next(it);
+    }
+    return busy || !sent_.empty() || !waiting_.empty();
+  }
+
+ private:
+  // A value on its way to a slot.
+  struct Arrival {
+    WindowRequest request;
+    Buffer payload;
+    MPI_Request receive = MPI_REQUEST_NULL;
+  };
+  struct Sent {
+    Buffer bytes;
+    MPI_Request request = MPI_REQUEST_NULL;
+  };
+  // A rank that wants the mutex of this one.
+  struct Waiting {
+    int source;
+    WindowRequest request;
+    std::shared_ptr<Window> window;
+    std::uint32_t ticket;
+  };
+
+  bool ReadRequests() {
+    bool any = false;
+    for (;;) {
+      int found = 0;
+      MPI_Status status;
+      if (MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag, comm_->aside(), &found,
+                     &status) != MPI_SUCCESS ||
+          !found) {
+        return any;
+      }
+      any = true;
+      WindowRequest request;
+      if (MPI_Recv(&request, sizeof(request), MPI_BYTE, status.MPI_SOURCE,
+                   kRequestTag, comm_->aside(),
+                   MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+        return any;
+      }
+      Begin(status.MPI_SOURCE, request);
+    }
+  }
+
+  void Begin(int source, const WindowRequest& request) {
+    std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
+    switch (request.kind) {
+      case WindowRequest::kPut:
+      case WindowRequest::kAccumulate: {
+        // Also where it is too late for it: the payload comes in any case.
+        Arrival arrival{request, Buffer(request.bytes)};
+        MPI_Irecv(arrival.payload.get(),
+                  static_cast<int>(request.bytes / kLineBytes), Line(), source,
+                  kRequestPayloadTag, comm_->aside(), &arrival.receive);
+        arriving_[source].push_back(std::move(arrival));
+        return;
+      }
+      case WindowRequest::kGet:
+        return Show(source, request, window);
+      case WindowRequest::kLock:
+        if (window == nullptr) return Reply(source, request, GoneState(*comm_));
+        waiting_.push_back(
+            {source, request, window, window->own().head().mutex.TakeTicket()});
+        return;
+      case WindowRequest::kUnlock:
+        if (window != nullptr) window->own().head().mutex.Release();
+        return Reply(source, request, WindowMemory::kOpen);
+    }
+  }
+
+  // Whether a payload of that rank is on its way. They are used in their order.
+  bool Receive(int source) {
+    auto& arriving = arriving_[source];
+    while (!arriving.empty()) {
+      Arrival& first = arriving.front();
+      int done = 0;
+      if (MPI_Test(&first.receive, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+        first.payload.Bury();
+      } else if (!done) {
+        return true;
+      } else {
+        comm_->CountReceived(source, first.request.bytes);
+        Write(source, first);
+      }
+      arriving.pop_front();
+    }
+    return false;
+  }
+
+  void Write(int source, const Arrival& arrival) {
+    const WindowRequest& request = arrival.request;
+    const std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
+    if (window == nullptr) return Reply(source, request, GoneState(*comm_));
+    WindowMemory::Record& record = window->own().record(request.record);
+    // Nobody is to be told of an error: the communicator has failed then.
+    if (window->Acquire(record.lock, comm_->rank(), "a put").failure()) return;
+    const Leaves leaves = window->At(arrival.payload.get());
+    std::byte* slot = window->own().payload(request.record);
+    if (request.kind == WindowRequest::kPut) {
+      WriteScaled(leaves, request.weight, slot);
+    } else {
+      AddScaled(leaves, request.weight, slot);
+    }
+    record.version.fetch_add(1, std::memory_order_relaxed);
+    record.lock.Release();
+    Reply(source, request, WindowMemory::kOpen);
+  }
+
+  // Answers with the value that this rank exposes.
+  void Show(int source, const WindowRequest& request,
+            const std::shared_ptr<Window>& window) {
+    if (window == nullptr) return Reply(source, request, GoneState(*comm_));
+    WindowMemory::Record& record = window->own().record(0);
+    if (window->Acquire(record.lock, comm_->rank(), "a get").failure()) return;
+    const std::size_t bytes = window->layout().payload_bytes;
+    Buffer value(bytes);
+    std::memcpy(value.get(), window->own().payload(0), bytes);
+    record.lock.Release();
+    Reply(source, request, WindowMemory::kOpen);
+    Sent& sent = sent_.emplace_back();
+    sent.bytes = std::move(value);
+    MPI_Isend(sent.bytes.get(), static_cast<int>(bytes / kLineBytes), Line(),
+              source, ReplyPayloadTag(request.tag), comm_->aside(),
+              &sent.request);
+    comm_->CountSent(source, bytes);
+  }
+
+  void GiveMutexes() {
+    waiting_.remove_if([this](const Waiting& waiting) {
+      if (!waiting.window->own().head().mutex.IsTurn(waiting.ticket)) {
+        return false;
+      }
+      Reply(waiting.source, waiting.request, WindowMemory::kOpen);
+      return true;
+    });
+  }
+
+  void Reply(int source, const WindowRequest& request,
+             WindowMemory::State state) {
+    Sent& sent = sent_.emplace_back();
+    sent.bytes = Buffer(sizeof(WindowReply));
+    const WindowReply reply{state};
+    std::memcpy(sent.bytes.get(), &reply, sizeof(reply));
+    MPI_Isend(sent.bytes.get(), sizeof(reply), MPI_BYTE, source, request.tag,
+              comm_->aside(), &sent.request);
+  }
+
+  std::shared_ptr<Communicator> comm_;
+  std::vector<std::deque<Arrival>> arriving_;  // by their source
+  std::list<Waiting> waiting_;
+  std::list<Sent> sent_;
+};
+
+}  // namespace
+
+int ReplyTag(std::uint64_t request) {
+  return kChunkTag + static_cast<int>(request % kChunkTags);
+}
+
+int ReplyPayloadTag(int reply_tag) { return reply_tag + kChunkTags; }
+
+MPI_Datatype Line() {
+  static const MPI_Datatype line = [] {
+    MPI_Datatype type = MPI_DATATYPE_NULL;
+    MPI_Type_contiguous(kLineBytes, MPI_BYTE, &type);
+    MPI_Type_commit(&type);
+    return type;
+  }();
+  return line;
+}
+
+void ServeWindows(const std::shared_ptr<Communicator>& comm) {
+  auto service = std::make_shared<WindowService>(comm);
+  Engine::Get().Serve(comm, [service] { return service->Serve(); });
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,204 @@
+// Puts, accumulates and gets: operations on windows of other ranks.
+#include "mpi/window_transfer.h"
+
+#include <cstring>
+#include <utility>
+
+namespace jfog::mpi {
+
+WindowTransfer::WindowTransfer(std::shared_ptr<Window> window, const char* name,
+                               WindowRequest::Kind kind, Leaves result,
+                               Leaves value, std::vector<int> peers,
+                               std::vector<double> weights)
+    : Operation(window->comm(), name, window->NextOperation()),
+      window_(std::move(window)),
+      kind_(kind),
+      value_(std::move(value)),
+      peers_(std::move(peers)),
+      weights_(std::move(weights)) {
+  mutable_leaves() = std::move(result);
+  comm().CountOperation();
+  window_->Begin();
+}
+
+ffi::Error WindowTransfer::Post() {
+  for (std::size_t i = 0; i < peers_.size(); ++i) {
+    if (!window_->part(peers_[i])) {
+      Far& far = far_.emplace_back();
+      far.peer = i;
+      continue;
+    }
+    // One that is gone does not keep the others from theirs.
+    ffi::Error error = Reach(i);
+    if (outcome_.success()) outcome_ = std::move(error);
+  }
+  if (far_.empty()) return ffi::Error::Success();
+  if (has_payload()) value_.Stage();
+  Resize(far_.size() * kMessages);
+  for (std::size_t i = 0; i < far_.size(); ++i) {
+    JFOG_RETURN_IF_ERROR(Ask(i));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error WindowTransfer::Reach(std::size_t peer) {
+  const int rank = peers_[peer];
+  const WindowMemory& there = window_->part(rank);
+  const std::size_t bytes = window_->layout().bytes;
+  if (kind_ == WindowRequest::kGet) {
+    // The own slot is locked first, as in nothing else that takes two locks.
+    JFOG_RETURN_IF_ERROR(CheckState(rank, there.state()));
+    TicketLock& lock = there.record(0).lock;
+    WindowMemory::Record& slot = window_->own().record(window_->RecordOf(rank));
+    JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
+    ffi::Error error = window_->Acquire(lock, rank, Title());
+    if (error.success()) {
+      WriteScaled(window_->At(there.payload(0)), weights_[peer],
+                  window_->own().payload(window_->RecordOf(rank)));
+      slot.version.fetch_add(1, std::memory_order_relaxed);
+      lock.Release();
+      comm().CountReceived(rank, bytes);
+    }
+    slot.lock.Release();
+    return error;
+  }
+  const int record = window_->RecordAt(rank);
+  TicketLock& lock = there.record(record).lock;
+  JFOG_RETURN_IF_ERROR(window_->Acquire(lock, rank, Title()));
+  ffi::Error error = CheckState(rank, there.state());
+  if (error.success()) {
+    if (kind_ == WindowRequest::kPut) {
+      WriteScaled(value_, weights_[peer], there.payload(record));
+    } else {
+      AddScaled(value_, weights_[peer], there.payload(record));
+    }
+    there.record(record).version.fetch_add(1, std::memory_order_relaxed);
+    comm().CountSent(rank, bytes);
+  }
+  lock.Release();
+  return error;
+}
+
+ffi::Error WindowTransfer::Ask(std::size_t number) {
+  Far& far = far_[number];
+  const int rank = peers_[far.peer];
+  WindowRequest request;
+  request.window = window_->id();
+  request.bytes = has_payload() ? value_.payload_bytes : 0;
+  request.weight = weights_[far.peer];
+  request.kind = kind_;
+  request.record = has_payload() ? window_->RecordAt(rank) : 0;
+  request.tag = far.tag = ReplyTag(comm().NextRequest());
+  far.request = Buffer(sizeof(request));
+  std::memcpy(far.request.get(), &request, sizeof(request));
+  far.reply = Buffer(sizeof(WindowReply));
+  const std::size_t first = number * kMessages;
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(far.reply.get(), sizeof(WindowReply),
+                                     MPI_BYTE, rank, far.tag, comm().aside(),
+                                     Slot(first + kReply)));
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(far.request.get(), sizeof(request),
+                                     MPI_BYTE, rank, kRequestTag,
+                                     comm().aside(), Slot(first + kRequest)));
+  if (!has_payload()) return ffi::Error::Success();
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
+      value_.staging.get(), static_cast<int>(value_.payload_bytes / kLineBytes),
+      Line(), rank, kRequestPayloadTag, comm().aside(),
+      Slot(first + kPayload)));
+  comm().CountSent(rank, value_.bytes);
+  return ffi::Error::Success();
+}
+
+ffi::Error WindowTransfer::Completed(std::size_t slot) {
+  Far& far = far_[slot / kMessages];
+  const int rank = peers_[far.peer];
+  switch (slot % kMessages) {
+    case kReply: {
+      WindowReply reply;
+      std::memcpy(&reply, far.reply.get(), sizeof(reply));
+      const auto state = static_cast<WindowMemory::State>(reply.state);
+      ffi::Error error = CheckState(rank, state);
+      if (error.success() && kind_ == WindowRequest::kGet) {
+        const std::size_t bytes = window_->layout().payload_bytes;
+        far.value = Buffer(bytes);
+        JFOG_MPI_RETURN_IF_ERROR(
+            MPI_Irecv(far.value.get(), static_cast<int>(bytes / kLineBytes),
+                      Line(), rank, ReplyPayloadTag(far.tag), comm().aside(),
+                      Slot(slot - kReply + kValue)));
+        return ffi::Error::Success();
+      }
+      far.answered = true;
+      if (outcome_.success()) outcome_ = std::move(error);
+      return ffi::Error::Success();
+    }
+    case kValue:
+      far.answered = true;
+      return Take(rank, weights_[far.peer], far.value.get());
+    default:
+      return ffi::Error::Success();
+  }
+}
+
+ffi::Error WindowTransfer::Take(int rank, double weight,
+                                const std::byte* value) {
+  const int record = window_->RecordOf(rank);
+  WindowMemory::Record& slot = window_->own().record(record);
+  JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
+  WriteScaled(window_->At(value), weight, window_->own().payload(record));
+  slot.version.fetch_add(1, std::memory_order_relaxed);
+  slot.lock.Release();
+  comm().CountReceived(rank, window_->layout().bytes);
+  return ffi::Error::Success();
+}
+
+ffi::Error WindowTransfer::CheckState(int rank,
+                                      WindowMemory::State state) const {
+  switch (state) {
+    case WindowMemory::kFreed:
+      return MakeError(ffi::ErrorCode::kFailedPrecondition,
+                       Title() + " reaches for rank " + std::to_string(rank) +
+                           ", which has freed the window; call jfog.barrier "
+                           "before jfog.win_free");
+    case WindowMemory::kEnded:
+      return MakeError(ffi::ErrorCode::kAborted,
+                       Title() + " reaches for rank " + std::to_string(rank) +
+                           ", which has already ended");
+    default:
+      return ffi::Error::Success();
+  }
+}
+
+ffi::Error WindowTransfer::Drained(bool* ended) {
+  *ended = true;
+  if (outcome_.success() && leaves().size() > 0) {
+    WriteNumber(*window_, reinterpret_cast<std::uint32_t*>(leaves()[0].output));
+  }
+  return outcome_;
+}
+
+std::vector<int> WindowTransfer::Missing() const {
+  std::vector<int> missing;
+  for (const Far& far : far_) {
+    if (!far.answered) missing.push_back(peers_[far.peer]);
+  }
+  return missing;
+}
+
+void WindowTransfer::Bury() {
+  for (Far& far : far_) {
+    if (far.answered) continue;
+    far.request.Bury();
+    far.reply.Bury();
+    far.value.Bury();
+    value_.staging.Bury();
+  }
+}
+
+ffi::Error AskFor(std::shared_ptr<Window> window, WindowRequest::Kind kind,
+                  int rank) {
+  WindowTransfer transfer(std::move(window), "win_mutex", kind, Leaves(),
+                          Leaves(), {rank}, {1.0});
+  transfer.Start();
+  return transfer.Complete();
+}
+
+}  // namespace jfog::mpi

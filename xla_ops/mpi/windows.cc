@@ -1,0 +1,383 @@
+// Handlers of windows.
+#include "mpi/windows.h"
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "common/weighted_sum.h"
+#include "mpi/call.h"
+#include "mpi/window.h"
+#include "mpi/window_transfer.h"
+
+namespace jfog::mpi {
+namespace {
+
+using Ints = ffi::Span<const std::int32_t>;
+using Number = ffi::BufferR0<ffi::U32>;
+
+constexpr const char* kUpdate = "win_update";
+
+// How an associated p is stored; numbered as in _windows.py.
+constexpr DataType kAssociated[] = {DataType::PRED, DataType::F32,
+                                    DataType::F64};
+
+// An attribute that was made one longer, because it may not be empty.
+std::vector<int> WithoutLast(Ints ints) {
+  return std::vector<int>(ints.begin(), ints.end() - 1);
+}
+
+ffi::ErrorOr<std::vector<double>> ReadWeights(const ffi::AnyBuffer& weights,
+                                              std::size_t count) {
+  const auto as_doubles = [&](const auto* first) {
+    return std::vector<double>(first, first + count);
+  };
+  if (weights.element_count() == count) {
+    const void* data = weights.untyped_data();
+    switch (weights.element_type()) {
+      case DataType::S32:
+        return as_doubles(static_cast<const std::int32_t*>(data));
+      case DataType::F32:
+        return as_doubles(static_cast<const float*>(data));
+      case DataType::F64:
+        return as_doubles(static_cast<const double*>(data));
+      default:
+        break;
+    }
+  }
+  return ffi::Unexpected(
+      MakeError(ffi::ErrorCode::kInternal, "malformed operand of weights"));
+}
+
+// The result of an operation that gives the window back.
+ffi::ErrorOr<Leaves> ReadResult(ffi::RemainingRets results, std::int64_t mode) {
+  Leaves leaves;
+  Leaf leaf{DataType::U32, 1, 1, nullptr, nullptr, 0};
+  if (mode == kWhole) {
+    auto number = results.get<Number>(0);
+    if (!number) return ffi::Unexpected(number.error());
+    leaf.output = reinterpret_cast<std::byte*>((*number)->typed_data());
+  }
+  leaves.leaves.push_back(leaf);
+  leaves.Lay();
+  if (mode == kStart) {
+    leaves.staging = Buffer(leaves.payload_bytes);
+    leaves[0].output = leaves.staging.get();
+  }
+  return leaves;
+}
+
+Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
+                         ffi::Result<ffi::Token>, ffi::Result<Number> number,
+                         std::int64_t context, std::int64_t, std::int64_t graph,
+                         std::int64_t structure, Ints sources,
+                         Ints destinations, Ints slots, std::int64_t zero_init,
+                         std::int64_t associated) {
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "win_create"));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
+  WindowPlan plan;
+  for (std::int64_t part : {graph, structure, zero_init, associated}) {
+    plan.variant = Mix(plan.variant, static_cast<std::uint64_t>(part));
+  }
+  plan.sources = WithoutLast(sources);
+  plan.destinations = WithoutLast(destinations);
+  plan.slots = WithoutLast(slots);
+  plan.zero_init = zero_init != 0;
+  plan.p_type = kAssociated[associated];
+  JFOG_ASSIGN_OR_RETURN(window,
+                        Window::Make(comm, std::move(plan), std::move(leaves)));
+  WriteNumber(*window, number->typed_data());
+  return ffi::Error::Success();
+}
+
+// A put, an accumulate or a get.
+Completion Transfer(const char* name, WindowRequest::Kind kind,
+                    const Number& number, const ffi::AnyBuffer& weights,
+                    ffi::RemainingArgs args, ffi::RemainingRets results,
+                    std::int64_t mode, Ints peers) {
+  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), name));
+  std::vector<int> ranks = WithoutLast(peers);
+  JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, ranks.size()));
+  JFOG_ASSIGN_OR_RETURN(result, ReadResult(results, mode));
+  Leaves value;
+  if (kind != WindowRequest::kGet) {
+    JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
+    JFOG_RETURN_IF_ERROR(window->Complete(&leaves, name));
+    value = std::move(leaves);
+  }
+  return Launch(std::make_shared<WindowTransfer>(
+                    window, name, kind, std::move(result), std::move(value),
+                    std::move(ranks), std::move(row)),
+                results, mode);
+}
+
+Completion WinPutImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+                      ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                      ffi::RemainingRets results, std::int64_t,
+                      std::int64_t mode, Ints peers) {
+  return Transfer("win_put", WindowRequest::kPut, number, weights, args,
+                  results, mode, peers);
+}
+
+Completion WinAccumulateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+                             ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                             ffi::RemainingRets results, std::int64_t,
+                             std::int64_t mode, Ints peers) {
+  return Transfer("win_accumulate", WindowRequest::kAccumulate, number, weights,
+                  args, results, mode, peers);
+}
+
+Completion WinGetImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+                      ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                      ffi::RemainingRets results, std::int64_t,
+                      std::int64_t mode, Ints peers) {
+  return Transfer("win_get", WindowRequest::kGet, number, weights, args,
+                  results, mode, peers);
+}
+
+// Sums the leaves and what lies in the slots, all of which are locked.
+void Combine(const Window& window, const Leaves& leaves,
+             const std::vector<int>& records,
+             const std::vector<double>& weights, bool difference) {
+  std::vector<Term> terms(records.size());
+  for (const Leaf& leaf : leaves) {
+    if (leaf.count == 0) continue;
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      terms[i] = {window.own().payload(records[i]) + leaf.offset,
+                  weights[1 + i]};
+    }
+    WeightedSum(leaf.type, leaf.count, leaf.input, weights[0], terms,
+                difference, leaf.output);
+  }
+}
+
+Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                         ffi::RemainingRets results, std::int64_t,
+                         std::int64_t mode, Ints peers, std::int64_t difference,
+                         std::int64_t reset, std::int64_t expose) {
+  if (mode != kWhole || results.size() != args.size() + 1) {
+    return MakeError(ffi::ErrorCode::kInternal, "malformed call of win_update");
+  }
+  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), kUpdate));
+  const std::vector<int> ranks = WithoutLast(peers);
+  JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, 1 + ranks.size()));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!y) return y.error();
+    leaves[i].output = static_cast<std::byte*>((*y)->untyped_data());
+  }
+  auto result = results.get<Number>(leaves.size());
+  if (!result) return result.error();
+  JFOG_RETURN_IF_ERROR(window->Complete(&leaves, kUpdate));
+  alignas(8) std::byte p[8];
+  if (window->has_p()) leaves[leaves.size() - 1].output = p;
+
+  const WindowMemory& own = window->own();
+  const int rank = window->comm()->rank();
+  const std::string title =
+      std::string(kUpdate) + " on rank " + std::to_string(rank);
+  std::vector<int> records;
+  for (int source : ranks) records.push_back(window->RecordOf(source));
+  for (int record : records) {
+    JFOG_RETURN_IF_ERROR(window->Acquire(own.record(record).lock, rank, title));
+  }
+  Combine(*window, leaves, records, row, difference != 0);
+  for (int record : records) {
+    if (reset != 0) {
+      std::memset(own.payload(record), 0, window->layout().payload_bytes);
+    }
+    own.record(record).version.store(0, std::memory_order_relaxed);
+    own.record(record).lock.Release();
+  }
+
+  WriteNumber(*window, (*result)->typed_data());
+  if (expose == 0) return ffi::Error::Success();
+  WindowMemory::Record& exposed = own.record(0);
+  JFOG_RETURN_IF_ERROR(window->Acquire(exposed.lock, rank, title));
+  for (const Leaf& leaf : leaves) {
+    if (leaf.count == 0) continue;
+    std::memcpy(own.payload(0) + leaf.offset, leaf.output, leaf.bytes());
+  }
+  exposed.lock.Release();
+  return ffi::Error::Success();
+}
+
+ffi::Error WinVersionImpl(ffi::Token, Number number, ffi::Result<ffi::Token>,
+                          ffi::Result<ffi::BufferR1<ffi::S32>> versions,
+                          std::int64_t, std::int64_t) {
+  auto window = FindWindow(number.typed_data(), "win_version");
+  if (!window) return window.error();
+  for (int rank = 0; rank < (*window)->comm()->size(); ++rank) {
+    const int record = (*window)->RecordOf(rank);
+    std::int64_t version = 0;
+    if (record > 0) {
+      version = (*window)->own().record(record).version.load(
+          std::memory_order_acquire);
+    }
+    versions->typed_data()[rank] = static_cast<std::int32_t>(version);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error WinAssociatedPImpl(ffi::Token, Number number,
+                              ffi::Result<ffi::Token>,
+                              ffi::Result<ffi::AnyBuffer> p, std::int64_t,
+                              std::int64_t) {
+  auto window = FindWindow(number.typed_data(), "win_associated_p");
+  if (!window) return window.error();
+  const Leaves& layout = (*window)->layout();
+  if (!(*window)->has_p() ||
+      p->element_type() != layout[layout.size() - 1].type) {
+    return MakeError(ffi::ErrorCode::kInternal,
+                     "malformed call of win_associated_p");
+  }
+  const Leaf& leaf = layout[layout.size() - 1];
+  // Only this rank's updates write it.
+  std::memcpy(p->untyped_data(), (*window)->own().payload(0) + leaf.offset,
+              leaf.bytes());
+  return ffi::Error::Success();
+}
+
+ffi::Error WinFreeImpl(ffi::Token, Number number, ffi::Result<ffi::Token>,
+                       ffi::Result<Number> result, std::int64_t, std::int64_t) {
+  auto window = FindWindow(number.typed_data(), "win_free");
+  if (!window) return window.error();
+  WriteNumber(**window, result->typed_data());
+  return (*window)->Free();
+}
+
+void ThrowIf(const ffi::Error& error) {
+  if (error.success()) return;
+  const char* const codes[] = {"OK",
+                               "CANCELLED",
+                               "UNKNOWN",
+                               "INVALID_ARGUMENT",
+                               "DEADLINE_EXCEEDED",
+                               "NOT_FOUND",
+                               "ALREADY_EXISTS",
+                               "PERMISSION_DENIED",
+                               "RESOURCE_EXHAUSTED",
+                               "FAILED_PRECONDITION",
+                               "ABORTED",
+                               "OUT_OF_RANGE",
+                               "UNIMPLEMENTED",
+                               "INTERNAL"};
+  throw std::runtime_error(
+      std::string(codes[static_cast<int>(
+          error.errc().value_or(ffi::ErrorCode::kUnknown))]) +
+      ": " + error.message());
+}
+
+}  // namespace
+
+void LockWindow(std::uint32_t number, const std::vector<int>& ranks) {
+  auto window = FindWindow(&number, "win_mutex");
+  if (!window) return ThrowIf(window.error());
+  ThrowIf((*window)->Lock(ranks));
+}
+
+void UnlockWindow(std::uint32_t number, const std::vector<int>& ranks) {
+  auto window = FindWindow(&number, "win_mutex");
+  if (!window) return ThrowIf(window.error());
+  ThrowIf((*window)->Unlock(ranks));
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinCreate, WinCreateImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()  // order in
+                                  .RemainingArgs()    // leaves
+                                  .Ret<ffi::Token>()  // order out
+                                  .Ret<Number>()      // the window
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<std::int64_t>("graph")
+                                  .Attr<std::int64_t>("structure")
+                                  .Attr<Ints>("sources")
+                                  .Attr<Ints>("destinations")
+                                  .Attr<Ints>("slots")
+                                  .Attr<std::int64_t>("zero_init")
+                                  .Attr<std::int64_t>("associated"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinPut, WinPutImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<Number>()          // the window
+                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
+                                  .RemainingArgs()        // leaves
+                                  .Ret<ffi::Token>()      // order out
+                                  .RemainingRets()  // the window, or handle
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<Ints>("peers"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAccumulate, WinAccumulateImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<Number>()          // the window
+                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
+                                  .RemainingArgs()        // leaves
+                                  .Ret<ffi::Token>()      // order out
+                                  .RemainingRets()  // the window, or handle
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<Ints>("peers"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinGet, WinGetImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<Number>()          // the window
+                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
+                                  .RemainingArgs()        // none
+                                  .Ret<ffi::Token>()      // order out
+                                  .RemainingRets()  // the window, or handle
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<Ints>("peers"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinUpdate, WinUpdateImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<Number>()          // the window
+                                  .Arg<ffi::AnyBuffer>()  // weights, own first
+                                  .RemainingArgs()        // leaves
+                                  .Ret<ffi::Token>()      // order out
+                                  .RemainingRets()  // leaves, and the window
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode")
+                                  .Attr<Ints>("peers")
+                                  .Attr<std::int64_t>("difference")
+                                  .Attr<std::int64_t>("reset")
+                                  .Attr<std::int64_t>("expose"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinVersion, WinVersionImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()               // order in
+                                  .Arg<Number>()                   // the window
+                                  .Ret<ffi::Token>()               // order out
+                                  .Ret<ffi::BufferR1<ffi::S32>>()  // by rank
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAssociatedP, WinAssociatedPImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<Number>()          // the window
+                                  .Ret<ffi::Token>()      // order out
+                                  .Ret<ffi::AnyBuffer>()  // p
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinFree, WinFreeImpl,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Token>()  // order in
+                                  .Arg<Number>()      // the window
+                                  .Ret<ffi::Token>()  // order out
+                                  .Ret<Number>()      // the number it had
+                                  .Attr<std::int64_t>("context")
+                                  .Attr<std::int64_t>("mode"));
+
+}  // namespace jfog::mpi
