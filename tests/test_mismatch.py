@@ -102,6 +102,21 @@ MISMATCHES = {
     jnp.ones(3),
     (topology.ceca if odd else topology.fully_connected)(jfog.size()),
   ),
+  "window": lambda odd: jfog.win_create(
+    jnp.ones(3 if odd else 4), topology.ring(jfog.size())
+  ),
+  "window's graph": lambda odd: jfog.win_create(
+    jnp.ones(3),
+    topology.star(jfog.size()).lazy() if odd else topology.star(jfog.size()),
+  ),
+  "window's p": lambda odd: jfog.win_create(
+    jnp.ones(3), topology.ring(jfog.size()), associated_p=odd
+  ),
+  "no window": lambda odd: (
+    jfog.barrier()
+    if odd
+    else jfog.win_create(jnp.ones(3), topology.ring(jfog.size()))
+  ),
   "handle": lambda odd: jfog.wait(
     jfog.neighbor_allreduce_start(
       jnp.ones(3 if odd else 300_000), topology.ring(jfog.size())
@@ -195,6 +210,34 @@ def test_a_new_world_works_after_a_failure(world):
   y = ring_average(jnp.float32(world.rank))
   truth = topology.ring(world.size).mixing_matrix @ x
   np.testing.assert_allclose(y, truth[world.rank], rtol=1e-6)
+
+
+@asleep
+@pytest.mark.parametrize("local_size", [None, 1])
+def test_a_mutex_that_is_not_given_back(world, local_size):
+  """Whoever waits for it gets an error, and nobody hangs."""
+  jfog.shutdown()
+  world = jfog.init(timeout=TIMEOUT, local_size=local_size)
+  win = jfog.win_create(jnp.ones(3), topology.ring(world.size))
+  take = lambda ranks: jfog.win_mutex(win, ranks).__enter__()  # noqa: E731
+  with jfog.win_mutex(win, [0]):
+    error = outcome(lambda: take(None))
+    assert error is not None
+    assert error.startswith("FAILED_PRECONDITION")
+    assert "taken it already" in error
+  jfog.barrier()
+  if world.rank == 0:
+    with jfog.win_mutex(win, [2]):
+      time.sleep(2 * TIMEOUT)
+    return
+  time.sleep(1)
+  error = outcome(lambda: take([2]))
+  assert error is not None
+  assert error.startswith("DEADLINE_EXCEEDED")
+  assert "win_mutex" in error
+  # The world is spoiled, its windows too.
+  assert outcome(lambda: jfog.win_put(win, jnp.ones(3))) == error
+  time.sleep(TIMEOUT)
 
 
 def test_use_after_shutdown(world):

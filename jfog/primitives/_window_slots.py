@@ -157,11 +157,10 @@ def send(
   edges = _edges(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen[:, None]
-  messages = []
-  for x in [*leaves, *state.exposed[len(leaves) :]]:
-    # A summand is rounded with the sum, and what overwrites before it travels.
-    dtype = _leaves.accumulation_dtype(x.dtype) if accumulate else x.dtype
-    messages.append(_fetch(spec, edges, x, weights.values, dtype))
+  values = [*leaves, *state.exposed[len(leaves) :]]
+  # A summand is rounded with the sum, and what overwrites before it travels.
+  dtypes = [_sum_dtype(x) if accumulate else x.dtype for x in values]
+  messages = _fetch(spec, edges, values, weights.values, dtypes)
   return _arrive(spec, state, messages, edges, accumulate)
 
 
@@ -172,7 +171,7 @@ def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
     edges &= weights.chosen
   row = weights.values[_own_sources(spec)]
   messages = [
-    _times(row, _fetch(spec, edges, x)).astype(x.dtype) for x in state.exposed
+    _times(row, x).astype(x.dtype) for x in _fetch(spec, edges, state.exposed)
   ]
   return _arrive(spec, state, messages, edges, accumulate=False)
 
@@ -203,10 +202,7 @@ def update(
     difference = jnp.asarray(_graphs.difference_rows(spec.topology))[rank]
   values = [_mesh.varying(x, spec.comm) for x in leaves]
   values += state.exposed[len(leaves) :]
-  results = [
-    _combine(x, slots, self_weight, row, reads, difference)
-    for x, slots in zip(values, state.slots, strict=True)
-  ]
+  results = _combine(values, state.slots, self_weight, row, reads, difference)
   slots = state.slots
   if reset:
     slots = [jnp.where(_along(reads, x), jnp.zeros_like(x), x) for x in slots]
@@ -221,8 +217,8 @@ def update(
 
 def versions(spec: Spec, state: State) -> jax.Array:
   """How often each slot was written since it was last read, by rank."""
-  counts = jnp.zeros(spec.comm.size, jnp.int32)
-  return counts.at[_own_sources(spec)].add(state.versions)
+  ours = _own_sources(spec)[:, None] == jnp.arange(spec.comm.size)
+  return jnp.where(ours, state.versions[:, None], 0).sum(axis=0)
 
 
 def associated_p(state: State) -> jax.Array:
@@ -257,41 +253,54 @@ def _own_sources(spec: Spec) -> jax.Array:
 # The movement of data, and its arithmetic.
 
 
-def _fetch(spec, edges, x, row=None, dtype=None) -> jax.Array:
-  """What each source of a slot has for this rank, stacked.
+def _fetch(spec, edges, leaves, row=None, dtypes=None) -> list[jax.Array]:
+  """What the source of each slot has for this rank, stacked.
 
-  With a `row` of weights for its destinations each sends that weight times its
-  `x`, as `dtype`. What comes without one of the `edges` means nothing.
+  With a `row` of weights for its destinations each source sends its weight times
+  its leaves, in these dtypes. Where there are no `edges` it is unspecified.
   """
   topology, comm = spec.topology, spec.comm
   axes = comm.axes if comm.backend == "mesh" else ()
-  dtype = dtype or x.dtype
+
+  def scaled(weight, leaves):
+    if row is None:
+      return leaves
+    return [
+      _times(weight, x).astype(dtype)
+      for x, dtype in zip(leaves, dtypes, strict=True)
+    ]
+
   if _mesh.are_virtual(axes):
     sources = _own_sources(spec)
-    fetched = _mesh.gather(x, axes)[sources]
-    if row is None:
-      return fetched
-    weights = _mesh.gather(row, axes)[sources, comm.rank]
-    return _times(weights, fetched).astype(dtype)
+    weights = None if row is None else _mesh.gather(row, axes)[:, comm.rank]
+    fetched = [_mesh.gather(x, axes)[sources] for x in leaves]
+    return scaled(weights if weights is None else weights[sources], fetched)
   count = len(_sources(topology))
-  fetched = _mesh.varying(jnp.zeros((count, *x.shape), dtype), comm)
+  fetched = [  # with one more place, for what a rank without a source gets
+    _mesh.varying(jnp.zeros((count + 1, *x.shape), dtype), comm)
+    for x, dtype in zip(
+      leaves, dtypes or [x.dtype for x in leaves], strict=True
+    )
+  ]
   for group in permutations(topology):
     group = [(src, dst) for src, dst in group if edges[dst, src]]
     if not group:
       continue
     destinations = np.zeros(topology.size, np.int32)
-    slots = np.full(topology.size, count, np.int32)  # there is none: dropped
+    slots = np.full(topology.size, count, np.int32)
     for src, dst in group:
       destinations[src] = dst
       slots[dst] = topology.in_neighbors(dst).index(src)
-    sent = _mesh.varying(x, comm)
+    weight = None
     if row is not None:
       weight = row[jnp.asarray(destinations)[comm.rank]]
-      sent = _times(weight, sent).astype(dtype)
-    received = lax.ppermute(sent, axes, group)
     slot = jnp.asarray(slots)[comm.rank]
-    fetched = fetched.at[slot].set(received, mode="drop")
-  return fetched
+    for i, x in enumerate(scaled(weight, leaves)):
+      received = lax.ppermute(_mesh.varying(x, comm), axes, group)
+      fetched[i] = lax.dynamic_update_index_in_dim(
+        fetched[i], received, slot, 0
+      )
+  return [x[:count] for x in fetched]
 
 
 def _arrive(spec, state, messages, edges, accumulate) -> State:
@@ -328,7 +337,9 @@ def _arrive(spec, state, messages, edges, accumulate) -> State:
 
 def _deliver(state: State, pending: Pending) -> State:
   """Writes what arrives at this time into the slots."""
-  now = pending.time % len(pending.counts)
+  ring = len(pending.counts)
+  now = pending.time % ring
+  delivered = jnp.arange(ring)[:, None] == now
   counts, puts = pending.counts[now], pending.puts[now]
   return state._replace(
     slots=[
@@ -337,8 +348,8 @@ def _deliver(state: State, pending: Pending) -> State:
     ],
     versions=state.versions + counts,
     pending=pending._replace(
-      puts=pending.puts.at[now].set(False),
-      counts=pending.counts.at[now].set(0),
+      puts=pending.puts & ~delivered,
+      counts=jnp.where(delivered, 0, pending.counts),
     ),
   )
 
@@ -350,28 +361,37 @@ def _write(old, message, there, adds) -> jax.Array:
   return jnp.where(_along(there, new), new, old)
 
 
-def _combine(x, slots, self_weight, row, reads, difference) -> jax.Array:
+def _combine(values, slots, self_weight, row, reads, difference):
   """`self_weight x + sum_k row[k] slots[k]` over the slots that are read.
 
   Where it is to be a `difference`, `x + sum_k row[k] (slots[k] - x)`.
   """
-  own = x.astype(_leaves.accumulation_dtype(x.dtype))
-  # A weight of zero leaves no trace of the value.
-  kept = jnp.where(self_weight == 0, _mesh.nothing(own), _times(self_weight, x))
-  minus = jnp.where(difference, own, jnp.zeros_like(own))
+  own = [x.astype(_sum_dtype(x)) for x in values]
+  minus = [jnp.where(difference, x, jnp.zeros_like(x)) for x in own]
 
-  def add(total, slot):
-    value, weight, read = slot
-    term = _times(weight, value.astype(own.dtype) - minus)
-    return total + jnp.where(read, term, _mesh.nothing(term)), None
+  def first(x):
+    # A weight of zero leaves no trace of the value.
+    kept = jnp.where(self_weight == 0, _mesh.nothing(x), _times(self_weight, x))
+    return jnp.where(difference, x, kept)
 
-  total, _ = lax.scan(
+  def add(totals, slot):
+    values, weight, read = slot
+    terms = [
+      _times(weight, value.astype(x.dtype) - x)
+      for value, x in zip(values, minus, strict=True)
+    ]
+    return [
+      total + jnp.where(read, term, _mesh.nothing(term))
+      for total, term in zip(totals, terms, strict=True)
+    ], None
+
+  totals, _ = lax.scan(
     add,
-    jnp.where(difference, own, kept),
+    [first(x) for x in own],
     (slots, row, reads),
-    unroll=max(1, min(len(slots), _UNROLLED)),
+    unroll=max(1, min(len(reads), _UNROLLED)),
   )
-  return total.astype(x.dtype)
+  return _leaves.like(totals, values)
 
 
 def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -379,11 +399,15 @@ def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
 
   Several weights are those of the entries along axis 0.
   """
-  x = x.astype(_leaves.accumulation_dtype(x.dtype))
+  x = x.astype(_sum_dtype(x))
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     weight = _along(weight, x).astype(jnp.finfo(x.dtype).dtype)
     return lax.complex(weight * x.real, weight * x.imag)
   return _along(weight, x).astype(x.dtype) * x
+
+
+def _sum_dtype(x: jax.Array) -> np.dtype:
+  return _leaves.accumulation_dtype(x.dtype)
 
 
 def _along(values: Any, x: jax.Array) -> jax.Array:

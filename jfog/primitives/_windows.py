@@ -3,7 +3,7 @@
 import contextlib
 import enum
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -690,14 +690,22 @@ def win_mutex(
   taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})
   number = int(win._state)
   jax.effects_barrier()  # what was called before is done before
-  mpi().lock_window(number, taken)
+  _native_mutex(mpi().lock_window, number, taken)
   try:
     yield
   finally:
     try:
       jax.effects_barrier()
     finally:
-      mpi().unlock_window(number, taken)
+      _native_mutex(mpi().unlock_window, number, taken)
+
+
+def _native_mutex(change: Callable, number: int, ranks: list[int]) -> None:
+  """Takes or gives back mutexes, with errors like those of operations."""
+  try:
+    change(number, ranks)
+  except RuntimeError as error:
+    raise jax.errors.JaxRuntimeError(str(error)) from None
 
 
 def _done(results: Any) -> Any:
