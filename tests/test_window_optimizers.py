@@ -175,9 +175,12 @@ def stale_combine(inner, matrix, gradient, start, steps, late):
 def push_sum(inner, matrix, gradient, start, steps, every=1, late=None):
   """`(XS, w) <- A (XS + U, w); X = XS / w`, with messages late by `late`.
 
-  Returns the iterates and, step by step, `sum w` held and on the way.
+  A rank keeps no less than nine tenths of what it ever would with none of them
+  late. Returns the iterates and, step by step, `sum w` held and on the way.
   """
-  n = len(start)
+  n, own = len(start), np.diag(matrix)
+  rounds = [np.linalg.matrix_power(matrix, t).sum(axis=1) for t in range(50)]
+  least = 0.9 * own * np.min(rounds, axis=0)
   late = np.zeros((n, n), int) if late is None else late
   held = np.concatenate([start, np.ones((n, 1))], axis=1)
   way, iterates, masses = [], [], []
@@ -186,13 +189,15 @@ def push_sum(inner, matrix, gradient, start, steps, every=1, late=None):
     held[:, :-1] += inner(gradient(x), x)
     if (k + 1) % every == 0:
       t = k // every
+      kept = np.maximum(own, np.minimum(1, least / held[:, -1]))
+      sent = (1 - kept) / np.maximum(1 - own, 1e-300)
       way += [
-        (t + late[i, j], i, matrix[i, j] * held[j])
+        (t + late[i, j], i, matrix[i, j] * sent[j] * held[j])
         for i in range(n)
         for j in range(n)
         if i != j
       ]
-      held = held * np.diag(matrix)[:, None]
+      held = held * kept[:, None]
       for _, i, message in (m for m in way if m[0] <= t):
         held[i] = held[i] + message
       way = [m for m in way if m[0] > t]
@@ -377,23 +382,51 @@ def test_push_sum_with_delays_reaches_the_average_and_loses_nothing(
   )
 
 
+@pytest.mark.places("simulate")
+@pytest.mark.parametrize("make", PUSHING.values(), ids=PUSHING)
+def test_a_rank_alone_keeps_its_weight(place, rng, make):
+  """All go on for a hundred updates while nobody hears but from rank 1."""
+  n = place.size
+  graph = make(n)
+  far = np.where(np.arange(n) == 1, 0, 1000)  # by source
+  tx = optimizers.window_push_sum(
+    optax.sgd(0.1), graph, delay=np.broadcast_to(far, (n, n))
+  )
+
+  @jax.jit
+  def program(x):
+    def update(carry, _):
+      x, state = carry
+      updates, state = tx.update(x - 1.0, state, x)
+      return (x + updates, state), jfog.win_associated_p(state.window)
+
+    start: Any = x, tx.init(x)
+    (x, _), weights = jax.lax.scan(update, start, length=100)
+    return x, weights
+
+  x, weights = place.run(program, rng.randn(n, 3).astype(np.float32))
+  assert np.min(weights) > 0.9 * np.diag(reference.mixing(graph)).min() / n
+  np.testing.assert_allclose(x, 1.0, rtol=0, atol=1e-3)
+
+
 # At everyone's own pace.
 
 
-def wander(tx, gradient, x, steps, rng):
-  """Updates without waiting for anyone, in uneven pauses."""
-  state = tx.init(x)
+def wander(tx, gradient, x, pace):
+  """Two seconds of updates without waiting for anyone, in uneven pauses."""
+  state: Any = tx.init(x)
 
   @jax.jit
   def step(x, state):
     updates, state = tx.update(gradient(x), state, x)
     return optax.apply_updates(x, updates), state
 
-  for k in range(steps):
+  x, state = step(x, state)  # which is compiled
+  jfog.barrier()
+  end = time.monotonic() + 2.0
+  while time.monotonic() < end:
     x, state = jax.block_until_ready(step(x, state))
-    if k == 0:  # which was compiled
-      jfog.barrier()
-    time.sleep(rng.exponential(0.002))
+    time.sleep(pace.exponential(0.002))
   jfog.barrier()
   return x, state
 
@@ -404,10 +437,9 @@ def test_push_sum_at_random_paces_reaches_the_average(place, rng, x64):
   graph = chords(place.size, "uniform_out")
   tx = optimizers.window_push_sum(optax.set_to_zero(), graph)
   start = rng.randn(place.size, 100)
+  mine = jnp.asarray(start[jfog.rank()])
   pace = np.random.RandomState(100 + jfog.rank())
-  _, state = wander(
-    tx, jnp.zeros_like, jnp.asarray(start[jfog.rank()]), 150, pace
-  )
+  _, state = wander(tx, jnp.zeros_like, mine, pace)
   held, window = jfog.win_update_then_collect(state.window, state.biased)
   weight = jfog.win_associated_p(window)
   total, weights = jfog.allreduce((held, weight), "sum")
@@ -424,17 +456,17 @@ def test_push_sum_at_random_paces_reaches_the_average(place, rng, x64):
 @pytest.mark.mpi(2, 3, 4)
 @pytest.mark.parametrize("method", ALL)
 def test_training_at_random_paces_comes_close(place, rng, x64, method):
-  """With the plain average of equal curvatures the bias is small."""
+  """Whoever steps more often counts more, so it is not quite the average."""
   graph = topology.ring(place.size)
-  tx = getattr(optimizers, method)(optax.sgd(0.02), graph)
+  tx = getattr(optimizers, method)(optax.sgd(0.05), graph)
   target = rng.randn(place.size, WIDTH)
   mine = target[jfog.rank()]
   pace = np.random.RandomState(200 + jfog.rank())
-  start = jnp.full(WIDTH, 10.0)
-  x, state = wander(tx, lambda x: x - mine, start, 300, pace)
+  start = jnp.asarray(np.full(WIDTH, 100.0))  # not weakly typed
+  x, state = wander(tx, lambda x: x - mine, start, pace)
   jfog.win_free(state.window)
-  # Starts about 22 away; where paces differ, so do the weights of the targets.
-  assert np.linalg.norm(x - target.mean(axis=0)) < 2.0
+  # About 222 at the start.
+  assert np.linalg.norm(x - target.mean(axis=0)) < 5.0
 
 
 # How they go with the rest of optax.

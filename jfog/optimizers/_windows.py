@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jfog.optimizers import _averaging
@@ -18,6 +19,11 @@ from jfog.primitives import (
 )
 from jfog.runtime import Communicator
 from jfog.topology import Topology
+
+# The weights of push-sum are followed for so many rounds; what they might lose
+# after that, and by rounding, is less than the margin.
+_LONGEST = 1000
+_MARGIN = 0.9
 
 
 class WindowPutState(NamedTuple):
@@ -213,25 +219,28 @@ def window_push_sum(
 
   Every rank holds biased values `xs` and a scalar weight `w`, at the start its
   parameters and 1. With `u` the inner transformation's updates, computed at the
-  parameters `x = xs / w`,
+  parameters `x = xs / w`, and `k` the part that it keeps,
 
       xs[i] <- xs[i] + u[i]
-      slot[j, i] += A[j, i] (xs[i], w[i])                 at all out-neighbors j
-      (xs[i], w[i]) <- A[i, i] (xs[i], w[i]) + sum_j slot[i, j]
+      k = max(A[i, i], min(1, least[i] / w[i]))
+      slot[j, i] += (1 - k) / (1 - A[i, i]) A[j, i] (xs[i], w[i])   at all j
+      (xs[i], w[i]) <- k (xs[i], w[i]) + sum_j slot[i, j]
       slot[i, j] <- 0
       x[i] <- xs[i] / w[i]
 
   Nothing is lost, whoever is slow: what the ranks hold and what lies in slots
   adds up to the number of ranks for `w`, and for `xs` to the sum of the initial
   parameters and of all `u`. So without gradients all `x` go to the average,
-  on directed graphs and at any paces. Where all that is sent has arrived before
-  it is collected, as on a mesh and in simulation without delays, it is
-  synchronous push-sum.
+  on directed graphs and at any paces. With them a rank counts as often as it
+  steps.
 
-  A rank that hears from nobody while it goes on gives its weight away, and `u`
-  acts on its parameters as `u / w`: paces may differ, but nobody should be left
-  behind by tens of steps. So take a `jfog.barrier` after the first update,
-  which compiles.
+  `least[i]` is a little below the least that rank `i` would keep if all were in
+  step, `A[i, i]` times the least of `(A^t 1)[i]` over all `t`. Where all that
+  is sent has arrived before it is collected, as on a mesh and in simulation
+  without delays, `k` is therefore `A[i, i]` and this is synchronous push-sum. A
+  rank that goes on while it hears from nobody would give all its weight away,
+  and `u`, which acts on the parameters as `u / w`, would throw them off; it
+  keeps that much instead.
 
   At the end some of the mass lies in slots; this collects it, once all ranks
   have come:
@@ -290,6 +299,7 @@ def window_push_sum(
     )
   every = _averaging.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
+  least = _least_kept(topology.mixing_matrix)
 
   def init_fn(params) -> Any:
     biased = _own(params, name)
@@ -308,9 +318,16 @@ def window_push_sum(
     biased, window = operand
     rank = window.comm.rank
     weights = jnp.asarray(topology.mixing_matrix)[:, rank]
+    own = weights[rank]
+    kept = jnp.maximum(
+      own,
+      jnp.minimum(1, jnp.asarray(least)[rank] / win_associated_p(window)),
+    )
+    if topology.size > 1:
+      weights = weights * ((1 - kept) / (1 - own))
     window = win_accumulate(window, biased, dst_weights=weights)
     return win_update(
-      window, biased, self_weight=weights[rank], src_weights=1, reset=True
+      window, biased, self_weight=kept, src_weights=1, reset=True
     )
 
   def update_fn(
@@ -375,6 +392,17 @@ def _averaging_in_window(
     return updates, state_type(step, inner_state, window)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _least_kept(matrix: np.ndarray) -> np.ndarray:
+  """A little below the weights that ranks in step keep; shape (size,)."""
+  weights = least = np.ones(len(matrix))
+  for _ in range(_LONGEST):
+    before, weights = weights, matrix @ weights
+    least = np.minimum(least, weights)
+    if np.allclose(weights, before, rtol=0, atol=1e-9):
+      break
+  return _MARGIN * matrix.diagonal() * least
 
 
 def _require_topology(topology: Any, name: str) -> None:
