@@ -89,9 +89,10 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
 
   Payload bytes as they travel in neighbor operations, for each peer and in all.
   A collective counts under this rank itself, with the bytes that it contributes
-  and gets, for its way through the peers is the MPI library's own. Agreements
-  are the comparisons with other ranks before the first use of a graph or of a
-  set of peers.
+  and gets, for its way through the peers is the MPI library's own. Operations on
+  windows count at the rank that calls them: what it writes as sent, what it gets
+  as received. Agreements are the comparisons with other ranks before the first use
+  of a graph or of a set of peers.
 
   Args:
     comm: the communicator; by default the one in reach, see `jfog.init`.

@@ -116,7 +116,6 @@ class WindowService {
       } else if (!done) {
         return true;
       } else {
-        comm_->CountReceived(source, first.request.bytes);
         Write(source, first);
       }
       arriving.pop_front();
@@ -159,7 +158,6 @@ class WindowService {
     MPI_Isend(sent.bytes.get(), static_cast<int>(bytes / kLineBytes), Line(),
               source, ReplyPayloadTag(request.tag), comm_->aside(),
               &sent.request);
-    comm_->CountSent(source, bytes);
   }
 
   void GiveMutexes() {
