@@ -55,17 +55,17 @@ class EdgeWeights(NamedTuple):
 
 
 class Pending(NamedTuple):
-  """Messages on their way, by the time modulo `ring` at which they arrive.
+  """Messages on their way, by the number of updates until they arrive.
 
   What arrives in one slot at one time is merged, in the order in which it was
-  sent.
+  sent. Nothing stays at place 0, where a message arrives.
   """
 
-  messages: list[jax.Array]  # shape=(ring, slots, ...), one for each leaf
-  puts: jax.Array  # shape=(ring, slots), dtype=bool: else they are summands
-  counts: jax.Array  # shape=(ring, slots), dtype=int32: how many were merged
-  latest: jax.Array  # shape=(slots,), dtype=int32: the last arrival so far
-  time: jax.Array  # shape=(), dtype=int32: the updates so far
+  messages: list[jax.Array]  # shape=(ahead, slots, ...), one for each leaf
+  puts: jax.Array  # shape=(ahead, slots), dtype=bool: else they are summands
+  counts: jax.Array  # shape=(ahead, slots), dtype=int32: how many were merged
+  latest: jax.Array  # shape=(slots,), dtype=int32: where the last one is
+  time: jax.Array  # shape=(), dtype=int32: the updates so far, in the period
 
 
 class State(NamedTuple):
@@ -134,11 +134,11 @@ def create(spec: Spec, leaves: list[jax.Array]) -> State:
   slots = [jnp.broadcast_to(x, (count, *x.shape)) for x in starts]
   pending = None
   if spec.delay is not None:
-    ring = 1 + int((_edges(spec.topology) * np.array(spec.delay)).max())
+    ahead = 1 + int((_edges(spec.topology) * np.array(spec.delay)).max())
     pending = Pending(
-      messages=[jnp.zeros((ring, *x.shape), x.dtype) for x in slots],
-      puts=jnp.zeros((ring, count), bool),
-      counts=jnp.zeros((ring, count), jnp.int32),
+      messages=[jnp.zeros((ahead, *x.shape), x.dtype) for x in slots],
+      puts=jnp.zeros((ahead, count), bool),
+      counts=jnp.zeros((ahead, count), jnp.int32),
       latest=jnp.zeros(count, jnp.int32),
       time=jnp.zeros([], jnp.int32),
     )
@@ -160,7 +160,7 @@ def send(
   values = [*leaves, *state.exposed[len(leaves) :]]
   # A summand is rounded with the sum, and what overwrites before it travels.
   dtypes = [_sum_dtype(x) if accumulate else x.dtype for x in values]
-  messages = _fetch(spec, edges, values, weights.values, dtypes)
+  messages = _fetch(spec, edges, values, dtypes, weights.values)
   return _arrive(spec, state, messages, edges, accumulate)
 
 
@@ -170,9 +170,8 @@ def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
   if weights.chosen is not None:
     edges &= weights.chosen
   row = weights.values[_own_sources(spec)]
-  messages = [
-    _times(row, x).astype(x.dtype) for x in _fetch(spec, edges, state.exposed)
-  ]
+  fetched = _fetch(spec, edges, state.exposed, [x.dtype for x in state.exposed])
+  messages = [_times(row, x).astype(x.dtype) for x in fetched]
   return _arrive(spec, state, messages, edges, accumulate=False)
 
 
@@ -210,8 +209,7 @@ def update(
   exposed = results if expose else state.exposed
   state = State(exposed, slots, versions, state.pending)
   if state.pending is not None and edges.any():
-    pending = state.pending._replace(time=state.pending.time + 1)
-    state = _deliver(state, pending)
+    state = _deliver(state, _advance(state.pending, len(spec.delay)))
   return results[: len(leaves)], state
 
 
@@ -253,11 +251,11 @@ def _own_sources(spec: Spec) -> jax.Array:
 # The movement of data, and its arithmetic.
 
 
-def _fetch(spec, edges, leaves, row=None, dtypes=None) -> list[jax.Array]:
-  """What the source of each slot has for this rank, stacked.
+def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
+  """What the source of each slot has for this rank, stacked, in these dtypes.
 
   With a `row` of weights for its destinations each source sends its weight times
-  its leaves, in these dtypes. Where there are no `edges` it is unspecified.
+  its leaves. Where there is no edge it is unspecified.
   """
   topology, comm = spec.topology, spec.comm
   axes = comm.axes if comm.backend == "mesh" else ()
@@ -278,9 +276,7 @@ def _fetch(spec, edges, leaves, row=None, dtypes=None) -> list[jax.Array]:
   count = len(_sources(topology))
   fetched = [  # with one more place, for what a rank without a source gets
     _mesh.varying(jnp.zeros((count + 1, *x.shape), dtype), comm)
-    for x, dtype in zip(
-      leaves, dtypes or [x.dtype for x in leaves], strict=True
-    )
+    for x, dtype in zip(leaves, dtypes, strict=True)
   ]
   for group in permutations(topology):
     group = [(src, dst) for src, dst in group if edges[dst, src]]
@@ -317,11 +313,9 @@ def _arrive(spec, state, messages, edges, accumulate) -> State:
       versions=state.versions + sent,
     )
   delays = jnp.asarray(np.array(spec.delay, np.int32))
-  delay = delays[pending.time % len(delays), rank, sources]
   # One edge keeps the order in which it was sent.
-  arrival = jnp.maximum(pending.time + delay, pending.latest)
-  ring = len(pending.counts)
-  there = sent & (jnp.arange(ring)[:, None] == arrival % ring)
+  ahead = jnp.maximum(delays[pending.time, rank, sources], pending.latest)
+  there = sent & (jnp.arange(len(pending.counts))[:, None] == ahead)
   pending = Pending(
     messages=[
       _write(old, new, there, accumulate & (pending.counts > 0))
@@ -329,28 +323,39 @@ def _arrive(spec, state, messages, edges, accumulate) -> State:
     ],
     puts=pending.puts if accumulate else pending.puts | there,
     counts=pending.counts + there,
-    latest=jnp.where(sent, arrival, pending.latest),
+    latest=jnp.where(sent, ahead, pending.latest),
     time=pending.time,
   )
   return _deliver(state, pending)
 
 
 def _deliver(state: State, pending: Pending) -> State:
-  """Writes what arrives at this time into the slots."""
-  ring = len(pending.counts)
-  now = pending.time % ring
-  delivered = jnp.arange(ring)[:, None] == now
-  counts, puts = pending.counts[now], pending.puts[now]
+  """Writes what has arrived into the slots."""
+  counts, puts = pending.counts[0], pending.puts[0]
   return state._replace(
     slots=[
-      _write(slot, messages[now], counts > 0, ~puts)
+      _write(slot, messages[0], counts > 0, ~puts)
       for slot, messages in zip(state.slots, pending.messages, strict=True)
     ],
     versions=state.versions + counts,
     pending=pending._replace(
-      puts=pending.puts & ~delivered,
-      counts=jnp.where(delivered, 0, pending.counts),
+      puts=pending.puts.at[0].set(False), counts=pending.counts.at[0].set(0)
     ),
+  )
+
+
+def _advance(pending: Pending, period: int) -> Pending:
+  """Brings all messages one update nearer."""
+
+  def shifted(x):
+    return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+
+  return Pending(
+    messages=[shifted(x) for x in pending.messages],
+    puts=shifted(pending.puts),
+    counts=shifted(pending.counts),
+    latest=jnp.maximum(pending.latest - 1, 0),
+    time=(pending.time + 1) % period,
   )
 
 
