@@ -229,6 +229,7 @@ def interleaved(graph, kinds, zero_init, delay):
         x, win = operation(win, x + noise, self_weights[jfog.rank()], weights)
         jfog.barrier()
         results.append((x, jfog.win_associated_p(win), jfog.win_version(win)))
+        jfog.barrier()  # before the next writes
       return (win, x), results
 
     inputs = noise, self_weights, weights
