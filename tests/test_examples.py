@@ -119,3 +119,52 @@ def test_digits_are_equal_on_mpi_and_in_simulation(tmp_path):
     )
     assert got["bytes_per_step"] == truth["bytes_per_step"] > 0
     assert got["accuracy"][-1] > 0.85
+
+
+def test_async_push_sum_on_virtual_ranks(tmp_path):
+  text = run(
+    "async_push_sum.py",
+    tmp_path,
+    *("--ranks", "4", "--steps", "60", "--slow-factor", "2"),
+    *("--json", "sim.json"),
+  )
+  results = json.loads((tmp_path / "sim.json").read_text())
+  names = ("synchronous, even", "asynchronous, even", "asynchronous, late")
+  assert "asynchronous, rank 0 late" in text
+  for problem in ("average", "digits"):
+    assert tuple(results[problem]) == names
+  errors = [results["average"][name]["error"] for name in names]
+  assert max(errors[:2]) < 1e-12
+  assert errors[2] < 1e-3  # lateness costs steps
+  in_step, in_order, late = (results["digits"][name] for name in names)
+  # One of the 357 test images may fall on the other side by rounding.
+  assert in_order["accuracy"] == pytest.approx(in_step["accuracy"], abs=0.003)
+  assert min(in_step["accuracy"], late["accuracy"]) > 0.75
+  assert is_png(tmp_path / "async_push_sum.png")
+
+
+@needs_mpi
+def test_async_push_sum_on_mpi(tmp_path):
+  """How fast a rank is depends on the machine; that all end well does not."""
+  text = run(
+    "async_push_sum.py",
+    tmp_path,
+    *("--quick", "--pause", "5", "--slow-rank", "1", "--json", "mpi.json"),
+    ranks=4,
+  )
+  results = json.loads((tmp_path / "mpi.json").read_text())
+  for problem in ("average", "digits"):
+    runs = results[problem]
+    assert len(runs) == 4
+    for name, result in runs.items():
+      row = "\n" + name.replace("slow", "rank 1 slow")
+      assert text.count(row) == 2  # one in each table
+      rates = result["rates"]
+      if name.startswith("synchronous"):
+        assert max(rates) < 1.2 * min(rates)
+    rates = runs["asynchronous, slow"]["rates"]
+    assert min(rates) == rates[1]
+    assert max(rates) > 1.5 * rates[1]
+  assert all(run["error"] < 1e-6 for run in results["average"].values())
+  assert all(run["accuracy"] > 0.5 for run in results["digits"].values())
+  assert is_png(tmp_path / "async_push_sum.png")
