@@ -1,4 +1,7 @@
-"""Windows against a dense model of all ranks' slots, in every place."""
+"""Windows against a dense model of all ranks' slots, in every place.
+
+Pretended machines, as in `mpi-3x1`, reach each other by messages instead of memory.
+"""
 
 from typing import Any
 
@@ -262,7 +265,7 @@ def interleaved_by_model(graph, kinds, zero_init, delay, arguments):
   ]
 
 
-@pytest.mark.mpi(1, 2, 3, 5)
+@pytest.mark.mpi(1, 2, 3, "3x1")
 def test_any_interleaving_is_the_models(place, x64, rng):
   n = place.size
   for graph, dtype, zero_init, delay in scenarios(place):
@@ -289,7 +292,7 @@ def test_any_interleaving_is_the_models(place, x64, rng):
       np.testing.assert_array_equal(y[..., -1], p)
 
 
-@pytest.mark.mpi(2, 4)
+@pytest.mark.mpi(2, "4x2")
 def test_push_sum_finds_the_average_and_loses_nothing(place, x64, rng):
   n = place.size
   graph = random_graph(n, 0)
@@ -351,7 +354,7 @@ def uniform_graph(n):
 
 
 @pytest.mark.two_axes
-@pytest.mark.mpi(1, 3, 4)
+@pytest.mark.mpi(3, 4)
 def test_each_operation(place, rng):
   n = place.size
   graph = uniform_graph(n)
@@ -416,7 +419,7 @@ def test_each_operation(place, rng):
   np.testing.assert_array_equal(found["copies"], place.mine(x))
 
 
-@pytest.mark.mpi(2, 3)
+@pytest.mark.mpi(3, "3x1")
 def test_dtypes_and_pytrees(place, x64, rng):
   n = place.size
   graph = random_graph(n, 1)
@@ -474,7 +477,7 @@ def test_dtypes_and_pytrees(place, x64, rng):
     np.testing.assert_allclose(p, place.mine(truth(np.ones(n), weight)))
 
 
-@pytest.mark.mpi(2, 3)
+@pytest.mark.mpi(2, "3x1")
 def test_a_weight_of_one_returns_the_bits(place):
   graph = topology.ring(place.size, "right")
   real = np.array([-0.0, 0.0, np.inf, -np.inf, 1e4], np.float32)
@@ -509,7 +512,7 @@ def test_a_weight_of_one_returns_the_bits(place):
 # Windows as values.
 
 
-@pytest.mark.mpi(1, 3)
+@pytest.mark.mpi(3)
 def test_a_window_crosses_jit_and_is_traced_once(place, rng):
   n = place.size
   graph = uniform_graph(n)
@@ -544,7 +547,7 @@ def test_a_window_crosses_jit_and_is_traced_once(place, rng):
     free(win)
 
 
-@pytest.mark.mpi(1, 3)
+@pytest.mark.mpi(3, "3x1")
 def test_split_forms(place, rng):
   n = place.size
   graph = uniform_graph(n)

@@ -76,8 +76,11 @@ class Handle:
     return cls(*static, *children)
 
 
-def operation(prepare: Callable[..., Call]) -> Callable[..., Any]:
-  """Makes the public function of an operation of what prepares its call."""
+def operation(prepare: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes the public function of an operation of what prepares its `Call`.
+
+  The annotations are those of the public function.
+  """
 
   @functools.wraps(prepare)
   def run(*args, **kwargs):

@@ -71,8 +71,8 @@ class Pending(NamedTuple):
 class State(NamedTuple):
   """The arrays of a window; slot k belongs to the k-th in-neighbor.
 
-  All ranks have as many slots as the largest in-degree. An associated p is one
-  more leaf, the last.
+  All ranks have as many slots as the largest in-degree. An associated p lies in
+  one array with a leaf, see `_pack`.
   """
 
   exposed: list[jax.Array]
@@ -127,8 +127,7 @@ def check_delay(delay: Any, comm: Communicator) -> Any:
 def create(spec: Spec, leaves: list[jax.Array]) -> State:
   """The state of a window that exposes `leaves`."""
   exposed = [jnp.asarray(x, x.dtype) for x in leaves]  # no longer weakly typed
-  if spec.associated_p:
-    exposed.append(jnp.ones([], spec.p_dtype))
+  exposed = _pack(spec, exposed, jnp.ones([], spec.p_dtype))
   count = len(_sources(spec.topology))
   starts = [jnp.zeros_like(x) if spec.zero_init else x for x in exposed]
   slots = [jnp.broadcast_to(x, (count, *x.shape)) for x in starts]
@@ -157,7 +156,7 @@ def send(
   edges = _edges(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen[:, None]
-  values = [*leaves, *state.exposed[len(leaves) :]]
+  values = _pack(spec, leaves, associated_p(spec, state))
   # A summand is rounded with the sum, and what overwrites before it travels.
   dtypes = [_sum_dtype(x) if accumulate else x.dtype for x in values]
   messages = _fetch(spec, edges, values, dtypes, weights.values)
@@ -200,7 +199,7 @@ def update(
   if defaults:
     difference = jnp.asarray(_graphs.difference_rows(spec.topology))[rank]
   values = [_mesh.varying(x, spec.comm) for x in leaves]
-  values += state.exposed[len(leaves) :]
+  values = _pack(spec, values, associated_p(spec, state))
   results = _combine(values, state.slots, self_weight, row, reads, difference)
   slots = state.slots
   if reset:
@@ -210,7 +209,7 @@ def update(
   state = State(exposed, slots, versions, state.pending)
   if state.pending is not None and edges.any():
     state = _deliver(state, _advance(state.pending, len(spec.delay)))
-  return results[: len(leaves)], state
+  return _unpack(spec, results)[0], state
 
 
 def versions(spec: Spec, state: State) -> jax.Array:
@@ -219,9 +218,47 @@ def versions(spec: Spec, state: State) -> jax.Array:
   return jnp.where(ours, state.versions[:, None], 0).sum(axis=0)
 
 
-def associated_p(state: State) -> jax.Array:
-  """The p of what this rank exposes."""
-  return state.exposed[-1]
+def associated_p(spec: Spec, state: State) -> Any:
+  """The p of what this rank exposes; None if there is none."""
+  return _unpack(spec, state.exposed)[1]
+
+
+# An associated p undergoes the arithmetic of the data bit for bit where both are
+# elements of one array: XLA fuses a product and a sum in some loops, and not in
+# others, which rounds once or twice.
+
+
+def _host(spec: Spec) -> int | None:
+  """The leaf that p lies behind, in one array; None if there is none like it."""
+  return (
+    spec.dtypes.index(spec.p_dtype) if spec.p_dtype in spec.dtypes else None
+  )
+
+
+def _pack(spec: Spec, leaves: list[jax.Array], p: Any) -> list[jax.Array]:
+  """The leaves as arrays, and p in its place."""
+  if not spec.associated_p:
+    return list(leaves)
+  host = _host(spec)
+  if host is None:
+    return [*leaves, p]
+  return [
+    jnp.append(x.ravel(), p) if i == host else x for i, x in enumerate(leaves)
+  ]
+
+
+def _unpack(spec: Spec, arrays: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+  """The leaves and p that `_pack` has put together."""
+  if not spec.associated_p:
+    return list(arrays), None
+  host = _host(spec)
+  if host is None:
+    return list(arrays[:-1]), arrays[-1]
+  leaves = [
+    x[:-1].reshape(spec.shapes[i]) if i == host else x
+    for i, x in enumerate(arrays)
+  ]
+  return leaves, arrays[host][-1]
 
 
 # Edges and slots.

@@ -166,8 +166,8 @@ def win_create(
   )
   if comm.backend in ("mesh", "single"):
     window = Window(spec, _window_slots.create(spec, leaves))
-    return _done(window)  # type: ignore[return-value]
-  return Call(  # type: ignore[return-value]
+    return _done(window)
+  return _call(
     [_NUMBER],
     jax.tree.structure(Window(spec, 0)),
     primitive=win_create_p,
@@ -291,7 +291,7 @@ def _send(win, x, dst_weights, operation, *, accumulate) -> Any:
     state = _window_slots.send(spec, win._state, leaves, weights, accumulate)
     return _done(Window(spec, state))
   peers, row = _own_edges(spec.topology.out_neighbors(spec.comm.rank), weights)
-  return Call(
+  return _call(
     [win._state],
     jax.tree.structure(win),
     primitive=win_accumulate_p if accumulate else win_put_p,
@@ -341,9 +341,9 @@ def win_get(win: Window, *, src_weights: Any = None) -> Window:
   weights = _edge_weights(spec, src_weights, "src_weights", "win_get")
   if spec.comm.backend in ("mesh", "single"):
     state = _window_slots.get(spec, win._state, weights)
-    return _done(Window(spec, state))  # type: ignore[return-value]
+    return _done(Window(spec, state))
   peers, row = _own_edges(spec.topology.in_neighbors(spec.comm.rank), weights)
-  return Call(  # type: ignore[return-value]
+  return _call(
     [win._state],
     jax.tree.structure(win),
     primitive=win_get_p,
@@ -492,7 +492,7 @@ def _update(
   dtype = jnp.promote_types(own.dtype, row.dtype)
   structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
   difference = defaults and _graphs.difference_rows(spec.topology)[rank]
-  return Call(
+  return _call(
     [*leaves, win._state],
     structure,
     primitive=win_update_p,
@@ -545,9 +545,9 @@ def win_version(win: Window) -> jax.Array:
   """
   spec = _require_window(win, "win_version")
   if spec.comm.backend in ("mesh", "single"):
-    return _done(_window_slots.versions(spec, win._state))  # type: ignore[return-value]
+    return _done(_window_slots.versions(spec, win._state))
   result = jnp.zeros(spec.comm.size, jnp.int32)
-  return Call(  # type: ignore[return-value]
+  return _call(
     [result],
     jax.tree.structure(0),
     primitive=win_version_p,
@@ -598,8 +598,8 @@ def win_associated_p(win: Window) -> jax.Array:
       "win_create(..., associated_p=True)."
     )
   if spec.comm.backend in ("mesh", "single"):
-    return _done(_window_slots.associated_p(win._state))  # type: ignore[return-value]
-  return Call(  # type: ignore[return-value]
+    return _done(_window_slots.associated_p(spec, win._state))
+  return _call(
     [jnp.zeros([], spec.p_dtype)],
     jax.tree.structure(0),
     primitive=win_associated_p_p,
@@ -708,10 +708,15 @@ def _native_mutex(change: Callable, number: int, ranks: list[int]) -> None:
     raise jax.errors.JaxRuntimeError(str(error)) from None
 
 
+def _call(*args: Any, **kwargs: Any) -> Any:
+  """A call, which `_calls.operation` makes the result that is annotated."""
+  return Call(*args, **kwargs)
+
+
 def _done(results: Any) -> Any:
   """The call of what XLA computes."""
   leaves, structure = jax.tree.flatten(results)
-  return Call(leaves, structure, leaves)
+  return _call(leaves, structure, leaves)
 
 
 # Checks of arguments.
@@ -897,7 +902,7 @@ def _fingerprint(text: str) -> int:
 
 def _attributes(mode, *leaves, comm, peers=None, **flags):
   del mode, leaves
-  attributes = {"context": np.int64(comm.context)}
+  attributes: dict[str, Any] = {"context": np.int64(comm.context)}
   if peers is not None:
     attributes["peers"] = np.array([*peers, -1], np.int32)
   return {**attributes, **{k: np.int64(v) for k, v in flags.items()}}
