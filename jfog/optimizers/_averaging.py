@@ -32,7 +32,7 @@ def as_averaging(
   """
   if isinstance(graph, (Topology, Schedule)):
     if check:
-      _check_row_stochastic(graph, name)
+      check_row_stochastic(graph, name)
     return lambda params, step: neighbor_allreduce(
       params, graph, step, comm=comm
     )
@@ -49,7 +49,7 @@ def as_averaging(
   )
 
 
-def _check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
+def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
   if not graph.is_row_stochastic:
     raise ValueError(
       f"{name}: {graph!r} is not row-stochastic: averages need weights that sum "

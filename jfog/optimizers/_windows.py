@@ -362,7 +362,7 @@ def _averaging_in_window(
   """What `window_put` and `window_get` share; `exchange` tells them apart."""
   _require_topology(topology, name)
   if check:
-    _averaging._check_row_stochastic(topology, name)
+    _averaging.check_row_stochastic(topology, name)
   every = _averaging.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
 

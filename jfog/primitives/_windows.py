@@ -635,7 +635,9 @@ def win_free(win: Window) -> None:
   spec = _require_window(win, "win_free")
   if spec.comm.backend in ("mesh", "single"):
     return
-  win_free_p.bind(win._state, fixed=1, comm=spec.comm)
+  ended = win_free_p.bind(win._state, fixed=1, comm=spec.comm)
+  if _compat.at_top_level():
+    jax.block_until_ready(ended)  # which raises what went wrong
 
 
 @contextlib.contextmanager

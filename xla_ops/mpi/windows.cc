@@ -194,15 +194,16 @@ Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
     own.record(record).lock.Release();
   }
 
-  WriteNumber(*window, (*result)->typed_data());
-  if (expose == 0) return ffi::Error::Success();
-  WindowMemory::Record& exposed = own.record(0);
-  JFOG_RETURN_IF_ERROR(window->Acquire(exposed.lock, rank, title));
-  for (const Leaf& leaf : leaves) {
-    if (leaf.count == 0) continue;
-    std::memcpy(own.payload(0) + leaf.offset, leaf.output, leaf.bytes());
+  if (expose != 0) {
+    WindowMemory::Record& exposed = own.record(0);
+    JFOG_RETURN_IF_ERROR(window->Acquire(exposed.lock, rank, title));
+    for (const Leaf& leaf : leaves) {
+      if (leaf.count == 0) continue;
+      std::memcpy(own.payload(0) + leaf.offset, leaf.output, leaf.bytes());
+    }
+    exposed.lock.Release();
   }
-  exposed.lock.Release();
+  WriteNumber(*window, (*result)->typed_data());
   return ffi::Error::Success();
 }
 
