@@ -18,7 +18,7 @@ from jfog import launch, runtime
 pytestmark = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
 )
-DEADLINE = 150.0  # seconds; each of these takes a few when all is quiet
+DEADLINE = 600.0  # seconds; each of these takes ten when all is quiet
 TCP = {"OMPI_MCA_btl": "self,tcp", "OMPI_MCA_pml": "ob1"}
 MESSAGES = {"JFOG_SHARED_MEMORY": "0"}
 TRANSPORTS = {
@@ -121,9 +121,13 @@ a = jnp.eye(500)
 def work(a, rounds):
   return jax.lax.fori_loop(0, rounds, lambda i, a: a @ a, a)
 work(a, 1).block_until_ready()
-begun = time.time()
-work(a, 20).block_until_ready()
-rounds = int(20 * 4 / (time.time() - begun)) + 1
+jfog.barrier()
+rounds, took = 10, 0.0
+while rank == 1 and took < 1.5:  # alone, for the others wait
+  rounds *= 2
+  begun = time.time()
+  work(a, rounds).block_until_ready()
+  took = time.time() - begun
 for kind in ("computing", "sleeping"):
   jfog.barrier()
   if rank == 1:
@@ -131,7 +135,7 @@ for kind in ("computing", "sleeping"):
     if kind == "computing":
       work(a, rounds).block_until_ready()
     else:
-      time.sleep(3)
+      time.sleep(2)
     print(kind, "ENDS", time.time(), flush=True)
   elif rank == 0:
     time.sleep(0.3)
@@ -147,7 +151,7 @@ jfog.win_free(win)
 
 PUSH_SUM = """
 import networkx as nx
-edges = [(r, (r + 1) % size) for r in range(size)] + [(0, 2), (2, 0), (1, 3)]
+edges = [(r, (r + 1) % size) for r in range(size)] + [(0, 2), (2, 0)]
 graph = jfog.topology.Topology.from_networkx(nx.DiGraph(edges), "uniform_out")
 weight = 1 / (len(graph.out_neighbors(rank)) + 1)
 values = np.random.RandomState(0).randn(size, 1000) * 10
@@ -159,7 +163,10 @@ with jax.enable_x64(True):
     win = jfog.win_accumulate(win, x, dst_weights=weight)
     return jfog.win_update(win, x, self_weight=weight, src_weights=1, reset=True)
   random = np.random.RandomState(rank)
-  for _ in range(200):
+  x, win = step(win, x)
+  jfog.barrier()  # all is compiled
+  end = time.time() + 2.5
+  while time.time() < end:
     x, win = step(win, x)
     if random.rand() < 0.2:
       time.sleep(random.rand() * 0.01 * (1 + rank))
@@ -219,7 +226,15 @@ print("GREW", after[0] - before[0], after[1] - before[1], flush=True)
 """
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+  "transport",
+  [
+    "shared memory",
+    "messages over TCP",
+    pytest.param("shared memory beside TCP", marks=pytest.mark.soak),
+    pytest.param("messages", marks=pytest.mark.soak),
+  ],
+)
 def test_windows_at_work(transport, soak, tmp_path):
   """No reader sees half a write; nobody waits for a rank that is at long work.
 
@@ -227,7 +242,7 @@ def test_windows_at_work(transport, soak, tmp_path):
   and look at them. Push-sum on a directed graph, with ranks at different paces,
   keeps its mass and reaches the average. The mutex excludes.
   """
-  ranks = 4 if soak else 5
+  ranks = 4 if soak else {"shared memory": 5}.get(transport, 3)
   out = succeeds(
     RACES + BUSY + PUSH_SUM + MUTEX,
     ranks,
@@ -250,6 +265,8 @@ def test_operations_after_the_end_of_a_window(transport, soak):
     + """
 x = jnp.ones(1000)
 win = jfog.win_create(x, graph, associated_p=True)
+copy = lambda win: jax.tree.map(lambda number: number, win)
+another = copy(win)
 put = jax.jit(jfog.win_put)
 jax.block_until_ready(put(win, x)._state)
 jfog.barrier()
@@ -268,18 +285,24 @@ else:
   assert "rank 0" in fails("FAILED_PRECONDITION", lambda: jfog.win_get(win))
   fails("FAILED_PRECONDITION", lambda: jfog.win_accumulate(win, x))
   jfog.win_free(win)
+try:
+  jfog.win_put(win, x)
+  raise AssertionError("no error")
+except ValueError as error:
+  assert "was freed" in str(error), error
 for call in (
-  lambda: jfog.win_put(win, x),
-  lambda: jfog.win_accumulate(win, x),
-  lambda: jfog.win_get(win),
-  lambda: jfog.win_update(win, x),
-  lambda: jfog.win_version(win),
-  lambda: jfog.win_associated_p(win),
-  lambda: jfog.win_free(win),
-  lambda: jfog.wait(jfog.win_put_start(win, x)),
-  lambda: jfog.win_mutex(win).__enter__(),
+  lambda win: jfog.win_put(win, x),
+  lambda win: jfog.win_accumulate(win, x),
+  lambda win: jfog.win_get(win),
+  lambda win: jfog.win_update(win, x),
+  lambda win: jfog.win_version(win),
+  lambda win: jfog.win_associated_p(win),
+  lambda win: jfog.win_free(win),
+  lambda win: jfog.wait(jfog.win_put_start(win, x)),
+  lambda win: jfog.win_mutex(win).__enter__(),
 ):
-  assert "is not open" in fails("FAILED_PRECONDITION", call)
+  assert "is not open" in fails(
+    "FAILED_PRECONDITION", lambda: call(copy(another)))
 # Nothing of this has spoiled the communicator.
 np.testing.assert_array_equal(jfog.allreduce(x), x)
 win = jfog.win_create(x, graph)
@@ -302,13 +325,16 @@ if rank > 0:
     assert int(files) <= 0
 
 
-@pytest.mark.parametrize("transport", ["shared memory", "messages"])
+@pytest.mark.parametrize(
+  "transport",
+  ["messages", pytest.param("shared memory", marks=pytest.mark.soak)],
+)
 def test_a_stopped_rank_stops_nobody_who_does_not_need_it(transport):
   """SIGSTOP: others go on among themselves; who asks it gets an error."""
   _, out, err = run(
     """
 jfog.shutdown()
-world = jfog.init(timeout=5)
+world = jfog.init(timeout=3)
 graph = jfog.topology.fully_connected(size)
 x = jnp.ones(100_000)
 win = jfog.win_create(x, graph)
@@ -342,36 +368,33 @@ time.sleep(100)
 
 
 def test_a_slow_rank_slows_nobody_else():
-  """Sleeps make the pace, five times as long on rank 0."""
+  """While rank 0 makes 16 steps the others make many more, at a fifth of its nap."""
   out = succeeds(
     """
 graph = jfog.topology.ring(size)
 x = jnp.ones(1000)
 win = jfog.win_create(x, graph)
-alone = jax.jit(lambda win, x: (x, win))
-put = jax.jit(lambda win, x: jfog.win_update(jfog.win_put(win, x), x))
-sync = jax.jit(lambda win, x: (jfog.neighbor_allreduce(x, graph), win))
-def rate(step, win, x):
+ended = jfog.win_create(jnp.zeros(()), jfog.topology.star(size))
+step = jax.jit(lambda win, x: jfog.win_update(jfog.win_put(win, x), x))
+x, win = step(win, x)
+seen = jfog.win_version(ended)[0]
+jfog.barrier()
+count = 0
+while count < 16 if rank == 0 else seen == 0:
+  time.sleep(0.1 if rank == 0 else 0.02)
   x, win = step(win, x)
-  jfog.barrier()
-  begun, count = time.time(), 0
-  while count < (20 if step is sync else 80 if rank else 16):
-    time.sleep(0.02 if rank else 0.1)
-    x, win = step(win, x)
-    x.block_until_ready()
-    count += 1
-  seconds = time.time() - begun
-  jfog.barrier()
-  return count / seconds
-rates = [rate(step, win, x) for step in (alone, put, sync)]
-print("RATES", rank, *rates, flush=True)
+  seen = jfog.win_version(ended)[0]
+  count += 1
+if rank == 0:
+  ended = jfog.win_put(ended, jnp.zeros(()))
+print("STEPS", rank, count, flush=True)
+jfog.barrier()
 jfog.win_free(win)
+jfog.win_free(ended)
 """,
     3,
   )
-  found = re.findall(r"RATES (\d) ([\d.]+) ([\d.]+) ([\d.]+)", out)
-  assert len(found) == 3
-  for rank, alone, put, sync in found:
-    if rank != "0":  # wide margins: the figures are those of the benchmark
-      assert float(put) > 0.6 * float(alone)
-      assert float(sync) < 0.4 * float(alone)
+  counts = dict(re.findall(r"STEPS (\d) (\d+)", out))
+  assert len(counts) == 3
+  # The figures that count are those of the benchmark.
+  assert all(int(counts[rank]) > 32 for rank in "12"), counts

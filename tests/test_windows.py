@@ -656,6 +656,12 @@ def test_bad_arguments(place, rng):
   ):
     raises(TypeError, "not a window", lambda win, x, f=operation: f(x))
 
+  def write_after_the_end(win, x):
+    jfog.win_free(win)
+    jfog.win_put(win, x)
+
+  raises(ValueError, "was freed", write_after_the_end)
+
   for operation in (
     jfog.win_put,
     jfog.win_accumulate_start,
@@ -778,3 +784,18 @@ def test_a_mutex(place):
   with pytest.raises(ValueError, match="around the jitted function"):
     traced(win)
   free(win)
+
+
+@pytest.mark.places("mpi-2")
+def test_neither_derivatives_nor_batches_between_processes(place):
+  graph = topology.ring(place.size)
+  x = jnp.ones(3)
+
+  def total(x):
+    win = jfog.win_put(jfog.win_create(jnp.zeros(3), graph), x)
+    return jfog.win_update(win, x)[0].sum()
+
+  with pytest.raises(TypeError, match="win_put has no derivative"):
+    jax.make_jaxpr(jax.grad(total))(x)
+  with pytest.raises(ValueError, match="win_put under vmap"):
+    jax.make_jaxpr(jax.vmap(total))(jnp.ones((2, 3)))

@@ -51,9 +51,13 @@ class Window:
   def __init__(self, spec: Spec, state: Any):
     self._spec = spec
     self._state = state  # a number on MPI, else slots
+    self._freed = False
 
   def __repr__(self) -> str:
-    return f"<jfog.Window of {self._spec.describe()} on {self.topology!r}>"
+    freed = ", freed" if self._freed else ""
+    return (
+      f"<jfog.Window of {self._spec.describe()} on {self.topology!r}{freed}>"
+    )
 
   @property
   def topology(self) -> Topology:
@@ -200,9 +204,10 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
     TypeError: if `win` is no window, or for a weight that is no real number, or
       one with fractions on an integer leaf.
     ValueError: if `x` has another structure, other shapes or dtypes than the
-      window, or for a weight of a rank that is no out-neighbor.
-    jax.errors.JaxRuntimeError: on MPI, if the window was freed on this rank or on
-      one that is put to (`FAILED_PRECONDITION`), that rank has ended
+      window, for a weight of a rank that is no out-neighbor, or if this very
+      window was freed.
+    jax.errors.JaxRuntimeError: on MPI, if a copy of it was freed here or the
+      window on a rank that is put to (`FAILED_PRECONDITION`), that has ended
       (`ABORTED`), or does not answer in time (`DEADLINE_EXCEEDED`).
 
   Example:
@@ -468,11 +473,13 @@ def _update(
   spec = _require_window(win, operation)
   leaves = _require_like(spec, x, operation)
   defaults = self_weight is None and src_weights is None
+  matrix, rank = spec.topology.mixing_matrix, spec.comm.rank
+  if spec.comm.backend == "mesh":  # where the rank is traced
+    matrix = jnp.asarray(matrix)
   if self_weight is None:
-    diagonal = spec.topology.mixing_matrix.diagonal()
-    self_weight = jnp.asarray(diagonal)[spec.comm.rank]
+    self_weight = matrix[rank, rank]
   if src_weights is None:
-    src_weights = jnp.asarray(spec.topology.mixing_matrix)[spec.comm.rank]
+    src_weights = matrix[rank]
   own = _weight(spec, self_weight, "self_weight", operation)
   weights = _edge_weights(spec, src_weights, "src_weights", operation)
   if spec.comm.backend in ("mesh", "single"):
@@ -487,7 +494,6 @@ def _update(
       expose=bool(expose),
     )
     return _done((spec.structure.unflatten(results), Window(spec, state)))
-  rank = spec.comm.rank
   peers, row = _own_edges(spec.topology.in_neighbors(rank), weights)
   dtype = jnp.promote_types(own.dtype, row.dtype)
   structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
@@ -498,7 +504,7 @@ def _update(
     primitive=win_update_p,
     fixed=(
       win._state,
-      jnp.concatenate([own[None].astype(dtype), row.astype(dtype)]),
+      _numpy_or_jax(own, row).append(own.astype(dtype), row.astype(dtype)),
     ),
     operands=_leaves.to_native(leaves, spec.names, operation),
     params={
@@ -620,9 +626,10 @@ def win_free(win: Window) -> None:
 
   Raises:
     TypeError: if `win` is no window.
-    jax.errors.JaxRuntimeError: on MPI, if the window was freed before or a
-      handle of it is open (`FAILED_PRECONDITION`), or another rank does not come
-      in time (`DEADLINE_EXCEEDED`).
+    ValueError: if this very window was freed before.
+    jax.errors.JaxRuntimeError: on MPI, if a copy of it was freed before
+      (`FAILED_PRECONDITION`), or another rank does not come in time
+      (`DEADLINE_EXCEEDED`).
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -633,6 +640,7 @@ def win_free(win: Window) -> None:
   Source: `win_free` of BlueFog; MPI 4.0, section 12.2.5.
   """
   spec = _require_window(win, "win_free")
+  win._freed = True
   if spec.comm.backend in ("mesh", "single"):
     return
   ended = win_free_p.bind(win._state, fixed=1, comm=spec.comm)
@@ -730,6 +738,10 @@ def _require_window(win: Any, operation: str) -> Spec:
       f"{operation}: win={win!r} is {type(win).__name__}, not a window; pass what "
       f"jfog.win_create has returned."
     )
+  if win._freed:
+    raise ValueError(
+      f"{operation}: this window was freed; make another one by jfog.win_create."
+    )
   return win._spec
 
 
@@ -753,12 +765,18 @@ def _require_like(spec: Spec, x: Any, operation: str) -> list[jax.Array]:
   return leaves
 
 
-def _weight(spec: Spec, weight: Any, name: str, operation: str) -> jax.Array:
-  """A weight, or several, in a dtype that suits the window's leaves."""
-  weight = jnp.asarray(weight)
-  if weight.dtype == jnp.bool_ or not (
-    jnp.issubdtype(weight.dtype, jnp.integer)
-    or jnp.issubdtype(weight.dtype, jnp.floating)
+def _weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
+  """A weight, or several, in a dtype that suits the window's leaves.
+
+  An array of NumPy's where there is nothing to trace, which costs no dispatch.
+  """
+  if isinstance(weight, (int, float, np.number, np.ndarray)):
+    weight = np.asarray(weight)
+  else:
+    weight = jnp.asarray(weight)
+  if weight.dtype == np.bool_ or not (
+    jnp.issubdtype(weight.dtype, np.integer)
+    or jnp.issubdtype(weight.dtype, np.floating)
   ):
     raise TypeError(
       f"{operation}: {name} has dtype {weight.dtype}; weights are real numbers."
@@ -767,8 +785,8 @@ def _weight(spec: Spec, weight: Any, name: str, operation: str) -> jax.Array:
     raise ValueError(
       f"{operation}: self_weight has shape {weight.shape}; pass a scalar."
     )
-  if jnp.issubdtype(weight.dtype, jnp.integer):
-    return weight.astype(jnp.int32)
+  if jnp.issubdtype(weight.dtype, np.integer):
+    return weight.astype(np.int32)
   for leaf, dtype in zip(spec.names, spec.dtypes, strict=True):
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise TypeError(
@@ -776,25 +794,41 @@ def _weight(spec: Spec, weight: Any, name: str, operation: str) -> jax.Array:
         f"dtype {dtype}, which holds no fractions; pass integer weights, or cast "
         f"the leaf to a float dtype."
       )
-  return weight if weight.dtype == jnp.float64 else weight.astype(jnp.float32)
+  wide = weight.dtype == np.float64 == jnp.result_type(float)
+  return weight if wide else weight.astype(np.float32)
 
 
 def _edge_weights(
   spec: Spec, weights: Any, name: str, operation: str
 ) -> EdgeWeights:
   """The weights of this rank's edges, by the rank at their other end."""
-  size = spec.comm.size
-  if weights is None:
-    weights = 1
-  if not isinstance(weights, Mapping):
+  size, chosen = spec.comm.size, None
+  if isinstance(weights, Mapping):
+    chosen = _chosen(spec, weights, name, operation)
+    given = [
+      _weight(spec, weights[r] if chosen[r] else 0, name, operation)
+      for r in range(size)
+    ]
+    dtype = jnp.result_type(*given)
+    stack = _numpy_or_jax(*given).stack
+    values = stack([w.astype(dtype) for w in given])
+  else:
+    weights = 1 if weights is None else weights
     values = _weight(spec, weights, name, operation)
     if values.shape not in ((), (size,)):
       raise ValueError(
         f"{operation}: {name} has shape {values.shape}; pass one number, {size} "
         f"of them (one for each rank), or a dict from neighbors to numbers."
       )
-    return EdgeWeights(jnp.broadcast_to(values, (size,)), None)
-  chosen = np.zeros(size, bool)
+    values = _numpy_or_jax(values).broadcast_to(values, (size,))
+  if spec.comm.backend == "mesh":  # where the rank is traced
+    values = jnp.asarray(values)
+  return EdgeWeights(values, chosen)
+
+
+def _chosen(spec: Spec, weights: Mapping, name: str, operation: str):
+  """Which ranks a dict of weights names, checked; shape (size,), bool."""
+  chosen = np.zeros(spec.comm.size, bool)
   neighbors = _neighbors(spec, name)
   for rank, weight in weights.items():
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
@@ -813,12 +847,12 @@ def _edge_weights(
         f"scalar."
       )
     chosen[rank] = True
-  given = [
-    _weight(spec, weights[r] if chosen[r] else 0, name, operation)
-    for r in range(size)
-  ]
-  dtype = jnp.result_type(*given)
-  return EdgeWeights(jnp.stack([w.astype(dtype) for w in given]), chosen)
+  return chosen
+
+
+def _numpy_or_jax(*arrays: Any) -> Any:
+  """The module that handles these arrays: NumPy if all are its own."""
+  return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
 
 
 def _neighbors(spec: Spec, name: str) -> set[int]:
@@ -834,7 +868,7 @@ def _neighbors(spec: Spec, name: str) -> set[int]:
 
 def _own_edges(
   neighbors: Sequence[int], weights: EdgeWeights
-) -> tuple[tuple[int, ...], jax.Array]:
+) -> tuple[tuple[int, ...], Any]:
   """The neighbors that take part, ascending, and their weights."""
   peers = tuple(
     int(r) for r in neighbors if weights.chosen is None or weights.chosen[r]

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <random>
 
 #include "common/weighted_sum.h"
@@ -108,7 +109,14 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
           WindowMemory(window->shared_->of(group.local[rank]), payload);
     }
   } else {
-    window->private_ = Buffer(bytes);
+    try {
+      window->private_ = Buffer(bytes);
+    } catch (const std::bad_alloc&) {
+      comm->Fail(ffi::ErrorCode::kResourceExhausted,
+                 "win_create on rank " + std::to_string(comm->rank()) +
+                     " has no memory for " + std::to_string(bytes) + " bytes");
+      return ffi::Unexpected(comm->Refusal());
+    }
     window->parts_[comm->rank()] =
         WindowMemory(window->private_.get(), payload);
   }
@@ -256,8 +264,17 @@ ffi::Error Window::Free() {
     registry.by_number.erase(number_);
   }
   own_.head().state.store(WindowMemory::kFreed, std::memory_order_release);
-  // What was started ends by itself, or at its deadline.
-  while (active_.load(std::memory_order_acquire) > 0 && !comm_->failed()) {
+  // What was started has to end.
+  const Clock::time_point start = Clock::now();
+  while (active_.load(std::memory_order_acquire) > 0) {
+    JFOG_RETURN_IF_ERROR(comm_->Refusal());
+    const std::chrono::duration<double> waited = Clock::now() - start;
+    if (waited.count() > comm_->timeout()) {
+      comm_->Fail(ffi::ErrorCode::kDeadlineExceeded,
+                  "win_free on rank " + std::to_string(comm_->rank()) +
+                      " waited for operations that were started on the window "
+                      "and do not end; has another rank died?");
+    }
     std::this_thread::sleep_for(kNap);
   }
   // When all have come here nobody reaches for anybody's part any more.
