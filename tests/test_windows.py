@@ -265,7 +265,7 @@ def interleaved_by_model(graph, kinds, zero_init, delay, arguments):
   ]
 
 
-@pytest.mark.mpi(1, 2, 3, "3x1")
+@pytest.mark.mpi(2, "3x1")
 def test_any_interleaving_is_the_models(place, x64, rng):
   n = place.size
   for graph, dtype, zero_init, delay in scenarios(place):
@@ -292,7 +292,7 @@ def test_any_interleaving_is_the_models(place, x64, rng):
       np.testing.assert_array_equal(y[..., -1], p)
 
 
-@pytest.mark.mpi(2, "4x2")
+@pytest.mark.mpi("4x2")
 def test_push_sum_finds_the_average_and_loses_nothing(place, x64, rng):
   n = place.size
   graph = random_graph(n, 0)

@@ -821,7 +821,7 @@ def _edge_weights(
         f"of them (one for each rank), or a dict from neighbors to numbers."
       )
     values = _numpy_or_jax(values).broadcast_to(values, (size,))
-  if spec.comm.backend == "mesh":  # where the rank is traced
+  if spec.comm.backend in ("mesh", "single"):  # what is picked of it is traced
     values = jnp.asarray(values)
   return EdgeWeights(values, chosen)
 
