@@ -50,6 +50,11 @@ def as_averaging(
 
 
 def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
+  """Checks that averages have weights that sum to 1; warns of a weighted one.
+
+  Raises:
+    ValueError: if a row of the graph does not sum to 1.
+  """
   if not graph.is_row_stochastic:
     raise ValueError(
       f"{name}: {graph!r} is not row-stochastic: averages need weights that sum "
