@@ -12,86 +12,22 @@ import optax
 import pytest
 import reference
 from jax.sharding import Mesh, PartitionSpec
+from problems import INNERS, RATE, WIDTH, Quadratic, chords, row, tree
 
 import jfog
 from jfog import optimizers, topology
-
-WIDTH = 5  # parameters of one rank: {"b": (), "w": (2, 2)}, in this order
-RATE = 0.1
-
-
-def irregular(n):
-  """A directed cycle with chords from rank 0: in-degrees differ."""
-  graph = nx.DiGraph()
-  graph.add_nodes_from(range(n))
-  if n > 1:
-    graph.add_edges_from((i, (i + 1) % n) for i in range(n))
-    graph.add_edges_from((0, i) for i in range(2, n))
-  return topology.from_networkx(graph, weights="uniform_in")
-
 
 # By name, for the number of ranks is the place's.
 GRAPHS = {
   "ring": topology.ring,
   "exponential": topology.exponential,
   "star": topology.star,
-  "irregular": irregular,
+  "irregular": lambda n: chords(n, "uniform_in"),
   "one_peer": topology.one_peer_exponential,
   "base": lambda n: topology.base_k(n, 1),
 }
 
-# The transformation beside its dense truth.
-INNERS = {
-  "sgd": (lambda: optax.sgd(RATE), lambda: reference.sgd(RATE)),
-  "momentum": (
-    lambda: optax.sgd(RATE, momentum=0.8),
-    lambda: reference.sgd(RATE, momentum=0.8),
-  ),
-  "nesterov": (
-    lambda: optax.sgd(RATE, momentum=0.8, nesterov=True),
-    lambda: reference.sgd(RATE, momentum=0.8, nesterov=True),
-  ),
-  "adam": (lambda: optax.adam(RATE), lambda: reference.adam(RATE)),
-  "adamw": (
-    lambda: optax.adamw(RATE, weight_decay=0.3),
-    lambda: reference.adam(RATE, decay=0.3),
-  ),
-  "clipped": (
-    lambda: optax.chain(optax.clip_by_global_norm(0.7), optax.sgd(RATE)),
-    lambda: reference.clipped(0.7, reference.sgd(RATE)),
-  ),
-}
-
 BOTH = ("adapt_then_combine", "adapt_with_combine")
-
-
-class Quadratic:
-  """`f_i(x) = x.H_i.x / 2 - c_i.x` with another `H_i` and `c_i` on each rank."""
-
-  def __init__(self, size, rng):
-    turn = np.linalg.qr(rng.randn(size, WIDTH, WIDTH))[0]
-    curvature = rng.uniform(0.5, 2.0, (size, 1, WIDTH))
-    self.hessian = (turn * curvature) @ turn.transpose(0, 2, 1)
-    self.linear = rng.randn(size, WIDTH)
-    self.start = rng.randn(size, WIDTH)
-
-  def gradient(self, x):
-    """All ranks' gradients, each at its own row."""
-    return np.einsum("nij,nj->ni", self.hessian, x) - self.linear
-
-  def minimizer(self):
-    """Where the sum of all `f_i` is least."""
-    return np.linalg.solve(self.hessian.sum(axis=0), self.linear.sum(axis=0))
-
-
-def tree(x):
-  """One rank's row as a pytree."""
-  return {"b": x[0], "w": x[1:].reshape(2, 2)}
-
-
-def row(params):
-  """The inverse of `tree`."""
-  return jnp.concatenate([params["b"][None], params["w"].ravel()])
 
 
 def iterates(make, steps):
@@ -551,7 +487,7 @@ PLAIN = optax.sgd(RATE)
 
 def pushing(n):
   """Column-stochastic and not row-stochastic."""
-  return irregular(n).transpose()
+  return chords(n, "uniform_in").transpose()
 
 
 @pytest.mark.parametrize("method", BOTH)
@@ -601,7 +537,7 @@ def test_rows_that_do_not_sum_to_one(method):
 
 @pytest.mark.parametrize("method", BOTH)
 def test_rows_only_warns_of_the_weighted_average(method):
-  graph = irregular(4)
+  graph = chords(4, "uniform_in")
   with pytest.warns(UserWarning, match=r"pi = \[.*\] instead of 1/n") as caught:
     getattr(optimizers, method)(PLAIN, graph)
   assert caught[0].filename == __file__

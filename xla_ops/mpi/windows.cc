@@ -92,49 +92,51 @@ Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
+constexpr const char* TitleOf(WindowRequest::Kind kind) {
+  switch (kind) {
+    case WindowRequest::kPut:
+      return "win_put";
+    case WindowRequest::kAccumulate:
+      return "win_accumulate";
+    default:
+      return "win_get";
+  }
+}
+
 // A put, an accumulate or a get.
-Completion Transfer(const char* name, WindowRequest::Kind kind,
-                    const Number& number, const ffi::AnyBuffer& weights,
-                    ffi::RemainingArgs args, ffi::RemainingRets results,
-                    std::int64_t mode, Ints peers) {
-  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), name));
+template <WindowRequest::Kind kKind>
+Completion TransferImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+                        ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                        ffi::RemainingRets results, std::int64_t,
+                        std::int64_t mode, Ints peers) {
+  constexpr const char* kName = TitleOf(kKind);
+  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), kName));
   std::vector<int> ranks = WithoutLast(peers);
   JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, ranks.size()));
   JFOG_ASSIGN_OR_RETURN(result, ReadResult(results, mode));
   Leaves value;
-  if (kind != WindowRequest::kGet) {
+  if (kKind != WindowRequest::kGet) {
     JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
-    JFOG_RETURN_IF_ERROR(window->Complete(&leaves, name));
+    JFOG_RETURN_IF_ERROR(window->Complete(&leaves, kName));
     value = std::move(leaves);
   }
   return Launch(std::make_shared<WindowTransfer>(
-                    window, name, kind, std::move(result), std::move(value),
+                    window, kName, kKind, std::move(result), std::move(value),
                     std::move(ranks), std::move(row)),
                 results, mode);
 }
 
-Completion WinPutImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
-                      ffi::RemainingArgs args, ffi::Result<ffi::Token>,
-                      ffi::RemainingRets results, std::int64_t,
-                      std::int64_t mode, Ints peers) {
-  return Transfer("win_put", WindowRequest::kPut, number, weights, args,
-                  results, mode, peers);
-}
-
-Completion WinAccumulateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
-                             ffi::RemainingArgs args, ffi::Result<ffi::Token>,
-                             ffi::RemainingRets results, std::int64_t,
-                             std::int64_t mode, Ints peers) {
-  return Transfer("win_accumulate", WindowRequest::kAccumulate, number, weights,
-                  args, results, mode, peers);
-}
-
-Completion WinGetImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
-                      ffi::RemainingArgs args, ffi::Result<ffi::Token>,
-                      ffi::RemainingRets results, std::int64_t,
-                      std::int64_t mode, Ints peers) {
-  return Transfer("win_get", WindowRequest::kGet, number, weights, args,
-                  results, mode, peers);
+auto TransferBinding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::Token>()      // order in
+      .Arg<Number>()          // the window
+      .Arg<ffi::AnyBuffer>()  // weights, of peers
+      .RemainingArgs()        // leaves; none of a get
+      .Ret<ffi::Token>()      // order out
+      .RemainingRets()        // the window, or handle
+      .Attr<std::int64_t>("context")
+      .Attr<std::int64_t>("mode")
+      .Attr<Ints>("peers");
 }
 
 // Sums the leaves and what lies in the slots, all of which are locked.
@@ -303,41 +305,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WinCreate, WinCreateImpl,
                                   .Attr<std::int64_t>("zero_init")
                                   .Attr<std::int64_t>("associated"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinPut, WinPutImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()      // order in
-                                  .Arg<Number>()          // the window
-                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
-                                  .RemainingArgs()        // leaves
-                                  .Ret<ffi::Token>()      // order out
-                                  .RemainingRets()  // the window, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<Ints>("peers"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAccumulate, WinAccumulateImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()      // order in
-                                  .Arg<Number>()          // the window
-                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
-                                  .RemainingArgs()        // leaves
-                                  .Ret<ffi::Token>()      // order out
-                                  .RemainingRets()  // the window, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<Ints>("peers"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinGet, WinGetImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()      // order in
-                                  .Arg<Number>()          // the window
-                                  .Arg<ffi::AnyBuffer>()  // weights, of peers
-                                  .RemainingArgs()        // none
-                                  .Ret<ffi::Token>()      // order out
-                                  .RemainingRets()  // the window, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<Ints>("peers"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinPut, TransferImpl<WindowRequest::kPut>,
+                              TransferBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAccumulate,
+                              TransferImpl<WindowRequest::kAccumulate>,
+                              TransferBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(WinGet, TransferImpl<WindowRequest::kGet>,
+                              TransferBinding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinUpdate, WinUpdateImpl,
                               ffi::Ffi::Bind()
