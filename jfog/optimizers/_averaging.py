@@ -9,44 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.primitives import neighbor_allreduce, uniform
+from jfog.primitives import (
+  allreduce,
+  finite_time_average,
+  neighbor_allreduce,
+  uniform,
+  varying,
+)
 from jfog.runtime import Communicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
 
 # A function (params, step) -> params; `step` counts communications.
 Averaging = Callable[[optax.Params, jax.Array], optax.Params]
 
+# Checks what a method needs of its graph; the text names the method.
+Requirement = Callable[[Topology | Schedule, str], None]
 
-def as_averaging(
-  graph: Topology | Schedule | Averaging,
-  *,
-  comm: Communicator | None,
-  check: bool,
-  name: str,
-) -> Averaging:
-  """The averaging that an optimizer was given, as a function.
-
-  Raises:
-    TypeError: if `graph` is neither a graph nor a function.
-    ValueError: if a graph's rows do not sum to 1 and `check` is set.
-  """
-  if isinstance(graph, (Topology, Schedule)):
-    if check:
-      check_row_stochastic(graph, name)
-    return lambda params, step: neighbor_allreduce(
-      params, graph, step, comm=comm
-    )
-  if isinstance(graph, ExactAverage):
-    raise TypeError(
-      f"{name}: {graph!r} takes several rounds and has no mixing matrix; pass a "
-      f"function that runs it, or jfog.topology.base_k(size, k)."
-    )
-  if callable(graph):
-    return graph
-  raise TypeError(
-    f"{name}: graph={graph!r} is {type(graph).__name__}; pass a Topology, a "
-    f"Schedule, or a function (params, step) -> params."
-  )
+_TOLERANCE = 1e-9  # of an eigenvalue at its bound
 
 
 def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
@@ -72,6 +51,190 @@ def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
       UserWarning,
       stacklevel=4,
     )
+
+
+def check_doubly_stochastic(graph: Topology | Schedule, name: str) -> None:
+  """Checks that every round of averaging keeps the mean.
+
+  Raises:
+    ValueError: if a row or a column of a round does not sum to 1.
+  """
+  if not graph.is_doubly_stochastic:
+    raise ValueError(
+      f"{name}: {graph!r} is not doubly stochastic: {name} needs weights that "
+      f"sum to 1 for every receiver and for every sender; use "
+      f"weights='metropolis_hastings', or check=False."
+    )
+
+
+def check_column_stochastic(graph: Topology | Schedule, name: str) -> None:
+  """Checks that what is sent and kept of each value sums to it.
+
+  Raises:
+    ValueError: if a column of a round does not sum to 1.
+  """
+  if not graph.is_column_stochastic:
+    raise ValueError(
+      f"{name}: {graph!r} is not column-stochastic: sums stay as they are where "
+      f"the weights of what a sender keeps and sends sum to 1; use "
+      f"jfog.topology.from_networkx(graph, weights='uniform_out'), or "
+      f"check=False."
+    )
+
+
+def check_symmetric(graph: Topology | Schedule, name: str) -> None:
+  """Checks that a graph is doubly stochastic and its weights are symmetric.
+
+  Raises:
+    ValueError: if they are not, in any round.
+  """
+  check_doubly_stochastic(graph, name)
+  if not graph.is_symmetric:
+    raise ValueError(
+      f"{name}: {graph!r} is not symmetric: {name} may diverge on it; use a "
+      f"graph with W[i, j] == W[j, i] such as jfog.topology.ring(size), another "
+      f"method such as gradient_tracking, or check=False."
+    )
+
+
+def symmetric_above(bound: float, remedy: str) -> Requirement:
+  """Checks that a graph is symmetric with all eigenvalues above `bound`."""
+
+  def check(graph: Topology | Schedule, name: str) -> None:
+    check_symmetric(graph, name)
+    least = min(t.eigenvalues.real.min() for t in graph.rounds)
+    if least <= bound + _TOLERANCE:
+      raise ValueError(
+        f"{name}: {graph!r} has the least eigenvalue lambda_min = {least:.6g}, "
+        f"and {name} needs one above {bound:.4g}; {remedy}, or check=False."
+      )
+
+  return check
+
+
+def as_averaging(
+  graph: Topology | Schedule | Averaging,
+  *,
+  comm: Communicator | None,
+  check: bool,
+  name: str,
+  requirement: Requirement = check_row_stochastic,
+  static: bool = False,
+  lazy: bool = False,
+) -> Averaging:
+  """The averaging that an optimizer was given, as a function.
+
+  Args:
+    graph: the averaging.
+    comm: the communicator.
+    check: whether a graph is checked.
+    name: the optimizer's, for error texts.
+    requirement: what is checked.
+    static: whether a `Schedule` is refused, unless `check` is off.
+    lazy: whether to average with `(I + W) / 2` instead of `W`.
+
+  Raises:
+    TypeError: if `graph` is neither a graph nor a function.
+    ValueError: if a graph does not meet the requirement and `check` is set.
+  """
+  if isinstance(graph, (Topology, Schedule)):
+    if check and static:
+      require_topology(graph, name)
+    if check:
+      requirement(graph, name)
+    used = graph.lazy() if lazy else graph
+    return lambda params, step: neighbor_allreduce(
+      params, used, step, comm=comm
+    )
+  if isinstance(graph, ExactAverage):
+    raise TypeError(
+      f"{name}: {graph!r} takes several rounds and has no mixing matrix; pass a "
+      f"function that runs it, or jfog.topology.base_k(size, k)."
+    )
+  if callable(graph):
+    if not lazy:
+      return graph
+    return lambda params, step: jax.tree.map(
+      lambda x, y: x + (y - x) / 2, params, graph(params, step)
+    )
+  raise TypeError(
+    f"{name}: graph={graph!r} is {type(graph).__name__}; pass a Topology, a "
+    f"Schedule, or a function (params, step) -> params."
+  )
+
+
+def require_topology(topology: Any, name: str) -> None:
+  """Refuses what is not one fixed topology.
+
+  Raises:
+    TypeError: naming what it is.
+  """
+  if not isinstance(topology, Topology):
+    raise TypeError(
+      f"{name}: topology={topology!r} is {type(topology).__name__}; {name} needs "
+      f"one that stays the same, so pass a jfog.topology.Topology."
+    )
+
+
+def as_mean(
+  exact: ExactAverage | Schedule | None,
+  *,
+  comm: Communicator | None,
+  name: str,
+) -> Averaging:
+  """The mean over all ranks, as a function `(params, step) -> params`.
+
+  Args:
+    exact: a graph that reaches it in several rounds; an allreduce without.
+    comm: the communicator.
+    name: the optimizer's, for error texts.
+
+  Raises:
+    TypeError: if `exact` is no such graph.
+    ValueError: if `exact` does not reach the mean.
+  """
+  if exact is None:
+    return lambda params, step: jax.tree.map(
+      lambda x: varying(x, resolve(comm)), allreduce(params, comm=comm)
+    )
+  if not isinstance(exact, (ExactAverage, Schedule, Topology)):
+    raise TypeError(
+      f"{name}: mean={exact!r} is {type(exact).__name__}; pass a graph that "
+      f"reaches the exact average, jfog.topology.ceca(size) or base_k(size, k), "
+      f"or None for an allreduce."
+    )
+  if (
+    not isinstance(exact, ExactAverage)
+    and exact.rounds_to_exact_average() is None
+  ):
+    raise ValueError(
+      f"{name}: mean={exact!r} never reaches the exact average; pass "
+      f"jfog.topology.ceca(size) or base_k(size, k), or None for an allreduce."
+    )
+  return lambda params, step: finite_time_average(params, exact, comm=comm)
+
+
+def as_learning_rate(
+  learning_rate: Any, name: str
+) -> Callable[[jax.Array], Any]:
+  """A learning rate, or an optax schedule of it, as a function of the step.
+
+  Raises:
+    TypeError: if it is neither a real scalar nor a function.
+  """
+  if callable(learning_rate):
+    return learning_rate
+  real = isinstance(learning_rate, (int, float, np.number)) or (
+    isinstance(learning_rate, (np.ndarray, jax.Array))
+    and learning_rate.shape == ()
+    and jnp.issubdtype(learning_rate.dtype, jnp.number)
+  )
+  if isinstance(learning_rate, (bool, complex)) or not real:
+    raise TypeError(
+      f"{name}: learning_rate={learning_rate!r} must be a number, or a schedule: "
+      f"a function from the step to a number."
+    )
+  return lambda step: learning_rate
 
 
 def check_every(every: int, name: str) -> int:
@@ -102,6 +265,24 @@ def on_schedule(
   return jax.lax.cond(due, communicate, otherwise, operand, step // every)
 
 
+def after_first(
+  communicate: Callable[[Any, jax.Array], Any],
+  otherwise: Callable[[Any, jax.Array], Any],
+  operand: Any,
+  step: jax.Array,
+  comm: Communicator | None,
+) -> Any:
+  """Communicates in all updates but the first.
+
+  Both functions get `operand` and the number of communications before this
+  update.
+  """
+  is_later = uniform(step > 0, resolve(comm))
+  return jax.lax.cond(
+    is_later, communicate, otherwise, operand, jnp.maximum(step - 1, 0)
+  )
+
+
 def next_step(step: jax.Array) -> jax.Array:
   """`step + 1`, which stays at the greatest int32 once it is there."""
   return jnp.asarray(optax.safe_increment(step))
@@ -113,6 +294,36 @@ def accumulated(x: Any) -> jax.Array:
   if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
     return x.astype(jnp.float32)
   return x
+
+
+def own(params: optax.Params) -> Any:
+  """A copy of the parameters in the accumulation dtype."""
+  return jax.tree.map(accumulated, params)
+
+
+def zeros(params: optax.Params) -> Any:
+  """Zeros like the parameters, in the accumulation dtype."""
+  return jax.tree.map(lambda x: jnp.zeros_like(accumulated(x)), params)
+
+
+def gradient(updates: optax.Updates) -> Any:
+  """The gradient in the accumulation dtype."""
+  return jax.tree.map(accumulated, updates)
+
+
+def times(factor: Any, tree: Any) -> Any:
+  """`factor` times every leaf, in the leaf's dtype."""
+  return jax.tree.map(lambda x: jnp.asarray(factor, _real(x.dtype)) * x, tree)
+
+
+def plus(*trees: Any) -> Any:
+  """The sum of trees, from the left."""
+  return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
+
+
+def minus(left: Any, right: Any) -> Any:
+  """`left - right`."""
+  return jax.tree.map(lambda x, y: x - y, left, right)
 
 
 def local_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
@@ -136,3 +347,7 @@ def require_params(params: Any, name: str) -> None:
       f"{name} averages parameters and needs them; call "
       f"tx.update(grads, state, params)."
     )
+
+
+def _real(dtype: Any) -> Any:
+  return jnp.finfo(dtype).dtype

@@ -289,14 +289,9 @@ def window_push_sum(
   `DistributedPushSumOptimizer` of BlueFog.
   """
   name = "window_push_sum"
-  _require_topology(topology, name)
-  if check and not topology.is_column_stochastic:
-    raise ValueError(
-      f"{name}: {topology!r} is not column-stochastic: sums stay as they are "
-      f"where the weights of what a sender keeps and sends sum to 1; use "
-      f"jfog.topology.from_networkx(graph, weights='uniform_out'), or "
-      f"check=False."
-    )
+  _averaging.require_topology(topology, name)
+  if check:
+    _averaging.check_column_stochastic(topology, name)
   every = _averaging.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
   least = _least_kept(topology.mixing_matrix)
@@ -360,7 +355,7 @@ def _averaging_in_window(
   name, state_type, exchange, inner, topology, every, delay, check, comm
 ) -> optax.GradientTransformationExtraArgs:
   """What `window_put` and `window_get` share; `exchange` tells them apart."""
-  _require_topology(topology, name)
+  _averaging.require_topology(topology, name)
   if check:
     _averaging.check_row_stochastic(topology, name)
   every = _averaging.check_every(every, name)
@@ -403,14 +398,6 @@ def _least_kept(matrix: np.ndarray) -> np.ndarray:
     if np.allclose(weights, before, rtol=0, atol=1e-9):
       break
   return _MARGIN * matrix.diagonal() * least
-
-
-def _require_topology(topology: Any, name: str) -> None:
-  if not isinstance(topology, Topology):
-    raise TypeError(
-      f"{name}: topology={topology!r} is {type(topology).__name__}; a window "
-      f"keeps its neighbors, so pass a jfog.topology.Topology."
-    )
 
 
 def _own(params: optax.Params, name: str) -> Any:

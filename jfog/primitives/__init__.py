@@ -28,6 +28,7 @@ from jfog.primitives._hierarchical import (
   hierarchical_neighbor_allreduce_start as hierarchical_neighbor_allreduce_start,
 )
 from jfog.primitives._mesh import uniform as uniform
+from jfog.primitives._mesh import varying as varying
 from jfog.primitives._neighbor import neighbor_allreduce as neighbor_allreduce
 from jfog.primitives._neighbor import (
   neighbor_allreduce_start as neighbor_allreduce_start,
