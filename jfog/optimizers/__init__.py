@@ -12,6 +12,44 @@ from jfog.optimizers._combine import (
 )
 from jfog.optimizers._combine import adapt_then_combine as adapt_then_combine
 from jfog.optimizers._combine import adapt_with_combine as adapt_with_combine
+from jfog.optimizers._corrected import D2State as D2State
+from jfog.optimizers._corrected import (
+  ExactDiffusionState as ExactDiffusionState,
+)
+from jfog.optimizers._corrected import ExtraState as ExtraState
+from jfog.optimizers._corrected import NidsState as NidsState
+from jfog.optimizers._corrected import d2 as d2
+from jfog.optimizers._corrected import exact_diffusion as exact_diffusion
+from jfog.optimizers._corrected import extra as extra
+from jfog.optimizers._corrected import nids as nids
+from jfog.optimizers._momentum import DecentlamState as DecentlamState
+from jfog.optimizers._momentum import DmsgdSyncState as DmsgdSyncState
+from jfog.optimizers._momentum import (
+  QuasiGlobalMomentumState as QuasiGlobalMomentumState,
+)
+from jfog.optimizers._momentum import decentlam as decentlam
+from jfog.optimizers._momentum import dmsgd_sync as dmsgd_sync
+from jfog.optimizers._momentum import (
+  quasi_global_momentum as quasi_global_momentum,
+)
+from jfog.optimizers._periodic import DilocoState as DilocoState
+from jfog.optimizers._periodic import GossipPgaState as GossipPgaState
+from jfog.optimizers._periodic import LocalSgdState as LocalSgdState
+from jfog.optimizers._periodic import SlowMomentumState as SlowMomentumState
+from jfog.optimizers._periodic import diloco as diloco
+from jfog.optimizers._periodic import gossip_pga as gossip_pga
+from jfog.optimizers._periodic import local_sgd as local_sgd
+from jfog.optimizers._periodic import slow_momentum as slow_momentum
+from jfog.optimizers._push import PushDigingState as PushDigingState
+from jfog.optimizers._push import PushSumState as PushSumState
+from jfog.optimizers._push import push_diging as push_diging
+from jfog.optimizers._push import push_sum as push_sum
+from jfog.optimizers._tracking import (
+  GradientTrackingState as GradientTrackingState,
+)
+from jfog.optimizers._tracking import PushPullState as PushPullState
+from jfog.optimizers._tracking import gradient_tracking as gradient_tracking
+from jfog.optimizers._tracking import push_pull as push_pull
 from jfog.optimizers._windows import WindowGetState as WindowGetState
 from jfog.optimizers._windows import WindowPushSumState as WindowPushSumState
 from jfog.optimizers._windows import WindowPutState as WindowPutState

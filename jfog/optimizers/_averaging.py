@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -28,11 +29,11 @@ Requirement = Callable[[Topology | Schedule, str], None]
 _TOLERANCE = 1e-9  # of an eigenvalue at its bound
 
 
-def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
-  """Checks that averages have weights that sum to 1; warns of a weighted one.
+def require_row_stochastic(graph: Topology | Schedule, name: str) -> None:
+  """Checks that averages have weights that sum to 1.
 
   Raises:
-    ValueError: if a row of the graph does not sum to 1.
+    ValueError: if a row of a round does not sum to 1.
   """
   if not graph.is_row_stochastic:
     raise ValueError(
@@ -40,6 +41,15 @@ def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
       f"to 1 for every receiver; use weights='metropolis_hastings', or "
       f"check=False."
     )
+
+
+def check_row_stochastic(graph: Topology | Schedule, name: str) -> None:
+  """The same, and warns of an average that is not the plain one.
+
+  Raises:
+    ValueError: if a row of a round does not sum to 1.
+  """
+  require_row_stochastic(graph, name)
   if not graph.is_doubly_stochastic:
     pi = np.array2string(
       np.asarray(graph.stationary_distribution), precision=4, threshold=8
@@ -246,6 +256,16 @@ def check_every(every: int, name: str) -> int:
   return int(every)
 
 
+def check_factor(value: Any, argument: str, name: str) -> None:
+  """Checks that a factor of momentum lies in [0, 1).
+
+  Raises:
+    ValueError: if it does not; a traced one is not looked at.
+  """
+  if not isinstance(value, jax.core.Tracer) and not 0 <= value < 1:
+    raise ValueError(f"{name}: {argument}={value!r} must be in [0, 1).")
+
+
 def on_schedule(
   communicate: Callable[[Any, jax.Array], Any],
   otherwise: Callable[[Any, jax.Array], Any],
@@ -311,6 +331,11 @@ def gradient(updates: optax.Updates) -> Any:
   return jax.tree.map(accumulated, updates)
 
 
+def descent(rate: Any, updates: optax.Updates) -> Any:
+  """`u = -a g` in the accumulation dtype."""
+  return times(-rate, gradient(updates))
+
+
 def times(factor: Any, tree: Any) -> Any:
   """`factor` times every leaf, in the leaf's dtype."""
   return jax.tree.map(lambda x: jnp.asarray(factor, _real(x.dtype)) * x, tree)
@@ -319,6 +344,11 @@ def times(factor: Any, tree: Any) -> Any:
 def plus(*trees: Any) -> Any:
   """The sum of trees, from the left."""
   return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
+
+
+def over(tree: Any, divisor: jax.Array) -> Any:
+  """Every leaf divided by a scalar, in the leaf's dtype."""
+  return jax.tree.map(lambda x: (x / divisor).astype(x.dtype), tree)
 
 
 def minus(left: Any, right: Any) -> Any:
@@ -341,12 +371,25 @@ def difference(new: optax.Params, params: optax.Params) -> optax.Updates:
 
 
 def require_params(params: Any, name: str) -> None:
-  """Refuses an update without the parameters."""
+  """Refuses an update without the parameters, or with such as do not average.
+
+  Raises:
+    ValueError: if `params` is `None`.
+    TypeError: naming the first integer or bool leaf.
+  """
   if params is None:
     raise ValueError(
       f"{name} averages parameters and needs them; call "
       f"tx.update(grads, state, params)."
     )
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+        f"{name}: the leaf params{jax.tree_util.keystr(path)} has dtype "
+        f"{dtype}, which holds no fractions; cast it to a float dtype, or leave "
+        f"it out by optax.masked."
+      )
 
 
 def _real(dtype: Any) -> Any:

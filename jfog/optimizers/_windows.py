@@ -297,7 +297,8 @@ def window_push_sum(
   least = _least_kept(topology.mixing_matrix)
 
   def init_fn(params) -> Any:
-    biased = _own(params, name)
+    _averaging.require_params(params, name)
+    biased = _averaging.own(params)
     window = win_create(
       biased,
       topology,
@@ -362,12 +363,15 @@ def _averaging_in_window(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    window = win_create(_own(params, name), topology, delay=delay, comm=comm)
+    _averaging.require_params(params, name)
+    window = win_create(
+      _averaging.own(params), topology, delay=delay, comm=comm
+    )
     return state_type(jnp.zeros([], jnp.int32), inner.init(params), window)
 
   def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
     _averaging.require_params(params, name)
-    own = _own(params, name)
+    own = _averaging.own(params)
     combined, window = _averaging.on_schedule(
       lambda operand, _: exchange(*operand),
       lambda operand, _: operand[::-1],
@@ -398,19 +402,3 @@ def _least_kept(matrix: np.ndarray) -> np.ndarray:
     if np.allclose(weights, before, rtol=0, atol=1e-9):
       break
   return _MARGIN * matrix.diagonal() * least
-
-
-def _own(params: optax.Params, name: str) -> Any:
-  """The parameters as the window holds them: float32 for 16-bit floats."""
-
-  def own(path, x):
-    x = _averaging.accumulated(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-      raise TypeError(
-        f"{name}: the leaf params{jax.tree_util.keystr(path)} has dtype "
-        f"{x.dtype}, which holds no fractions; cast it to a float dtype, or "
-        f"leave it out by optax.masked."
-      )
-    return x
-
-  return jax.tree_util.tree_map_with_path(own, params)

@@ -1,0 +1,374 @@
+"""Methods that correct the bias of averaging, on symmetric graphs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Averaging
+from jfog.runtime import Communicator
+from jfog.topology import Topology
+
+# All four keep one buffer, D, whose mean over ranks stays zero. With H = X + U
+# and Z = H + D, exact diffusion, D2 and NIDS are
+#
+#   X+ = W Z,  D+ = D + (W Z - Z),
+#
+# which is the form with psi in the papers, for psi+ = H and D = X - psi. EXTRA is
+#
+#   X+ = W X + U + D,  D+ = D + (W X - X) / 2.
+#
+# At the end W Z is Z and W X is X bit for bit, so that rounding adds nothing to
+# D any more. It would be a force that grows without end.
+
+
+class ExactDiffusionState(NamedTuple):
+  """State of `exact_diffusion`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+def exact_diffusion(
+  inner: optax.GradientTransformation,
+  topology: Topology | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes the local step, corrects it by the last one's error, and averages.
+
+  With `u` the inner transformation's updates and `Wb = (I + W) / 2`,
+
+      psi+[i] = x[i] + u[i]
+      x[i] <- sum_j Wb[i, j] (psi+[j] + x[j] - psi[j])
+
+  where `psi` is what the last step had before its correction, at first `x`. With
+  `inner = optax.sgd(a)` of a constant `a` and exact gradients all ranks go to
+  the minimizer of the sum of all losses, however different their data, for
+  `a < 2 / L` on any graph. One average in a step, as `adapt_then_combine`; the
+  state holds one copy of the parameters.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken. Exactness is promised
+      for plain gradient descent.
+    topology: who averages with whom: a symmetric `Topology`, or a function
+      `(params, step) -> params`.
+    check: whether the topology must be symmetric and doubly stochastic, and no
+      `Schedule`, of which round `step` would be used.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic: the
+      method diverges on large directed graphs.
+    TypeError: if `topology` is a `Schedule` or another thing.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.ring(3)
+    >>> tx = jfog.optimizers.exact_diffusion(optax.sgd(0.5), graph)
+    >>> def train(target):
+    ...   def step(k, carry):
+    ...     x, state = carry
+    ...     updates, state = tx.update(x - target, state, x)
+    ...     return x + updates, state
+    ...   x = jnp.zeros_like(target)
+    ...   return jax.lax.fori_loop(0, 100, step, (x, tx.init(x)))[0]
+    >>> jfog.simulate(train, 3)(jnp.array([0.0, 3.0, 6.0])).round(4)
+    Array([3., 3., 3.], dtype=float32)
+
+  Source: Yuan, Ying, Zhao and Sayed, "Exact diffusion for distributed
+  optimization and learning", 2018, arXiv 1702.05122.
+  """
+  name = "exact_diffusion"
+  average = _averaging.as_averaging(
+    topology,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_symmetric,
+    static=True,
+    lazy=True,
+  )
+  return _diffusion(name, ExactDiffusionState, inner, average)
+
+
+class D2State(NamedTuple):
+  """State of `d2`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+def d2(
+  inner: optax.GradientTransformation,
+  topology: Topology | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Exact diffusion with `W` itself, which mixes faster and may be unstable.
+
+  With `u` the inner transformation's updates,
+
+      psi+[i] = x[i] + u[i]
+      x[i] <- sum_j W[i, j] (psi+[j] + x[j] - psi[j])
+
+  so with `inner = optax.sgd(a)` it is
+  `X[k+1] = W (2 X[k] - X[k-1] - a (G[k] - G[k-1]))`. It needs
+  `lambda_min > -1/3`: below that the disagreement grows whatever the data.
+  `topology.lazy()` makes any graph fit, and then this is `exact_diffusion`.
+
+  Args:
+    inner: the local optimizer, as in `exact_diffusion`.
+    topology: who averages with whom: a symmetric `Topology` with
+      `lambda_min > -1/3`, or a function `(params, step) -> params`.
+    check: whether the topology is checked, and a `Schedule` refused.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic, or has
+      an eigenvalue of -1/3 or less, as rings of even size have.
+    TypeError: if `topology` is a `Schedule` or another thing.
+
+  Example:
+    >>> import jfog, optax
+    >>> jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4))
+    Traceback (most recent call last):
+    ValueError: d2: Topology(size=4, degree=2, spectral_gap=0.6667) has the least\
+ eigenvalue lambda_min = -0.333333, and d2 needs one above -0.3333; use\
+ topology.lazy(), or check=False.
+    >>> tx = jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4).lazy())
+
+  Source: Tang, Lian, Yan, Zhang and Liu, "D2: Decentralized training over
+  decentralized data", 2018, arXiv 1803.07068.
+  """
+  name = "d2"
+  average = _averaging.as_averaging(
+    topology,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.symmetric_above(-1 / 3, "use topology.lazy()"),
+    static=True,
+  )
+  return _diffusion(name, D2State, inner, average)
+
+
+def _diffusion(name, state_type, inner, average):
+  """`X+ = W (X + U + D)`, and `D` becomes what that lacks of `X + U`."""
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return state_type(
+      jnp.zeros([], jnp.int32), inner.init(params), _averaging.zeros(params)
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    local = _averaging.local_step(params, updates)
+    new, correction = _corrected(average, local, state.correction, state.step)
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      state_type(step, inner_state, correction),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _corrected(average, local, correction, step):
+  corrected = _averaging.plus(local, correction)
+  new = average(corrected, step)
+  change = _averaging.minus(new, corrected)
+  return new, _averaging.plus(correction, change)
+
+
+class NidsState(NamedTuple):
+  """State of `nids`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+def nids(
+  learning_rate: Any,
+  topology: Topology | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Gradient descent whose averages leave out what the last step has seen.
+
+  With `Wb = (I + W) / 2` and the step size `a`,
+
+      x[1] = x[0] - a g[0]
+      x[k+1] = Wb (2 x[k] - x[k-1] - a (g[k] - g[k-1]))
+
+  for all ranks' rows. It is exact diffusion after a first step without
+  communication: all ranks go to the minimizer of the sum of all losses for
+  `a < 2 / L`. With a schedule of step sizes, `a g[k]` is that step's own product,
+  so that the limit stays the minimizer.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule.
+    topology: as in `exact_diffusion`.
+    check: as in `exact_diffusion`.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic.
+    TypeError: if `topology` is a `Schedule` or another thing, or
+      `learning_rate` is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> tx = jfog.optimizers.nids(0.5, jfog.topology.fully_connected(2))
+    >>> def two_steps(x, grad):
+    ...   updates, state = tx.update(grad, tx.init(x), x)
+    ...   x += updates
+    ...   return x, x + tx.update(grad, state, x)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([-1.,  4.], dtype=float32), Array([-0.5,  2.5], dtype=float32))
+
+  Source: Li, Shi and Yan, "A decentralized proximal-gradient method with
+  network independent step-sizes", 2019, arXiv 1704.07807, with `c = 1 / (2 a)`.
+  """
+  name = "nids"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  average = _averaging.as_averaging(
+    topology,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_symmetric,
+    static=True,
+    lazy=True,
+  )
+
+  def init_fn(params):
+    return NidsState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    local = _averaging.local_step(
+      params, _averaging.descent(rate(state.step), updates)
+    )
+    new, correction = _averaging.after_first(
+      lambda operand, step: _corrected(average, *operand, step),
+      lambda operand, step: operand,
+      (local, state.correction),
+      state.step,
+      comm,
+    )
+    step = _averaging.next_step(state.step)
+    return _averaging.difference(new, params), NidsState(step, correction)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ExtraState(NamedTuple):
+  """State of `extra`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+def extra(
+  learning_rate: Any,
+  topology: Topology | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Decentralized gradient descent that takes its own error back.
+
+  With the step size `a`, for all ranks' rows,
+
+      x[1] = W x[0] - a g[0]
+      x[k+1] = (I + W) x[k] - (I + W)/2 x[k-1] - a (g[k] - g[k-1])
+
+  All ranks go to the minimizer of the sum of all losses for
+  `a < (1 + lambda_min) / L`. As in `adapt_with_combine` the average does not
+  depend on the gradient, so its exchange may overlap with forward and backward.
+  With a schedule of step sizes, `a g[k]` is that step's own product, so that the
+  limit stays the minimizer.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule.
+    topology: who averages with whom: a symmetric `Topology` with
+      `lambda_min > -1`, or a function `(params, step) -> params`.
+    check: whether the topology is checked, and a `Schedule` refused.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic, or has
+      the eigenvalue -1.
+    TypeError: if `topology` is a `Schedule` or another thing, or
+      `learning_rate` is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> tx = jfog.optimizers.extra(0.5, jfog.topology.fully_connected(2))
+    >>> def two_steps(x, grad):
+    ...   updates, state = tx.update(grad, tx.init(x), x)
+    ...   x += updates
+    ...   return x, x + tx.update(grad, state, x)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([1., 2.], dtype=float32), Array([1.5, 0.5], dtype=float32))
+
+  Source: Shi, Ling, Wu and Yin, "EXTRA: an exact first-order algorithm for
+  decentralized consensus optimization", 2015, arXiv 1404.6264.
+  """
+  name = "extra"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  average = _averaging.as_averaging(
+    topology,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.symmetric_above(-1.0, "use topology.lazy()"),
+    static=True,
+  )
+
+  def init_fn(params):
+    return ExtraState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    own = _averaging.own(params)
+    change = _averaging.minus(average(own, state.step), own)
+    updates = _averaging.plus(
+      change,
+      state.correction,
+      _averaging.descent(rate(state.step), updates),
+    )
+    correction = _averaging.plus(
+      state.correction, _averaging.times(0.5, change)
+    )
+    return updates, ExtraState(_averaging.next_step(state.step), correction)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

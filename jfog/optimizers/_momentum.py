@@ -1,0 +1,314 @@
+"""Momentum for decentralized training, which plain momentum would bias."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Averaging
+from jfog.runtime import Communicator
+from jfog.topology import Schedule, Topology
+
+
+class DecentlamState(NamedTuple):
+  """State of `decentlam`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  momentum: Any  # like the parameters, float32 for 16-bit
+
+
+def decentlam(
+  learning_rate: Any,
+  momentum: Any,
+  topology: Topology | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Momentum of the whole step, averaging included.
+
+  With the step size `a` and the momentum `b`, for all ranks' rows,
+
+      C = W (X - a G)      M+ = b M + (X - C) / a      X+ = X - a M+
+
+  Momentum inside of `adapt_then_combine` makes the bias of heterogeneous data
+  larger by `1 / (1 - b)`; here it stays that of no momentum, and at `b = 0` this
+  is `adapt_then_combine`. One average in a step.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule. Where a
+      schedule is zero the parameters are averaged and the momentum decays.
+    momentum: `b`, in [0, 1).
+    topology: who averages with whom: a symmetric `Topology`, or a function
+      `(params, step) -> params`.
+    check: whether the topology must be symmetric and doubly stochastic, and no
+      `Schedule`.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic: with
+      `b = 0.9` the method diverges on directed exponential graphs, where
+      `quasi_global_momentum` is stable. If `momentum` is outside [0, 1).
+    TypeError: if `topology` is a `Schedule` or another thing, or
+      `learning_rate` is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.decentlam(0.5, 0.5, graph)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([1.5, 1.5], dtype=float32), Array([ 1.75, -0.25], dtype=float32))
+
+  Source: Yuan et al., "DecentLaM: decentralized momentum SGD for large-batch
+  deep training", 2021, arXiv 2104.11981.
+  """
+  name = "decentlam"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  _averaging.check_factor(momentum, "momentum", name)
+  average = _averaging.as_averaging(
+    topology,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_symmetric,
+    static=True,
+  )
+
+  def init_fn(params):
+    return DecentlamState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    a = rate(state.step)
+    own = _averaging.own(params)
+    local = _averaging.local_step(own, _averaging.descent(a, updates))
+    combined = average(local, state.step)
+    decayed = _averaging.times(momentum, state.momentum)
+    # X - a M+ = C - a b M, which needs no division by `a`.
+    new = _averaging.minus(combined, _averaging.times(a, decayed))
+    velocity = _per_rate(_averaging.minus(own, combined), a)
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      DecentlamState(step, _averaging.plus(decayed, velocity)),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class QuasiGlobalMomentumState(NamedTuple):
+  """State of `quasi_global_momentum`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  momentum: Any  # like the parameters, float32 for 16-bit
+
+
+def quasi_global_momentum(
+  learning_rate: Any,
+  momentum: Any,
+  graph: Topology | Schedule | Averaging,
+  mu: Any = None,
+  nesterov: bool = False,
+  weight_decay: Any = 0.0,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Momentum along the way that the averaged parameters go.
+
+  With the step size `a`, the momentum `b`, the weight decay `l` and `mh` at first
+  zero,
+
+      g' = g[i] + l x[i]
+      m = b mh[i] + g'           and d[i] = m, or g' + b m with `nesterov`
+      y[i] = sum_j W[i, j] (x[j] - a d[j])
+      mh[i] <- mu mh[i] + (1 - mu) (x[i] - y[i]) / a,      x[i] <- y[i]
+
+  The momentum follows what averaging made of the last steps, a trace of the
+  global direction, and not the rank's own gradients. Its bias is that of
+  `adapt_then_combine` without momentum, which it is at `b = 0`. Stable on
+  directed and one-peer graphs. One average in a step.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule. Where a
+      schedule is zero the parameters are averaged and `mh` decays.
+    momentum: `b`, in [0, 1).
+    graph: who averages with whom: a `Topology` or a `Schedule`, every round
+      doubly stochastic, or a function `(params, step) -> params`.
+    mu: the factor of the trace, in [0, 1); `momentum` by default.
+    nesterov: whether to take the look-ahead direction.
+    weight_decay: the factor `l` of the parameters in the gradient.
+    check: whether the graph must be doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the graph is not doubly stochastic in every round, or
+      `momentum` or `mu` is outside [0, 1).
+    TypeError: if `graph` is neither a graph nor a function, or `learning_rate`
+      is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.quasi_global_momentum(0.5, 0.5, graph)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([1.5, 1.5], dtype=float32), Array([0.875, 0.875], dtype=float32))
+
+  Source: Lin, Karimireddy, Stich and Jaggi, "Quasi-global momentum", 2021, arXiv
+  2102.04761.
+  """
+  name = "quasi_global_momentum"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  _averaging.check_factor(momentum, "momentum", name)
+  mu = momentum if mu is None else mu
+  _averaging.check_factor(mu, "mu", name)
+  average = _averaging.as_averaging(
+    graph,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_doubly_stochastic,
+  )
+
+  def init_fn(params):
+    return QuasiGlobalMomentumState(
+      jnp.zeros([], jnp.int32), _averaging.zeros(params)
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    a = rate(state.step)
+    own = _averaging.own(params)
+    gradient = _averaging.plus(
+      _averaging.gradient(updates), _averaging.times(weight_decay, own)
+    )
+    direction = _averaging.plus(
+      _averaging.times(momentum, state.momentum), gradient
+    )
+    if nesterov:
+      direction = _averaging.plus(
+        gradient, _averaging.times(momentum, direction)
+      )
+    local = _averaging.local_step(own, _averaging.descent(a, direction))
+    new = average(local, state.step)
+    way = _per_rate(_averaging.minus(own, new), a)
+    trace = _averaging.plus(
+      _averaging.times(mu, state.momentum), _averaging.times(1 - mu, way)
+    )
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      QuasiGlobalMomentumState(step, trace),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class DmsgdSyncState(NamedTuple):
+  """State of `dmsgd_sync`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  momentum: Any  # like the parameters, float32 for 16-bit
+
+
+def dmsgd_sync(
+  learning_rate: Any,
+  momentum: Any,
+  graph: Topology | Schedule | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Momentum that is averaged together with the parameters.
+
+  With the step size `a`, the momentum `b` and `M` at first zero, for all ranks'
+  rows,
+
+      X+ = W (X - a M)      M+ = W (b M + G)
+
+  with the old `M` in both. Parameters and momentum travel in one message per
+  neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one step
+  later, and the bias with heterogeneous data is smaller than that of momentum
+  inside of `adapt_then_combine`.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule.
+    momentum: `b`, in [0, 1).
+    graph: who averages with whom: a `Topology`, a `Schedule` or a function
+      `(params, step) -> params`.
+    check: whether the graph must be row-stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the graph is not row-stochastic, or `momentum` is outside
+      [0, 1).
+    TypeError: if `graph` is neither a graph nor a function, or `learning_rate`
+      is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.dmsgd_sync(0.5, 0.5, graph)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([2., 2.], dtype=float32), Array([1.5, 1.5], dtype=float32))
+
+  Source: Ying, Yuan, Chen, Hu, Pan and Yin, "Exponential graph is provably
+  efficient for decentralized deep training", 2021, arXiv 2110.13363.
+  """
+  name = "dmsgd_sync"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  _averaging.check_factor(momentum, "momentum", name)
+  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
+
+  def init_fn(params):
+    return DmsgdSyncState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    local = _averaging.local_step(
+      params, _averaging.descent(rate(state.step), state.momentum)
+    )
+    trace = _averaging.plus(
+      _averaging.times(momentum, state.momentum), _averaging.gradient(updates)
+    )
+    new, trace = average((local, trace), state.step)
+    step = _averaging.next_step(state.step)
+    return _averaging.difference(new, params), DmsgdSyncState(step, trace)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _per_rate(way: Any, rate: Any) -> Any:
+  """`way / a`, and zero where a schedule of `a` is."""
+
+  def divide(x):
+    a = jnp.asarray(rate, jnp.finfo(x.dtype).dtype)
+    return jnp.where(a == 0, 0, x / jnp.where(a == 0, 1, a)).astype(x.dtype)
+
+  return jax.tree.map(divide, way)

@@ -1,0 +1,444 @@
+"""Methods with few global averages: local SGD, gossip-PGA, SlowMo, DiLoCo."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Averaging
+from jfog.runtime import Communicator
+from jfog.topology import ExactAverage, Schedule, Topology
+
+
+class LocalSgdState(NamedTuple):
+  """State of `local_sgd`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+
+
+def local_sgd(
+  inner: optax.GradientTransformation,
+  every: int,
+  *,
+  mean: ExactAverage | Schedule | None = None,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Steps alone, and averages the parameters of all ranks now and then.
+
+  With `u` the inner transformation's updates,
+
+      x[i] <- mean over all ranks of x[j] + u[j]    in each `every`-th update
+      x[i] <- x[i] + u[i]                           in the others
+
+  With heterogeneous data there is a bias that grows with `every`; `every=1` and
+  gradient descent is centralized gradient descent. The inner states are never
+  averaged.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    every: average in each `every`-th update only.
+    mean: how to average: an allreduce, or in the rounds of a graph that reaches
+      the exact average, such as `jfog.topology.ceca(size)`.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if `every < 1`, or `mean` does not reach the exact average.
+    TypeError: if `mean` is no graph, or `every` no int.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> tx = jfog.optimizers.local_sgd(optax.sgd(0.5), every=2)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([-1.,  4.], dtype=float32), Array([1., 1.], dtype=float32))
+
+  Source: Stich, "Local SGD converges fast and communicates little", 2018, arXiv
+  1805.09767.
+  """
+  name = "local_sgd"
+  every = _averaging.check_every(every, name)
+  exact = _averaging.as_mean(mean, comm=comm, name=name)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return LocalSgdState(jnp.zeros([], jnp.int32), inner.init(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    new = _averaging.on_schedule(
+      exact,
+      lambda h, step: h,
+      _averaging.local_step(params, updates),
+      state.step,
+      every,
+      comm,
+    )
+    step = _averaging.next_step(state.step)
+    return _averaging.difference(new, params), LocalSgdState(step, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class GossipPgaState(NamedTuple):
+  """State of `gossip_pga`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+
+
+def gossip_pga(
+  inner: optax.GradientTransformation,
+  graph: Topology | Schedule | Averaging,
+  every: int,
+  *,
+  mean: ExactAverage | Schedule | None = None,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Averages with the neighbors, and with all ranks now and then.
+
+  With `u` the inner transformation's updates,
+
+      x[i] <- mean over all ranks of x[j] + u[j]     in each `every`-th update
+      x[i] <- sum_j W[i, j] (x[j] + u[j])            in the others
+
+  The bias with heterogeneous data is smaller than that of `adapt_then_combine`,
+  most so on large sparse graphs, for one global average in `every` steps.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    graph: who averages with whom: a `Topology`, a `Schedule` (read at the number
+      of updates, those with a global average included), every round doubly
+      stochastic, or a function `(params, step) -> params`.
+    every: take the global average in each `every`-th update.
+    mean: how to take it, as in `local_sgd`.
+    check: whether the graph must be doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the graph is not doubly stochastic in every round,
+      `every < 1`, or `mean` does not reach the exact average.
+    TypeError: if `graph` is neither a graph nor a function, `mean` is no graph,
+      or `every` no int.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.ring(4)
+    >>> tx = jfog.optimizers.gossip_pga(optax.sgd(0.5), graph, every=2)
+    >>> def two_steps(x):
+    ...   updates, state = tx.update(0 * x, tx.init(x), x)
+    ...   x += updates
+    ...   return x, x + tx.update(0 * x, state, x)[0]
+    >>> jfog.simulate(two_steps, 4)(jnp.array([0.0, 0.0, 3.0, 9.0]))
+    (Array([3., 1., 4., 4.], dtype=float32), Array([3., 3., 3., 3.], dtype=float32))
+
+  Source: Chen, Yuan, Zhang, Pan, Xu and Yin, "Accelerating gossip SGD with
+  periodic global averaging", 2021, arXiv 2105.09080.
+  """
+  name = "gossip_pga"
+  every = _averaging.check_every(every, name)
+  average = _averaging.as_averaging(
+    graph,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_doubly_stochastic,
+  )
+  exact = _averaging.as_mean(mean, comm=comm, name=name)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return GossipPgaState(jnp.zeros([], jnp.int32), inner.init(params))
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    new = _averaging.on_schedule(
+      exact,
+      lambda h, _: average(h, state.step),
+      _averaging.local_step(params, updates),
+      state.step,
+      every,
+      comm,
+    )
+    step = _averaging.next_step(state.step)
+    return _averaging.difference(new, params), GossipPgaState(step, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SlowMomentumState(NamedTuple):
+  """State of `slow_momentum`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  anchor: (
+    Any  # after the last slow step; like the parameters, float32 for 16-bit
+  )
+  momentum: Any  # like the anchor
+
+
+def slow_momentum(
+  inner: optax.GradientTransformation,
+  graph: Topology | Schedule | Averaging | None,
+  every: int,
+  slow_learning_rate: Any,
+  slow_momentum: Any,
+  *,
+  mean: ExactAverage | Schedule | None = None,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Gossip or local steps, and momentum on the way between global averages.
+
+  With `u` the inner transformation's updates, `z` the start and `U` zero at
+  first, in each `every`-th update
+
+      D = z - mean over all ranks of (x + u)
+      U <- b U + D,        x, z <- z - s U
+
+  and in the others `x[i] <- sum_j W[i, j] (x[j] + u[j])`, without a graph
+  `x[i] <- x[i] + u[i]`. With `b = 0` and `s = 1` it is `gossip_pga`. `U` is in the
+  unit of the parameters: the paper's times the step size.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    graph: who averages with whom between the slow steps, as in `gossip_pga`, or
+      `None` for local steps.
+    every: take the slow step in each `every`-th update.
+    slow_learning_rate: the factor `s`: a number, or an optax schedule, which is
+      read at the number of slow steps so far. 1 in the paper.
+    slow_momentum: the factor `b`, in [0, 1); 0.4 to 0.8 in the paper.
+    mean: how to take the global average, as in `local_sgd`.
+    check: whether the graph must be doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32. Ranks should start equal.
+
+  Raises:
+    ValueError: if the graph is not doubly stochastic in every round,
+      `every < 1`, `slow_momentum` is outside [0, 1), or `mean` does not reach
+      the exact average.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is no
+      graph, or `every` no int.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> tx = jfog.optimizers.slow_momentum(optax.sgd(0.5), None, 1, 1.0, 0.5)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([4.0, 4.0]), jnp.array([2.0, 6.0]))
+    (Array([2., 2.], dtype=float32), Array([-1., -1.], dtype=float32))
+
+  Source: Wang, Tantia, Ballas and Rabbat, "SlowMo: improving
+  communication-efficient distributed SGD with slow momentum", 2020, arXiv
+  1910.00643.
+  """
+  name = "slow_momentum"
+  every = _averaging.check_every(every, name)
+  rate = _averaging.as_learning_rate(slow_learning_rate, name)
+  _averaging.check_factor(slow_momentum, "slow_momentum", name)
+  between = _between(graph, name, check, comm)
+  exact = _averaging.as_mean(mean, comm=comm, name=name)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return SlowMomentumState(
+      jnp.zeros([], jnp.int32),
+      inner.init(params),
+      _averaging.own(params),
+      _averaging.zeros(params),
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+
+    def slow_step(operand, count):
+      local, anchor, momentum = operand
+      way = _averaging.minus(anchor, exact(local, count))
+      momentum = _averaging.plus(_averaging.times(slow_momentum, momentum), way)
+      new = _averaging.minus(anchor, _averaging.times(rate(count), momentum))
+      return new, new, momentum
+
+    def fast_step(operand, _):
+      local, anchor, momentum = operand
+      return between(local, state.step), anchor, momentum
+
+    local = _averaging.local_step(params, updates)
+    new, anchor, momentum = _averaging.on_schedule(
+      slow_step,
+      fast_step,
+      (local, state.anchor, state.momentum),
+      state.step,
+      every,
+      comm,
+    )
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      SlowMomentumState(step, inner_state, anchor, momentum),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class DilocoState(NamedTuple):
+  """State of `diloco`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  anchor: (
+    Any  # after the last outer step; like the parameters, float32 for 16-bit
+  )
+  outer_state: optax.OptState
+
+
+def diloco(
+  inner: optax.GradientTransformation,
+  outer: optax.GradientTransformation,
+  every: int,
+  graph: Topology | Schedule | Averaging | None = None,
+  *,
+  mean: ExactAverage | Schedule | None = None,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Steps alone for long, and takes the way of all ranks as a gradient.
+
+  With `u` the inner transformation's updates and `z` the start at first, in each
+  `every`-th update, which ends the round r,
+
+      D = z - mean over all ranks of (x + u)
+      x, z <- z + outer.update(D)
+
+  and in the others `x[i] <- x[i] + u[i]`. With a graph each rank has a `z` of its
+  own and `D[i] = z[i] - sum_j W_r[i, j] (x[j] + u[j])`. The inner state goes on
+  from round to round and is never sent.
+
+  Args:
+    inner: the local optimizer, `optax.adamw` in the paper. It sees the rank's
+      own gradient and the parameters where that was taken.
+    outer: the optimizer of the rounds: `optax.sgd(0.7, momentum=0.9,
+      nesterov=True)` in the paper. `optax.sgd(1.0)` makes this `local_sgd`.
+    every: the number of updates in a round.
+    graph: who averages with whom at the end of a round, instead of the mean over
+      all ranks: a `Topology`, a `Schedule` (read at the number of rounds so
+      far), every round doubly stochastic, or a function
+      `(params, step) -> params`.
+    mean: without a graph: how to average, as in `local_sgd`.
+    check: whether the graph must be doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates, what travels and the outer gradient are float32. Ranks should start
+    equal.
+
+  Raises:
+    ValueError: if the graph is not doubly stochastic in every round,
+      `every < 1`, `mean` does not reach the exact average, or both `graph` and
+      `mean` are given.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is no
+      graph, or `every` no int.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> tx = jfog.optimizers.diloco(optax.sgd(0.5), optax.sgd(0.5), every=2)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([4.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([3., 4.], dtype=float32), Array([3.5, 3.5], dtype=float32))
+
+  Source: Douillard et al., "DiLoCo: distributed low-communication training of
+  language models", 2023, arXiv 2311.08105.
+  """
+  name = "diloco"
+  every = _averaging.check_every(every, name)
+  if graph is None:
+    average = _averaging.as_mean(mean, comm=comm, name=name)
+  elif mean is not None:
+    raise ValueError(
+      f"{name}: graph={graph!r} takes the place of the mean over all ranks; "
+      f"leave out mean={mean!r}."
+    )
+  else:
+    average = _between(graph, name, check, comm)
+  inner = optax.with_extra_args_support(inner)
+  outer = optax.with_extra_args_support(outer)
+
+  def init_fn(params):
+    anchor = _averaging.own(params)
+    return DilocoState(
+      jnp.zeros([], jnp.int32), inner.init(params), anchor, outer.init(anchor)
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+
+    def end_round(operand, count):
+      local, anchor, outer_state = operand
+      way = _averaging.minus(anchor, average(local, count))
+      change, outer_state = outer.update(way, outer_state, anchor)
+      new = _averaging.local_step(anchor, change)
+      return new, new, outer_state
+
+    local = _averaging.local_step(params, updates)
+    new, anchor, outer_state = _averaging.on_schedule(
+      end_round,
+      lambda operand, _: operand,
+      (local, state.anchor, state.outer_state),
+      state.step,
+      every,
+      comm,
+    )
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      DilocoState(step, inner_state, anchor, outer_state),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _between(graph, name, check, comm) -> Averaging:
+  """The averaging of the steps between global averages; nothing for `None`."""
+  if graph is None:
+    return lambda params, step: params
+  return _averaging.as_averaging(
+    graph,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_doubly_stochastic,
+  )

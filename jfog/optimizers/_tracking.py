@@ -1,0 +1,255 @@
+"""Methods that track the mean gradient: exact on directed, changing graphs."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Averaging
+from jfog.runtime import Communicator
+from jfog.topology import Schedule, Topology
+
+_FORMS = ("awc", "atc")
+
+
+class GradientTrackingState(NamedTuple):
+  """State of `gradient_tracking`.
+
+  The tracker is `sum_j W[i, j] q[j]` in the form "awc" and `q` in "atc".
+  """
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  tracker: Any  # like the parameters, float32 for 16-bit
+  gradient: Any  # of the last update; like the parameters, float32 for 16-bit
+
+
+def gradient_tracking(
+  inner: optax.GradientTransformation,
+  graph: Topology | Schedule | Averaging,
+  form: Literal["awc", "atc"] = "awc",
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Steps along an estimate of the mean gradient, which the ranks average too.
+
+  With `inner = optax.sgd(a)`, for all ranks' rows and `Q[0] = G[0]`,
+
+      "awc":  X+ = W X - a Q        Q+ = W Q + G+ - G
+      "atc":  X+ = W (X - a Q)      Q+ = W (Q + G+ - G)
+
+  The mean of `q` over ranks is the mean of the gradients in every step. All
+  ranks go to the minimizer of the sum of all losses, on directed graphs and
+  with a schedule as well, for a step size that is small enough for the graph.
+
+  A rank sends twice the bytes of `adapt_then_combine`. "awc" sends `x` and `q`
+  in one message per neighbor and may overlap with the gradient's computation of
+  `x`; "atc" has two exchanges one after the other (the first step one), and
+  allows larger steps.
+
+  Args:
+    inner: the local optimizer, which gets `q` in place of the gradient; any
+      optax transformation.
+    graph: who averages with whom: a `Topology` or a `Schedule`, every round
+      doubly stochastic, or a function `(params, step) -> params`.
+    form: "awc" or "atc".
+    check: whether the graph must be doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if the graph is not doubly stochastic in every round, or for
+      another form.
+    TypeError: if `graph` is neither a graph nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.gradient_tracking(optax.sgd(0.5), graph, "atc")
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([1.5, 1.5], dtype=float32), Array([1., 1.], dtype=float32))
+
+  Source: Nedic, Olshevsky and Shi, "Achieving geometric convergence for
+  distributed optimization over time-varying graphs", 2017, arXiv 1607.03218
+  (DIGing, "awc"); Xu, Zhu, Soh and Xie, "Augmented distributed gradient
+  methods", 2015 (Aug-DGM, "atc"); Di Lorenzo and Scutari, "NEXT", 2016.
+  """
+  name = "gradient_tracking"
+  if form not in _FORMS:
+    raise ValueError(f'{name}: form={form!r} must be "awc" or "atc".')
+  average = _averaging.as_averaging(
+    graph,
+    comm=comm,
+    check=check,
+    name=name,
+    requirement=_averaging.check_doubly_stochastic,
+  )
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return GradientTrackingState(
+      jnp.zeros([], jnp.int32),
+      inner.init(params),
+      _averaging.zeros(params),
+      _averaging.zeros(params),
+    )
+
+  def local(tracker, updates, state, params, extra):
+    # The inner transformation keeps its state in the dtypes of the gradients.
+    tracked = jax.tree.map(lambda q, g: q.astype(g.dtype), tracker, updates)
+    return inner.update(tracked, state.inner_state, params, **extra)
+
+  def combine_while_adapting(updates, state, params, extra):
+    gradient = _averaging.gradient(updates)
+    tracker = _tracked(state, gradient)
+    updates, inner_state = local(tracker, updates, state, params, extra)
+    own = _averaging.own(params)
+    combined, tracker = average((own, tracker), state.step)
+    updates = _averaging.local_step(_averaging.minus(combined, own), updates)
+    return updates, inner_state, tracker, gradient
+
+  def combine_after_adapting(updates, state, params, extra):
+    gradient = _averaging.gradient(updates)
+    tracker = _averaging.after_first(
+      average,
+      lambda tracker, step: tracker,
+      _tracked(state, gradient),
+      state.step,
+      comm,
+    )
+    updates, inner_state = local(tracker, updates, state, params, extra)
+    new = average(_averaging.local_step(params, updates), state.step)
+    return _averaging.difference(new, params), inner_state, tracker, gradient
+
+  update = combine_while_adapting if form == "awc" else combine_after_adapting
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, *rest = update(updates, state, params, extra)
+    step = _averaging.next_step(state.step)
+    return updates, GradientTrackingState(step, *rest)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _tracked(state, gradient):
+  """`q + g - g_before`, which is `g` in the first update."""
+  return _averaging.plus(
+    state.tracker, _averaging.minus(gradient, state.gradient)
+  )
+
+
+class PushPullState(NamedTuple):
+  """State of `push_pull`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  tracker: Any  # like the parameters, float32 for 16-bit
+  gradient: Any  # of the last update; like the parameters, float32 for 16-bit
+
+
+def push_pull(
+  learning_rate: Any,
+  pull: Topology | Schedule | Averaging,
+  push: Topology | Schedule | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Pulls parameters from in-neighbors and pushes gradients to out-neighbors.
+
+  With `R` of `pull`, `C` of `push` and the step size `a`, for all ranks' rows
+  and `Y[0] = G[0]`,
+
+      X+ = R (X - a Y)        Y+ = C (Y + G+ - G)
+
+  The sum of `y` over ranks is that of the gradients in every step. All ranks go
+  to the minimizer of the sum of all losses on directed graphs that need no
+  doubly stochastic weights, for a step size that is small enough for them. Two
+  exchanges one after the other, the first step has one; twice the bytes of
+  `adapt_then_combine`.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule.
+    pull: the row-stochastic graph on which parameters are averaged; or a
+      function `(params, step) -> params`.
+    push: the column-stochastic graph on which gradients are passed on; it may be
+      another one. `pull.transpose()` sends them back along the same edges.
+    check: whether `pull` must be row- and `push` column-stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and what travels are float32.
+
+  Raises:
+    ValueError: if `pull` is not row-stochastic or `push` not column-stochastic.
+    TypeError: if one is neither a graph nor a function, or `learning_rate` is
+      neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.push_pull(0.5, graph, graph)
+    >>> def two_steps(x, g):
+    ...   updates, state = tx.update(g, tx.init(x), x)
+    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([1.5, 1.5], dtype=float32), Array([1., 1.], dtype=float32))
+
+  Source: Xin and Khan, "A linear algorithm for optimization over directed
+  graphs with geometric convergence", 2018 (AB); Pu, Shi, Xu and Nedic,
+  "Push-pull gradient methods", 2021, arXiv 1810.06653.
+  """
+  name = "push_pull"
+  rate = _averaging.as_learning_rate(learning_rate, name)
+  pulled = _averaging.as_averaging(
+    pull,
+    comm=comm,
+    check=check,
+    name=f"{name}: pull",
+    requirement=_averaging.require_row_stochastic,
+  )
+  pushed = _averaging.as_averaging(
+    push,
+    comm=comm,
+    check=check,
+    name=f"{name}: push",
+    requirement=_averaging.check_column_stochastic,
+  )
+
+  def init_fn(params):
+    return PushPullState(
+      jnp.zeros([], jnp.int32),
+      _averaging.zeros(params),
+      _averaging.zeros(params),
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    del extra
+    _averaging.require_params(params, name)
+    gradient = _averaging.gradient(updates)
+    tracker = _averaging.after_first(
+      pushed,
+      lambda tracker, step: tracker,
+      _tracked(state, gradient),
+      state.step,
+      comm,
+    )
+    descent = _averaging.descent(rate(state.step), tracker)
+    new = pulled(_averaging.local_step(params, descent), state.step)
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      PushPullState(step, tracker, gradient),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
