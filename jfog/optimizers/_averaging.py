@@ -20,8 +20,9 @@ from jfog.primitives import (
 from jfog.runtime import Communicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
 
-# A function (params, step) -> params; `step` counts communications.
-Averaging = Callable[[optax.Params, jax.Array], optax.Params]
+# A function (params, step) -> params, of any pytrees of arrays; `step` counts
+# communications.
+Averaging = Callable[[Any, jax.Array], Any]
 
 # Checks what a method needs of its graph; the text names the method.
 Requirement = Callable[[Topology | Schedule, str], None]
@@ -112,7 +113,7 @@ def symmetric_above(bound: float, remedy: str) -> Requirement:
 
   def check(graph: Topology | Schedule, name: str) -> None:
     check_symmetric(graph, name)
-    least = min(t.eigenvalues.real.min() for t in graph.rounds)
+    least = min(np.real(t.eigenvalues).min() for t in graph.rounds)
     if least <= bound + _TOLERANCE:
       raise ValueError(
         f"{name}: {graph!r} has the least eigenvalue lambda_min = {least:.6g}, "

@@ -182,7 +182,9 @@ def _diffusion(name, state_type, inner, average):
       updates, state.inner_state, params, **extra
     )
     local = _averaging.local_step(params, updates)
-    new, correction = _corrected(average, local, state.correction, state.step)
+    new, correction = _corrected(
+      average, local, state.correction, step=state.step
+    )
     step = _averaging.next_step(state.step)
     return (
       _averaging.difference(new, params),
@@ -192,7 +194,8 @@ def _diffusion(name, state_type, inner, average):
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _corrected(average, local, correction, step):
+def _corrected(average, local, correction, *, step):
+  """`W Z` and `D + (W Z - Z)`, for `Z = H + D`."""
   corrected = _averaging.plus(local, correction)
   new = average(corrected, step)
   change = _averaging.minus(new, corrected)
@@ -274,7 +277,7 @@ def nids(
       params, _averaging.descent(rate(state.step), updates)
     )
     new, correction = _averaging.after_first(
-      lambda operand, step: _corrected(average, *operand, step),
+      lambda operand, step: _corrected(average, *operand, step=step),
       lambda operand, step: operand,
       (local, state.correction),
       state.step,

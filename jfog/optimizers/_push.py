@@ -86,6 +86,7 @@ def push_sum(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
+    _averaging.require_params(params, name)
     biased = _averaging.own(params)
     return PushSumState(
       jnp.zeros([], jnp.int32), inner.init(params), biased, _one(biased)
@@ -174,6 +175,7 @@ def push_diging(
   push = _pushing(graph, name, check, comm)
 
   def init_fn(params):
+    _averaging.require_params(params, name)
     biased = _averaging.own(params)
     return PushDigingState(
       jnp.zeros([], jnp.int32),

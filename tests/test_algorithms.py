@@ -1,0 +1,854 @@
+"""The decentralized optimizers: iterates, limits, identities, refusals."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import recursions
+import reference
+from algorithms import (
+  CHANGING,
+  SMALL,
+  STATIC,
+  directed,
+  grid,
+  one,
+  one_peer,
+  pulling,
+  pushing,
+)
+from problems import RATE, Quadratic, chords
+
+import jfog
+from jfog import optimizers, topology
+
+STEPS = 200
+
+
+def all_iterates(makers, steps):
+  """One jitted scan of many transformations: a rank's problem to iterates."""
+
+  @jax.jit
+  def program(hessian, linear, start):
+    def update(carry, _):
+      new = {}
+      for name, tx in makers.items():
+        x, state = carry[name]
+        updates, state = tx.update(hessian @ x - linear, state, x)
+        new[name] = x + updates, state
+      return new, {name: x for name, (x, _) in new.items()}
+
+    carry = {name: (start, tx.init(start)) for name, tx in makers.items()}
+    return jax.lax.scan(update, carry, length=steps)[1]
+
+  return program
+
+
+def solve_all(place, makers, problem, steps, start=None):
+  """The iterates of all ranks seen here, ranks first, by name."""
+  start = problem.start if start is None else start
+  return place.run(
+    all_iterates(makers, steps), problem.hessian, problem.linear, start
+  )
+
+
+@pytest.mark.places("single", "simulate-8", "mesh-4", "mpi-4", "mpi-8")
+@pytest.mark.parametrize(
+  "cases", [STATIC, CHANGING], ids=["static", "changing"]
+)
+def test_iterates_are_those_of_the_dense_recursion(place, rng, x64, cases):
+  problem = Quadratic(place.size, rng)
+  makers = {name: case.make(place.size) for name, case in cases.items()}
+  found = solve_all(place, makers, problem, STEPS)
+  for name, case in cases.items():
+    truth = case.truth(problem.gradient, problem.start, STEPS, place.size)
+    expected = place.mine(truth.swapaxes(0, 1))
+    assert np.isfinite(expected).all(), name
+    np.testing.assert_allclose(
+      found[name], expected, rtol=1e-10, atol=1e-10, err_msg=name
+    )
+
+
+# Identities: two ways to one sequence of iterates.
+
+B = 0.6
+W = topology.symmetric_exponential  # symmetric, irregular in no size
+
+
+def _gd(rate=RATE):
+  return optax.sgd(rate)
+
+
+# Name: (left, right) of the number of ranks; the first five are all ATC.
+SAME = {
+  "decentlam without momentum": (
+    lambda n: optimizers.decentlam(RATE, 0.0, W(n)),
+    lambda n: optimizers.adapt_then_combine(_gd(), W(n)),
+  ),
+  "quasi-global without momentum": (
+    lambda n: optimizers.quasi_global_momentum(RATE, 0.0, W(n)),
+    lambda n: optimizers.adapt_then_combine(_gd(), W(n)),
+  ),
+  "ATC of momentum 0": (
+    lambda n: optimizers.adapt_then_combine(optax.sgd(RATE, 0.0), W(n)),
+    lambda n: optimizers.adapt_then_combine(_gd(), W(n)),
+  ),
+  "push-sum on a doubly stochastic graph": (
+    lambda n: optimizers.push_sum(_gd(), W(n)),
+    lambda n: optimizers.adapt_then_combine(_gd(), W(n)),
+  ),
+  "gossip-PGA that never comes to the mean": (
+    lambda n: optimizers.gossip_pga(_gd(), W(n), 1000),
+    lambda n: optimizers.adapt_then_combine(_gd(), W(n)),
+  ),
+  "push-pull with one doubly stochastic graph": (
+    lambda n: optimizers.push_pull(SMALL, W(n), W(n)),
+    lambda n: optimizers.gradient_tracking(_gd(SMALL), W(n), "atc"),
+  ),
+  "DiLoCo with an outer step of 1": (
+    lambda n: optimizers.diloco(_gd(), optax.sgd(1.0), 4),
+    lambda n: optimizers.local_sgd(_gd(), 4),
+  ),
+  "slow momentum of nothing": (
+    lambda n: optimizers.slow_momentum(_gd(), W(n), 3, 1.0, 0.0),
+    lambda n: optimizers.gossip_pga(_gd(), W(n), 3),
+  ),
+  "the mean in rounds": (
+    lambda n: optimizers.local_sgd(_gd(), 3, mean=topology.ceca(n)),
+    lambda n: optimizers.local_sgd(_gd(), 3),
+  ),
+  "the mean in rounds, between gossip": (
+    lambda n: optimizers.gossip_pga(_gd(), W(n), 3, mean=topology.base_k(n, 1)),
+    lambda n: optimizers.gossip_pga(_gd(), W(n), 3),
+  ),
+  "exact diffusion is d2 of the lazy graph": (
+    lambda n: optimizers.exact_diffusion(_gd(), W(n)),
+    lambda n: optimizers.d2(_gd(), W(n).lazy()),
+  ),
+  "averaging by a function": (
+    lambda n: optimizers.exact_diffusion(
+      _gd(), lambda x, step: jfog.neighbor_allreduce(x, W(n))
+    ),
+    lambda n: optimizers.exact_diffusion(_gd(), W(n)),
+  ),
+}
+
+CENTRAL = {
+  "tracking on the complete graph": lambda n: optimizers.gradient_tracking(
+    _gd(), topology.fully_connected(n), "atc"
+  ),
+  "local SGD in every step": lambda n: optimizers.local_sgd(_gd(), 1),
+  "gradient allreduce": lambda n: optimizers.gradient_allreduce(_gd()),
+}
+
+
+@pytest.mark.places("simulate-6")
+def test_identities(place, rng, x64):
+  n = place.size
+  problem = Quadratic(n, rng)
+  makers = {
+    f"{side}: {name}": make(n)
+    for name, pair in SAME.items()
+    for side, make in zip(("left", "right"), pair, strict=True)
+  }
+  found = solve_all(place, makers, problem, 300)
+  for name in SAME:
+    left, right = found[f"left: {name}"], found[f"right: {name}"]
+    np.testing.assert_allclose(
+      left, right, rtol=1e-12, atol=1e-12, err_msg=name
+    )
+
+  start = np.broadcast_to(problem.start[0], problem.start.shape)
+  makers = {name: make(n) for name, make in CENTRAL.items()}
+  found = solve_all(place, makers, problem, 300, start)
+  x, truth = start[0], []
+  for _ in range(300):
+    x = x - RATE * (problem.hessian.mean(0) @ x - problem.linear.mean(0))
+    truth.append(x)
+  for name, iterates in found.items():
+    expected = np.broadcast_to(truth, iterates.shape)
+    np.testing.assert_allclose(
+      iterates, expected, rtol=1e-12, atol=1e-12, err_msg=name
+    )
+
+
+# What is conserved.
+
+
+@pytest.mark.places("simulate-6")
+def test_trackers_hold_the_mean_gradient(place, rng, x64):
+  n = place.size
+  problem = Quadratic(n, rng)
+  makers = {
+    "awc": optimizers.gradient_tracking(_gd(SMALL), one_peer(n)),
+    "atc": optimizers.gradient_tracking(_gd(SMALL), one_peer(n), "atc"),
+    "push_pull": optimizers.push_pull(SMALL / 4, pulling(n), directed(n)),
+    "push_diging": optimizers.push_diging(SMALL / 4, pushing(n)),
+  }
+
+  @jax.jit
+  def program(hessian, linear, start):
+    def update(carry, _):
+      new, seen = {}, {}
+      for name, tx in makers.items():
+        x, state = carry[name]
+        updates, state = tx.update(hessian @ x - linear, state, x)
+        new[name] = x + updates, state
+        seen[name] = state.tracker, state.gradient
+        if name == "push_diging":
+          seen["weight"] = state.weight
+      return new, seen
+
+    carry = {name: (start, tx.init(start)) for name, tx in makers.items()}
+    return jax.lax.scan(update, carry, length=300)[1]
+
+  found = place.run(program, problem.hessian, problem.linear, problem.start)
+  weight = found.pop("weight")
+  np.testing.assert_allclose(weight.sum(axis=0), n, rtol=1e-13)
+  assert weight.max() > 1.1  # or it would show nothing
+  for name, (tracker, gradient) in found.items():
+    np.testing.assert_allclose(
+      tracker.mean(axis=0),
+      gradient.mean(axis=0),
+      rtol=1e-12,
+      atol=1e-12,
+      err_msg=name,
+    )
+
+
+@pytest.mark.places("simulate-6")
+def test_without_gradients_the_mean_stays(place, rng):
+  """Over 10 000 float32 steps; and who does not divide never gets there."""
+  n = place.size
+  x = (3 + rng.randn(n, 4)).astype(np.float32)
+  still = optax.sgd(0.0)
+  makers = {
+    "push_sum": optimizers.push_sum(still, directed(n)),
+    "push_sum, changing": optimizers.push_sum(still, pushing(n)),
+    "push_diging": optimizers.push_diging(0.1, directed(n)),
+    "undivided": optimizers.adapt_then_combine(still, directed(n), check=False),
+    "uniform_in": optimizers.adapt_then_combine(still, pulling(n), check=False),
+  }
+  makers["tracking"] = optimizers.gradient_tracking(still, one_peer(n))
+
+  @jax.jit
+  def program(x):
+    def update(_, carry):
+      new = {}
+      for name, tx in makers.items():
+        x, state = carry[name]
+        updates, state = tx.update(jnp.zeros_like(x), state, x)
+        new[name] = x + updates, state
+      return new
+
+    carry = {name: (x, tx.init(x)) for name, tx in makers.items()}
+    end = jax.lax.fori_loop(0, 10_000, update, carry)
+    return {name: x for name, (x, _) in end.items()}
+
+  found = place.run(program, x)
+  mean = np.broadcast_to(x.mean(axis=0, dtype=float), x.shape)
+  for name in ("undivided", "uniform_in"):
+    assert abs(found.pop(name) - mean).max() > 0.05, name
+  for name, end in found.items():
+    np.testing.assert_allclose(end, mean, rtol=2e-5, err_msg=name)
+
+
+# Where the methods end on different data.
+
+EXACT = {
+  "exact_diffusion": lambda n: optimizers.exact_diffusion(
+    _gd(), topology.ring(n)
+  ),
+  "d2": lambda n: optimizers.d2(_gd(), grid(n)),
+  "nids": lambda n: optimizers.nids(RATE, topology.star(n)),
+  "nids, falling": lambda n: optimizers.nids(
+    lambda k: jnp.where(k < 5, 3 * RATE, RATE), topology.ring(n)
+  ),
+  "extra": lambda n: optimizers.extra(RATE, topology.ring(n)),
+  "extra, falling": lambda n: optimizers.extra(
+    lambda k: jnp.where(k < 5, 2 * RATE, RATE), topology.ring(n)
+  ),
+  "tracking awc": lambda n: optimizers.gradient_tracking(
+    _gd(SMALL), topology.exponential(n)
+  ),
+  "tracking atc": lambda n: optimizers.gradient_tracking(
+    _gd(), topology.exponential(n), "atc"
+  ),
+  "tracking, changing": lambda n: optimizers.gradient_tracking(
+    _gd(SMALL), one_peer(n), "atc"
+  ),
+  "push_diging": lambda n: optimizers.push_diging(SMALL, directed(n)),
+  "push_diging, changing": lambda n: optimizers.push_diging(SMALL, pushing(n)),
+  "push_pull": lambda n: optimizers.push_pull(SMALL, pulling(n), directed(n)),
+}
+
+BIASED = {
+  "atc": lambda n: optimizers.adapt_then_combine(_gd(SMALL), topology.ring(n)),
+  "atc, half": lambda n: optimizers.adapt_then_combine(
+    _gd(SMALL / 2), topology.ring(n)
+  ),
+  "atc, exponential": lambda n: optimizers.adapt_then_combine(
+    _gd(SMALL), topology.exponential(n)
+  ),
+  "awc": lambda n: optimizers.adapt_with_combine(_gd(SMALL), topology.ring(n)),
+  "decentlam": lambda n: optimizers.decentlam(SMALL, 0.7, topology.ring(n)),
+  "quasi_global": lambda n: optimizers.quasi_global_momentum(
+    SMALL, 0.7, topology.ring(n)
+  ),
+  "quasi_global, mu": lambda n: optimizers.quasi_global_momentum(
+    SMALL, 0.5, topology.ring(n), mu=0.8
+  ),
+  "dmsgd": lambda n: optimizers.adapt_then_combine(
+    optax.sgd(SMALL / 2, momentum=0.5), topology.ring(n)
+  ),
+  "dmsgd_sync": lambda n: optimizers.dmsgd_sync(
+    SMALL / 2, 0.5, topology.ring(n)
+  ),
+  "gossip_pga": lambda n: optimizers.gossip_pga(
+    _gd(SMALL), topology.ring(n), 4
+  ),
+  "push_sum": lambda n: optimizers.push_sum(_gd(SMALL), directed(n)),
+}
+
+
+@pytest.mark.places("simulate-8")
+def test_exact_methods_reach_the_minimizer_where_averaging_stalls(
+  place, rng, x64
+):
+  n = place.size
+  problem = Quadratic(n, rng)
+  makers = {name: make(n) for name, make in {**EXACT, **BIASED}.items()}
+  found = solve_all(place, makers, problem, 2000)
+  end = {name: np.asarray(x)[:, -4:] for name, x in found.items()}
+  target = problem.minimizer()
+  bias = {name: abs(x - target).max() for name, x in end.items()}
+  for name in EXACT:
+    assert bias[name] < 1e-9, (name, bias[name])
+  for name in BIASED:
+    assert bias[name] > 1e-3, (name, bias[name])
+
+  for name in ("decentlam", "quasi_global", "quasi_global, mu", "dmsgd"):
+    np.testing.assert_allclose(
+      end[name], end["atc"], rtol=0, atol=1e-10, err_msg=name
+    )
+  assert bias["atc"] < bias["awc"]
+  assert 1.7 < bias["atc"] / bias["atc, half"] < 2.3
+  assert bias["gossip_pga"] < bias["atc"]
+  assert bias["atc, exponential"] < bias["atc"]
+  # As large a step in the end as DmSGD's: momentum that travels loses less.
+  assert bias["dmsgd_sync"] < bias["dmsgd"]
+
+
+DRIFT = {
+  "exact_diffusion": lambda n: optimizers.exact_diffusion(
+    _gd(), topology.ring(n)
+  ),
+  "d2": lambda n: optimizers.d2(_gd(), topology.ring(n).lazy()),
+  "nids": lambda n: optimizers.nids(RATE, topology.ring(n)),
+  "extra": lambda n: optimizers.extra(RATE, topology.ring(n)),
+  "tracking awc": lambda n: optimizers.gradient_tracking(
+    _gd(SMALL), topology.ring(n)
+  ),
+  "tracking atc": lambda n: optimizers.gradient_tracking(
+    _gd(SMALL), topology.ring(n), "atc"
+  ),
+  "push_diging": lambda n: optimizers.push_diging(SMALL / 2, directed(n)),
+  "push_pull": lambda n: optimizers.push_pull(
+    SMALL / 2, pulling(n), directed(n)
+  ),
+}
+
+
+@pytest.mark.places("simulate-8")
+def test_no_drift_in_float32(place):
+  """20 000 steps of what has a double root at 1 in exact arithmetic."""
+  n, rng = place.size, np.random.RandomState(2)
+  curvature = (1 + rng.rand(n, 4)).astype(np.float32)
+  target = (3 + rng.randn(n, 4)).astype(np.float32)
+  wide = curvature.astype(float)
+  minimizer = (wide * target).sum(axis=0) / wide.sum(axis=0)
+  makers = {name: make(n) for name, make in DRIFT.items()}
+
+  @jax.jit
+  def program(curvature, target):
+    def update(_, carry):
+      new = {}
+      for name, tx in makers.items():
+        x, state = carry[name]
+        updates, state = tx.update(curvature * (x - target), state, x)
+        new[name] = x + updates, state
+      return new
+
+    start = jnp.zeros_like(target)
+    carry = {name: (start, tx.init(start)) for name, tx in makers.items()}
+    end = jax.lax.fori_loop(0, 20_000, update, carry)
+    return {name: x for name, (x, _) in end.items()}
+
+  for name, x in place.run(program, curvature, target).items():
+    error = abs(np.asarray(x, float) / minimizer - 1).max()
+    assert error < 1e-5, (name, error)
+
+
+# Without data the disagreement shrinks, or grows, by the largest root.
+
+
+def largest_root(values, *polynomial):
+  """Over all eigenvalues but 1; the polynomial is that of one of them."""
+  return max(
+    abs(np.roots([coefficient(v) for coefficient in polynomial])).max()
+    for v in values
+    if abs(v - 1) > 1e-9
+  )
+
+
+def psi_root(matrix):
+  values = np.linalg.eigvals(matrix)
+  return largest_root(values, lambda v: 1, lambda v: -2 * v, lambda v: v)
+
+
+def extra_root(matrix):
+  values = np.linalg.eigvals(matrix)
+  return largest_root(
+    values, lambda v: 1, lambda v: -(1 + v), lambda v: (1 + v) / 2
+  )
+
+
+def decentlam_root(matrix, b):
+  values = np.linalg.eigvals(matrix)
+  return largest_root(values, lambda v: 1, lambda v: -(b + v), lambda v: b)
+
+
+def alternating(n):
+  """A circulant graph whose least eigenvalue is -0.6 on 8 ranks."""
+  return topology.Topology(reference.circulant(n, {0: 0.2, 1: 0.4, -1: 0.4}))
+
+
+def _wild(method, *args):
+  return lambda graph: getattr(optimizers, method)(*args, graph, check=False)
+
+
+GROWTH = {
+  "d2, alternating": (_wild("d2", _gd()), alternating, psi_root, 1.5798),
+  "d2, hypercube": (_wild("d2", _gd()), topology.hypercube, psi_root, 1.366),
+  "d2, grid": (_wild("d2", _gd()), topology.mesh_grid_2d, psi_root, 1.113),
+  "d2, exponential": (
+    _wild("d2", _gd()),
+    topology.exponential,
+    psi_root,
+    1.0427,
+  ),
+  "exact_diffusion, alternating": (
+    _wild("exact_diffusion", _gd()),
+    alternating,
+    lambda w: psi_root(recursions.lazy(w)),
+    0.9396,
+  ),
+  "exact_diffusion, directed ring": (
+    _wild("exact_diffusion", _gd()),
+    lambda n: topology.ring(n, "right"),
+    lambda w: psi_root(recursions.lazy(w)),
+    1.2557,
+  ),
+  "extra, directed ring": (
+    _wild("extra", RATE),
+    lambda n: topology.ring(n, "right"),
+    extra_root,
+    1.2557,
+  ),
+  "exact_diffusion, exponential": (
+    _wild("exact_diffusion", _gd()),
+    topology.exponential,
+    lambda w: psi_root(recursions.lazy(w)),
+    0.976,
+  ),
+  "decentlam, exponential": (
+    _wild("decentlam", RATE, 0.9),
+    topology.exponential,
+    lambda w: decentlam_root(w, 0.9),
+    1.2375,
+  ),
+  "decentlam, ring": (
+    _wild("decentlam", RATE, 0.9),
+    topology.ring,
+    lambda w: decentlam_root(w, 0.9),
+    0.9**0.5,
+  ),
+}
+
+
+@pytest.mark.places("simulate-8")
+def test_disagreement_grows_by_the_largest_root(place, rng, x64):
+  n = place.size
+  problem = Quadratic(n, rng)
+  problem.hessian, problem.linear = 0 * problem.hessian, 0 * problem.linear
+  makers = {name: make(graph(n)) for name, (make, graph, *_) in GROWTH.items()}
+  periodic = {
+    "decentlam, one-peer": optimizers.decentlam(
+      RATE, 0.9, one_peer(n), check=False
+    ),
+    "quasi-global, one-peer": optimizers.quasi_global_momentum(
+      RATE, 0.9, one_peer(n)
+    ),
+    "quasi-global, exponential": optimizers.quasi_global_momentum(
+      RATE, 0.9, topology.exponential(n)
+    ),
+  }
+  found = solve_all(place, {**makers, **periodic}, problem, 600)
+
+  def rate(x, first, last):
+    apart = np.linalg.norm(x - x.mean(axis=0), axis=(0, 2))
+    return (apart[last] / apart[first]) ** (1 / (last - first))
+
+  for name, (_, graph, root, table) in GROWTH.items():
+    predicted = root(one(graph(n)))
+    assert predicted == pytest.approx(table, abs=1e-3), name
+    # What shrinks is at the level of rounding in the end.
+    first, last = (200, 500) if predicted > 1 else (50, 250)
+    measured = rate(np.asarray(found[name]), first, last)
+    assert measured == pytest.approx(predicted, abs=0.01), name
+  measured = rate(np.asarray(found["decentlam, one-peer"]), 200, 500) ** 3
+  assert measured == pytest.approx(1.38, abs=0.01)
+  for name in ("quasi-global, one-peer", "quasi-global, exponential"):
+    assert rate(np.asarray(found[name]), 20, 200) < 1, name
+
+
+def test_a_small_graph_may_survive_and_a_larger_one_does_not():
+  roots = [
+    psi_root(recursions.lazy(one(topology.exponential(n)))) for n in (8, 16, 32)
+  ]
+  np.testing.assert_allclose(roots, [0.976, 1.031, 1.055], atol=1e-3)
+  torus = one(topology.torus_2d(16, (4, 4)))
+  np.testing.assert_allclose(psi_root(torus), 1.580, atol=1e-3)
+
+
+# States and wrappers.
+
+EVERY = {
+  "exact_diffusion": lambda n: optimizers.exact_diffusion(
+    optax.adam(RATE), topology.ring(n)
+  ),
+  "d2": lambda n: optimizers.d2(optax.adam(RATE), topology.ring(n).lazy()),
+  "nids": lambda n: optimizers.nids(RATE, topology.ring(n)),
+  "extra": lambda n: optimizers.extra(RATE, topology.ring(n)),
+  "tracking awc": lambda n: optimizers.gradient_tracking(
+    optax.adam(RATE), one_peer(n)
+  ),
+  "tracking atc": lambda n: optimizers.gradient_tracking(
+    optax.adam(RATE), one_peer(n), "atc"
+  ),
+  "push_sum": lambda n: optimizers.push_sum(optax.adam(RATE), pushing(n)),
+  "push_diging": lambda n: optimizers.push_diging(RATE, pushing(n)),
+  "push_pull": lambda n: optimizers.push_pull(RATE, pulling(n), directed(n)),
+  "decentlam": lambda n: optimizers.decentlam(RATE, 0.9, topology.ring(n)),
+  "quasi_global": lambda n: optimizers.quasi_global_momentum(
+    RATE, 0.9, one_peer(n), weight_decay=0.1
+  ),
+  "dmsgd_sync": lambda n: optimizers.dmsgd_sync(RATE, 0.9, one_peer(n)),
+  "local_sgd": lambda n: optimizers.local_sgd(optax.adam(RATE), 2),
+  "gossip_pga": lambda n: optimizers.gossip_pga(
+    optax.adam(RATE), one_peer(n), 3
+  ),
+  "slow_momentum": lambda n: optimizers.slow_momentum(
+    optax.adam(RATE), one_peer(n), 2, 1.0, 0.5
+  ),
+  "diloco": lambda n: optimizers.diloco(
+    optax.adamw(RATE), optax.sgd(0.7, momentum=0.9, nesterov=True), 2
+  ),
+}
+
+
+@pytest.mark.places("simulate-5", "mesh-4")
+def test_chained_masked_and_in_several_steps(place, rng):
+  """All wrappers at once: every second update, clipped, of one leaf."""
+  n = place.size
+  makers = {name: make(n) for name, make in EVERY.items()}
+  if place.kind == "mesh":  # where the types of the branches are looked at
+    makers = {k: makers[k] for k in ("nids", "tracking atc", "diloco")}
+  wrapped = {
+    name: optax.MultiSteps(
+      optax.chain(optax.clip(0.25), optax.masked(tx, {"b": False, "w": True})),
+      2,
+    ).gradient_transformation()
+    for name, tx in makers.items()
+  }
+
+  @jax.jit
+  def program(x, g):
+    def update(carry, pair):
+      mean = jnp.clip((pair["w"][0] + pair["w"][1]) / 2, -0.25, 0.25)
+      new = {}
+      for name, tx in makers.items():
+        w, state = carry[name][0]
+        updates, state = tx.update(mean, state, w)
+        plain = optax.apply_updates(w, updates), state
+
+        def small(carry, g, name=name):
+          x, state = carry
+          updates, state = wrapped[name].update(g, state, x)
+          return (optax.apply_updates(x, updates), state), None
+
+        new[name] = plain, jax.lax.scan(small, carry[name][1], pair)[0]
+      return new, None
+
+    carry = {
+      name: ((x["w"], tx.init(x["w"])), (x, wrapped[name].init(x)))
+      for name, tx in makers.items()
+    }
+    end = jax.lax.scan(update, carry, g)[0]
+    return {name: (w, x["w"]) for name, ((w, _), (x, _)) in end.items()}
+
+  x = {"b": rng.randn(n), "w": rng.randn(n, 2, 2)}
+  g = {"b": rng.randn(n, 3, 2), "w": rng.randn(n, 3, 2, 2, 2)}
+  x, g = jax.tree.map(lambda leaf: leaf.astype(np.float32), (x, g))
+  for name, (plain, w) in place.run(program, x, g).items():
+    np.testing.assert_allclose(w, plain, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert abs(plain - place.mine(x["w"])).max() > 0.01, name
+
+
+@pytest.mark.places("simulate-5")
+def test_half_parameters_have_float32_states(place, rng):
+  """Their iterates stay near those of float32, and gradients are halves too."""
+  n = place.size
+  makers = {name: make(n) for name, make in EVERY.items()}
+
+  @jax.jit
+  def program(x, g):
+    def update(carry, g):
+      new, seen = {}, {}
+      for key, (x, state) in carry.items():
+        updates, state = makers[key[0]].update(g.astype(x.dtype), state, x)
+        new[key] = optax.apply_updates(x, updates), state
+        seen[key] = updates
+      return new, seen
+
+    carry = {}
+    for name, tx in makers.items():
+      for dtype in ("bfloat16", "float32"):
+        start = x.astype(dtype)
+        carry[name, dtype] = start, tx.init(start)
+    return jax.lax.scan(update, carry, g)
+
+  x = rng.randn(n, 20).astype(np.float32)
+  g = rng.randn(n, 6, 20).astype(np.float32)
+  end, updates = place.run(program, x, g)
+  for name in makers:
+    y, state = end[name, "bfloat16"]
+    assert y.dtype == jnp.bfloat16, name
+    assert updates[name, "bfloat16"].dtype == jnp.float32, name
+    own = {k: v for k, v in state._asdict().items() if "inner" not in k}
+    for leaf in jax.tree.leaves(own):
+      assert leaf.dtype in (jnp.int32, jnp.float32), name
+    truth = end[name, "float32"][0]
+    np.testing.assert_allclose(
+      np.asarray(y, np.float32), truth, rtol=0.1, atol=0.1, err_msg=name
+    )
+
+
+@pytest.mark.places("simulate-5")
+def test_a_restored_state_goes_on_bit_for_bit(place, rng, tmp_path):
+  n = place.size
+  makers = {name: make(n) for name, make in EVERY.items()}
+
+  def init(x):
+    return {name: (x, tx.init(x)) for name, tx in makers.items()}
+
+  def step(carry, g):
+    new = {}
+    for name, tx in makers.items():
+      x, state = carry[name]
+      updates, state = tx.update(g, state, x)
+      new[name] = optax.apply_updates(x, updates), state
+    return new
+
+  step = jax.jit(place.map(step))
+  x = rng.randn(n, 3).astype(np.float32)
+  gradients = rng.randn(7, n, 3).astype(np.float32)
+  carry = place.map(init)(x)
+  for g in gradients[:3]:
+    carry = step(carry, g)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", carry)
+    checkpointer.wait_until_finished()
+    blank = jax.tree.map(jnp.zeros_like, carry)
+    restored = checkpointer.restore(tmp_path / "state", blank)
+  assert jax.tree.structure(restored) == jax.tree.structure(carry)
+  for g in gradients[3:]:
+    carry, restored = step(carry, g), step(restored, g)
+  jax.tree.map(np.testing.assert_array_equal, restored, carry)
+
+
+# Bytes: what the formula says is what travels.
+
+# Method: the parameters' bytes in one message, scalars of 8 bytes beside them,
+# and the graph of that message in the second update.
+MESSAGES = {
+  "exact_diffusion": [(1, 0, topology.ring)],
+  "d2": [(1, 0, topology.ring)],
+  "nids": [(1, 0, topology.ring)],
+  "extra": [(1, 0, topology.ring)],
+  "tracking awc": [(2, 0, lambda n: one_peer(n)[1])],
+  "tracking atc": [
+    (1, 0, lambda n: one_peer(n)[0]),
+    (1, 0, lambda n: one_peer(n)[1]),
+  ],
+  "push_sum": [(1, 1, lambda n: pushing(n)[1])],
+  "push_diging": [(2, 1, lambda n: pushing(n)[1])],
+  "push_pull": [(1, 0, directed), (1, 0, pulling)],
+  "decentlam": [(1, 0, topology.ring)],
+  "quasi_global": [(1, 0, lambda n: one_peer(n)[1])],
+  "dmsgd_sync": [(2, 0, lambda n: one_peer(n)[1])],
+}
+
+
+@pytest.mark.places("mpi-3")
+def test_bytes_counted_are_those_of_the_formula(place, rng, x64):
+  """Of the second updates; what travels together is one operation."""
+  n, rank = place.size, jfog.rank()
+  x, g = rng.randn(2, 50)
+  makers = {name: EVERY[name](n) for name in MESSAGES}
+
+  @jax.jit
+  def update_all(states):
+    return {k: tx.update(g, states[k], x)[1] for k, tx in makers.items()}
+
+  states = update_all({name: tx.init(x) for name, tx in makers.items()})
+  jax.block_until_ready(states)
+  jfog.diagnostics.reset_counters()
+  jax.block_until_ready(update_all(states))
+  counted = jfog.diagnostics.counters()
+  messages = [message for found in MESSAGES.values() for message in found]
+  assert counted["operations"] == len(messages)
+  assert counted["bytes_sent"] == sum(
+    (400 * copies + 8 * scalars) * len(graph(n).out_neighbors(rank))
+    for copies, scalars, graph in messages
+  )
+
+
+# What is refused, and what is warned of.
+
+
+def refused(
+  method: str,
+  *args: Any,
+  error: type[Exception] = ValueError,
+  match: str = "",
+  **options: Any,
+):
+  return pytest.param(
+    method, args, options, error, match, id=f"{method}: {match}"
+  )
+
+
+SCHEDULE = topology.one_peer_exponential(8)
+RIGHT = topology.ring(8, "right")
+ROWS = chords(8, "uniform_in")
+COLUMNS = chords(8, "uniform_out")
+RING = topology.ring(8)
+PLAIN = optax.sgd(RATE)
+SWAP = topology.Topology([[0.0, 1.0], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+  ("method", "args", "options", "error", "match"),
+  [
+    refused("d2", PLAIN, RING, match="lambda_min"),
+    refused("d2", PLAIN, alternating(8), match="lambda_min = -0.6"),
+    refused("d2", PLAIN, topology.hypercube(8), match="lambda_min = -0.5"),
+    refused(
+      "d2", PLAIN, topology.torus_2d(16, (4, 4)), match="lambda_min = -0.6"
+    ),
+    refused("d2", PLAIN, topology.mesh_grid_2d(8), match="lambda_min = -0.3"),
+    refused("d2", PLAIN, topology.exponential(8), match="not symmetric"),
+    refused("extra", RATE, SWAP, match="lambda_min = -1"),
+    *(
+      refused(method, first, graph, match=text)
+      for method, first in (
+        ("exact_diffusion", PLAIN),
+        ("extra", RATE),
+        ("nids", RATE),
+      )
+      for graph, text in ((RIGHT, "not symmetric"), (ROWS, "not doubly"))
+    ),
+    refused("decentlam", RATE, 0.9, RIGHT, match="not symmetric"),
+    refused("decentlam", RATE, 1.0, RING, match="momentum=1.0"),
+    refused(
+      "decentlam", RATE, 0.9, SCHEDULE, error=TypeError, match="Schedule"
+    ),
+    *(
+      refused(method, first, SCHEDULE, error=TypeError, match="Schedule")
+      for method, first in (
+        ("exact_diffusion", PLAIN),
+        ("d2", PLAIN),
+        ("extra", RATE),
+        ("nids", RATE),
+      )
+    ),
+    refused("push_sum", PLAIN, ROWS, match="not column-stochastic"),
+    refused("push_diging", RATE, ROWS, match="not column-stochastic"),
+    refused("push_pull", RATE, COLUMNS, COLUMNS, match="pull: .*not row"),
+    refused("push_pull", RATE, ROWS, ROWS, match="push: .*not column"),
+    refused("gradient_tracking", PLAIN, ROWS, match="not doubly"),
+    refused("gradient_tracking", PLAIN, COLUMNS, match="not doubly"),
+    refused("gradient_tracking", PLAIN, RING, "cta", match="form='cta'"),
+    refused("gossip_pga", PLAIN, ROWS, 4, match="not doubly"),
+    refused("gossip_pga", PLAIN, RING, 0, match="every=0"),
+    refused(
+      "gossip_pga",
+      PLAIN,
+      topology.Schedule([RING, ROWS]),
+      4,
+      match="not doubly",
+    ),
+    refused("slow_momentum", PLAIN, ROWS, 4, 1.0, 0.5, match="not doubly"),
+    refused("slow_momentum", PLAIN, None, 0, 1.0, 0.5, match="every=0"),
+    refused("slow_momentum", PLAIN, None, 2, 1.0, -0.5, match="slow_momentum="),
+    refused("quasi_global_momentum", RATE, 0.9, ROWS, match="not doubly"),
+    refused("quasi_global_momentum", RATE, 0.9, RING, 1.5, match="mu=1.5"),
+    refused("dmsgd_sync", RATE, 0.9, COLUMNS, match="not row-stochastic"),
+    refused("diloco", PLAIN, PLAIN, 4, ROWS, match="not doubly"),
+    refused("diloco", PLAIN, PLAIN, 0, match="every=0"),
+    refused(
+      "diloco", PLAIN, PLAIN, 4, RING, mean=topology.ceca(8), match="leave out"
+    ),
+    refused("local_sgd", PLAIN, 0, match="every=0"),
+    refused("local_sgd", PLAIN, 2, mean=RING, match="never reaches"),
+    refused("local_sgd", PLAIN, 2, mean=8, error=TypeError, match="mean=8"),
+    refused(
+      "nids", "fast", RING, error=TypeError, match="learning_rate='fast'"
+    ),
+    refused("extra", None, RING, error=TypeError, match="learning_rate=None"),
+    refused("exact_diffusion", PLAIN, 8, error=TypeError, match="graph=8"),
+    refused(
+      "gradient_tracking",
+      PLAIN,
+      topology.ceca(8),
+      error=TypeError,
+      match="several rounds",
+    ),
+  ],
+)
+def test_refusals(method, args, options, error, match):
+  make = getattr(optimizers, method)
+  with pytest.raises(error, match=f"(?s){method}.*{match}"):
+    make(*args, **options)
+  if "every" in match or "=" in match.replace("lambda_min =", ""):
+    return
+  if "graph" in match or "rounds" in match or "mean" in options:
+    return
+  make(*args, check=False, **options)
+
+
+def test_integer_leaves_are_refused():
+  for name, make in EVERY.items():
+    tx = make(2)
+
+    def step(x, tx=tx):
+      return tx.update(x, tx.init(x), x)
+
+    with pytest.raises(TypeError, match=r"params.* dtype int32"):
+      jfog.simulate(step, 2)(jnp.arange(2))
+    assert name in EVERY
