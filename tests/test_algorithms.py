@@ -195,8 +195,9 @@ def test_trackers_hold_the_mean_gradient(place, rng, x64):
     def update(carry, _):
       new, seen = {}, {}
       for name, tx in makers.items():
-        x, state = carry[name]
-        updates, state = tx.update(hessian @ x - linear, state, x)
+        x, before = carry[name]
+        state: Any
+        updates, state = tx.update(hessian @ x - linear, before, x)
         new[name] = x + updates, state
         seen[name] = state.tracker, state.gradient
         if name == "push_diging":

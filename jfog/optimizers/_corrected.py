@@ -34,7 +34,7 @@ class ExactDiffusionState(NamedTuple):
 
 def exact_diffusion(
   inner: optax.GradientTransformation,
-  topology: Topology | Averaging,
+  topology: Topology | Schedule | Averaging,
   *,
   check: bool = True,
   comm: Communicator | None = None,
@@ -111,7 +111,7 @@ class D2State(NamedTuple):
 
 def d2(
   inner: optax.GradientTransformation,
-  topology: Topology | Averaging,
+  topology: Topology | Schedule | Averaging,
   *,
   check: bool = True,
   comm: Communicator | None = None,
@@ -211,7 +211,7 @@ class NidsState(NamedTuple):
 
 def nids(
   learning_rate: Any,
-  topology: Topology | Averaging,
+  topology: Topology | Schedule | Averaging,
   *,
   check: bool = True,
   comm: Communicator | None = None,
@@ -298,7 +298,7 @@ class ExtraState(NamedTuple):
 
 def extra(
   learning_rate: Any,
-  topology: Topology | Averaging,
+  topology: Topology | Schedule | Averaging,
   *,
   check: bool = True,
   comm: Communicator | None = None,

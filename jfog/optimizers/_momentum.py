@@ -22,7 +22,7 @@ class DecentlamState(NamedTuple):
 def decentlam(
   learning_rate: Any,
   momentum: Any,
-  topology: Topology | Averaging,
+  topology: Topology | Schedule | Averaging,
   *,
   check: bool = True,
   comm: Communicator | None = None,
