@@ -9,7 +9,7 @@ import optax
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
 from jfog.runtime import Communicator
-from jfog.topology import Topology
+from jfog.topology import Schedule, Topology
 
 # All four keep one buffer, D, whose mean over ranks stays zero. With H = X + U
 # and Z = H + D, exact diffusion, D2 and NIDS are
