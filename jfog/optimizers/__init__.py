@@ -12,6 +12,18 @@ from jfog.optimizers._combine import (
 )
 from jfog.optimizers._combine import adapt_then_combine as adapt_then_combine
 from jfog.optimizers._combine import adapt_with_combine as adapt_with_combine
+from jfog.optimizers._compressed import ChocoState as ChocoState
+from jfog.optimizers._compressed import DeepSqueezeState as DeepSqueezeState
+from jfog.optimizers._compressed import choco as choco
+from jfog.optimizers._compressed import deep_squeeze as deep_squeeze
+from jfog.optimizers._compressors import Compressor as Compressor
+from jfog.optimizers._compressors import identity as identity
+from jfog.optimizers._compressors import low_rank as low_rank
+from jfog.optimizers._compressors import message_bytes as message_bytes
+from jfog.optimizers._compressors import quantize as quantize
+from jfog.optimizers._compressors import random_k as random_k
+from jfog.optimizers._compressors import sign as sign
+from jfog.optimizers._compressors import top_k as top_k
 from jfog.optimizers._corrected import D2State as D2State
 from jfog.optimizers._corrected import (
   ExactDiffusionState as ExactDiffusionState,

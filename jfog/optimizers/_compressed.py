@@ -1,0 +1,382 @@
+"""Averaging with compressed messages: CHOCO-SGD and DeepSqueeze."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._averaging import Requirement
+from jfog.optimizers._compressors import (
+  Compressor,
+  Sparsifier,
+  is_key,
+  require_compressor,
+  step_key,
+)
+from jfog.primitives import check_graph, neighbor_allgather
+from jfog.runtime import Communicator, resolve
+from jfog.topology import Topology
+
+_TOLERANCE = 1e-9  # of the sum of a row, for the difference form
+
+
+class ChocoState(NamedTuple):
+  """State of `choco`; trees like the parameters, float32 for 16-bit ones."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  compressor_state: Any
+  hat: Any  # what all neighbors know of this rank's parameters
+  s: Any  # sum_j W[i, j] hat[j], this rank included
+
+
+def choco(
+  inner: optax.GradientTransformation,
+  topology: Topology,
+  compressor: Compressor,
+  gamma: float,
+  *,
+  seed: int = 0,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Averages copies of the parameters that compressed differences keep up.
+
+  With `u` the inner transformation's updates and `C` the compressor,
+
+      h[i] = x[i] + u[i]
+      c[i] = C(h[i] - hat[i])                                  travels
+      hat[i] <- hat[i] + c[i]
+      s[i] <- s[i] + sum_j W[i, j] c[j]
+      x[i] <- h[i] + gamma (s[i] - hat[i])
+
+  from `hat = s = 0`. As `hat` approaches `h` the differences become small, and
+  so does what compression loses: the limit is that of `adapt_then_combine` on
+  `I + gamma (W - I)`, whatever the compressor, where that is deterministic and
+  contractive and `gamma` is small enough for it. The more a compressor loses,
+  the smaller `gamma` has to be; with `identity()` and `gamma = 1` this is
+  `adapt_then_combine`.
+
+  A rank sends one message to each out-neighbor, of
+  `jfog.optimizers.message_bytes` bytes, and decodes those of its in-neighbors
+  one by one: beside its own value and the sum it holds one decoded value. What
+  a rank draws at random comes from
+
+      fold_in(fold_in(jax.random.key(seed), step), rank)
+
+  with the generator threefry, so every receiver can draw the same.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    topology: who averages with whom; symmetric and doubly stochastic. It stays
+      the same, for `s` is a sum over its neighbors.
+    compressor: what travels in the place of a difference, equal on all ranks;
+      contractive, as `top_k`, `random_k`, `sign` and `low_rank` are, and as
+      `quantize` is up to a factor near 1 where its bits are enough.
+    gamma: the part of the way to the average, in (0, 1]; may be traced.
+    seed: of the compressor's randomness, equal on all ranks.
+    check: whether the topology must be symmetric and doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates, the buffers and what is compressed are float32.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic, or
+      `gamma` is out of range; in `init` and `update`, if the compressor refuses
+      the parameters.
+    TypeError: if `topology` is a `Schedule` or another thing, `compressor` no
+      `Compressor`, `gamma` no number or `seed` no int; in `init` and `update`,
+      for leaves that the compressor does not take.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> sign = jfog.optimizers.sign()
+    >>> tx = jfog.optimizers.choco(optax.sgd(0.1), graph, sign, gamma=0.5)
+    >>> def train(x):
+    ...   def step(carry, _):
+    ...     x, state = carry
+    ...     updates, state = tx.update(jnp.zeros_like(x), state, x)
+    ...     return (optax.apply_updates(x, updates), state), None
+    ...   return jax.lax.scan(step, (x, tx.init(x)), length=50)[0][0]
+    >>> jfog.simulate(train, 2)(jnp.array([[0.0, 4.0], [2.0, 0.0]])).round(3)
+    Array([[1., 2.],
+           [1., 2.]], dtype=float32)
+
+  Source: Koloskova, Stich and Jaggi, "Decentralized stochastic optimization and
+  gossip algorithms with compressed communication", 2019.
+  """
+  name = "choco"
+  exchange = _exchange(
+    _averaging.check_symmetric, topology, compressor, seed, check, comm, name
+  )
+  gamma = _fraction(gamma, f"{name}: gamma")
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return ChocoState(
+      jnp.zeros([], jnp.int32),
+      inner.init(params),
+      compressor.init(_averaging.own(params)),
+      _averaging.zeros(params),
+      _averaging.zeros(params),
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    h = _averaging.local_step(params, updates)
+    c, mixed, compressor_state = exchange(
+      _averaging.minus(h, state.hat), state.compressor_state, state.step
+    )
+    hat = _averaging.plus(state.hat, c)
+    s = _averaging.plus(state.s, mixed)
+    new = _averaging.plus(h, _averaging.times(gamma, _averaging.minus(s, hat)))
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(new, params),
+      ChocoState(step, inner_state, compressor_state, hat, s),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class DeepSqueezeState(NamedTuple):
+  """State of `deep_squeeze`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  compressor_state: Any
+  e: Any  # like the parameters, float32 for 16-bit ones; what did not travel
+
+
+def deep_squeeze(
+  inner: optax.GradientTransformation,
+  topology: Topology,
+  compressor: Compressor,
+  eta: float,
+  *,
+  seed: int = 0,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Averages compressed parameters, and adds what was lost to the next ones.
+
+  With `u` the inner transformation's updates and `C` the compressor,
+
+      v[i] = x[i] + u[i] + e[i]
+      c[i] = C(v[i])                                           travels
+      e[i] <- v[i] - c[i]
+      x[i] <- c[i] + eta (sum_j W[i, j] c[j] - c[i])
+
+  from `e = 0`. What is compressed are the parameters themselves, which do not
+  become small, so the error does not either: take a quantizer of many bits. A
+  sparsifier, `top_k` or `random_k`, would set most parameters to 0 in every
+  step, and does not converge. Messages and random numbers are those of `choco`.
+
+  Args:
+    inner: the local optimizer; any optax transformation.
+    topology: who averages with whom; row-stochastic.
+    compressor: what travels in the place of the parameters, equal on all ranks.
+    eta: the part of the way to the average, in (0, 1]; may be traced.
+    seed: of the compressor's randomness, equal on all ranks.
+    check: whether the topology must be row-stochastic, and whether a sparsifier
+      is warned of.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates, the buffer and what is compressed are float32.
+
+  Raises:
+    ValueError: if the topology is not row-stochastic, or `eta` is out of range;
+      in `init` and `update`, if the compressor refuses the parameters.
+    TypeError: as in `choco`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> compressor = jfog.optimizers.quantize(8)
+    >>> tx = jfog.optimizers.deep_squeeze(optax.sgd(0.5), graph, compressor, 1.0)
+    >>> def step(x, grad):
+    ...   updates, _ = tx.update(grad, tx.init(x), x)
+    ...   return optax.apply_updates(x, updates)
+    >>> jfog.simulate(step, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    Array([1.5, 1.5], dtype=float32)
+
+  Source: Tang et al., "DeepSqueeze: decentralization meets error-compensated
+  compression", 2019.
+  """
+  name = "deep_squeeze"
+  exchange = _exchange(
+    _averaging.check_row_stochastic,
+    topology,
+    compressor,
+    seed,
+    check,
+    comm,
+    name,
+  )
+  eta = _fraction(eta, f"{name}: eta")
+  if check and isinstance(compressor, Sparsifier):
+    warnings.warn(
+      f"{name}: top_k and random_k leave out most parameters in every step, and "
+      f"with them {name} does not converge; use quantize(bits=8), choco, or "
+      f"check=False.",
+      UserWarning,
+      stacklevel=2,
+    )
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return DeepSqueezeState(
+      jnp.zeros([], jnp.int32),
+      inner.init(params),
+      compressor.init(_averaging.own(params)),
+      _averaging.zeros(params),
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    v = _averaging.plus(_averaging.local_step(params, updates), state.e)
+    c, mixed, compressor_state = exchange(v, state.compressor_state, state.step)
+    new = _averaging.plus(c, _averaging.times(eta, _averaging.minus(mixed, c)))
+    step = _averaging.next_step(state.step)
+    e = _averaging.minus(v, c)
+    return (
+      _averaging.difference(new, params),
+      DeepSqueezeState(step, inner_state, compressor_state, e),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fraction(value: Any, label: str) -> Any:
+  """Checks a number in (0, 1], but for the range of a traced one."""
+  real = isinstance(value, (int, float, np.number)) or (
+    isinstance(value, (np.ndarray, jax.Array))
+    and value.shape == ()
+    and jnp.issubdtype(value.dtype, jnp.number)
+  )
+  if isinstance(value, bool) or not real or jnp.iscomplexobj(value):
+    raise TypeError(f"{label}={value!r} must be a number in (0, 1].")
+  if not isinstance(value, jax.core.Tracer) and not 0 < value <= 1:
+    raise ValueError(f"{label}={value} must be in (0, 1].")
+  return value
+
+
+def _exchange(
+  requirement: Requirement,
+  topology: Any,
+  compressor: Any,
+  seed: Any,
+  check: bool,
+  comm: Communicator | None,
+  name: str,
+):
+  """Checks a method's arguments, and makes its communication of them.
+
+  Returns:
+    A function `(v, compressor_state, step)` to `c = C(v)` in this rank's own
+    decoding, `sum_j W[i, j] c[j]`, and the new state of the compressor.
+  """
+  _averaging.require_topology(topology, name)
+  if check:
+    requirement(topology, name)
+  require_compressor(compressor, name)
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+    raise TypeError(f"{name}: seed={seed!r} must be an int.")
+
+  def exchange(v, compressor_state, step):
+    world = resolve(comm)
+    check_graph(topology, world.size, name)
+    shared = step_key(int(seed), step)
+    message, compressor_state = compressor.encode(
+      jax.random.fold_in(shared, world.rank), v, compressor_state
+    )
+    # All that is made of the own value is made of the same bits.
+    c = jax.lax.optimization_barrier(compressor.decode(message, v))
+    mixed = _mix(message, c, compressor, topology, shared, world)
+    return c, mixed, compressor_state
+
+  return exchange
+
+
+def _mix(message, own, compressor, topology, shared, comm):
+  """Sends the message; `sum_j W[i, j] c[j]` of the own and what arrives."""
+  leaves, structure = jax.tree.flatten(message)
+  moving = [i for i, leaf in enumerate(leaves) if not is_key(leaf)]
+  received = neighbor_allgather(
+    [leaves[i][None] for i in moving],
+    topology,
+    pad=comm.backend == "mesh",
+    comm=comm,
+  )
+  self_weight, is_difference, sources, weights = _row(topology, comm)
+
+  def base(x):
+    return jnp.where(is_difference, x, _times(self_weight, x))
+
+  def add(total, slot):
+    source, weight, parts = slot
+    filled = [jax.random.fold_in(shared, source)] * len(leaves)
+    for i, part in zip(moving, parts, strict=True):
+      filled[i] = part
+    decoded = compressor.decode(structure.unflatten(filled), own)
+
+    def plus(total, value, x):
+      value = jnp.where(is_difference, value - x, value)
+      return jnp.where(weight == 0, total, total + _times(weight, value))
+
+    return jax.tree.map(plus, total, decoded, own), None
+
+  total = jax.tree.map(base, own)
+  if not len(sources):
+    return total
+  # A loop holds one decoded value at a time, and is compiled once.
+  return jax.lax.scan(add, total, (sources, weights, received))[0]
+
+
+def _row(topology: Topology, comm: Communicator):
+  """This rank's row of the mixing matrix.
+
+  Returns:
+    The self weight; whether the row is evaluated in difference form, `x[i] +
+    sum_j W[i, j] (x[j] - x[i])`, as rows are that sum to 1 and keep a part of
+    the own value; the sources by ascending rank and their weights. On a mesh
+    all ranks have as many as the one with the most, and the weight 0 for nobody.
+  """
+  matrix = topology.mixing_matrix
+  self_weights = matrix.diagonal()
+  is_difference = np.abs(matrix.sum(axis=1) - 1) <= _TOLERANCE
+  is_difference &= self_weights != 0
+  neighbors = [topology.in_neighbors(rank) for rank in range(topology.size)]
+  slots = max(map(len, neighbors))
+  if comm.backend != "mesh":
+    slots = len(neighbors[comm.rank])
+  sources = np.zeros((topology.size, slots), np.int32)
+  weights = np.zeros((topology.size, slots))
+  for rank, ranks in enumerate(neighbors):
+    ranks = ranks[:slots]
+    sources[rank, : len(ranks)] = ranks
+    weights[rank, : len(ranks)] = matrix[rank, ranks]
+  columns = self_weights, is_difference, sources, weights
+  return tuple(jnp.asarray(column)[comm.rank] for column in columns)
+
+
+def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """`weight x`, with the weight rounded once to the dtype of `x`."""
+  return weight.astype(jnp.finfo(x.dtype).dtype) * x
