@@ -52,10 +52,14 @@ from jfog.optimizers._periodic import diloco as diloco
 from jfog.optimizers._periodic import gossip_pga as gossip_pga
 from jfog.optimizers._periodic import local_sgd as local_sgd
 from jfog.optimizers._periodic import slow_momentum as slow_momentum
+from jfog.optimizers._power_gossip import PowerGossipState as PowerGossipState
+from jfog.optimizers._power_gossip import power_gossip as power_gossip
 from jfog.optimizers._push import PushDigingState as PushDigingState
 from jfog.optimizers._push import PushSumState as PushSumState
 from jfog.optimizers._push import push_diging as push_diging
 from jfog.optimizers._push import push_sum as push_sum
+from jfog.optimizers._relay import RelaySumState as RelaySumState
+from jfog.optimizers._relay import relay_sum as relay_sum
 from jfog.optimizers._tracking import (
   GradientTrackingState as GradientTrackingState,
 )

@@ -1,0 +1,313 @@
+"""Gossip of low rank: one step of a power iteration per edge and update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jfog.optimizers import _averaging
+from jfog.optimizers._edges import Edges, edges_of
+from jfog.primitives import neighbor_allreduce_start, uniform, wait
+from jfog.runtime import Communicator, resolve
+from jfog.topology import Topology
+
+_PRECISION = jax.lax.Precision.HIGHEST  # float32 is float32 on a GPU too
+
+
+class PowerGossipState(NamedTuple):
+  """State of `power_gossip`."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  p: Any  # shape=(slots, m, r) for each leaf of matrices, see power_gossip
+  q: Any  # shape=(slots, n, r)
+
+
+def power_gossip(
+  inner: optax.GradientTransformation,
+  topology: Topology,
+  rank: int,
+  *,
+  seed: int = 0,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes the local step, then averages differences in low rank, edge by edge.
+
+  With `u` the inner transformation's updates and `h = x + u`, a leaf of two or
+  more dimensions is a matrix `H` of shape `(shape[0], -1) = (m, n)`. The two
+  ends `lo < hi` of an edge hold the same factors `P` (m x r) and `Q` (n x r),
+  `r = min(rank, m, n)`, and follow the difference of their matrices with them:
+
+      even steps:  Q <- orth(Q),  P <- H[hi] Q - H[lo] Q
+      odd steps:   P <- orth(P),  Q <- H[hi]^T P - H[lo]^T P
+      X[lo] <- H[lo] + W[lo, hi] P Q^T,  X[hi] <- H[hi] - W[lo, hi] P Q^T
+
+  added up over all edges of a rank. What travels is `H Q`, `m r` numbers, or
+  `H^T P`, `n r` numbers, over each edge in each direction, in one message with
+  all leaves. The mean over ranks is kept. Leaves of fewer than two dimensions,
+  which are small, are averaged with the neighbors as by `adapt_then_combine`,
+  all of them in one more message. If `r = n <= m`, even steps do that for
+  matrices too.
+
+  A column of the factor that is about to be used may be zero: at first all are,
+  and later those whose two ends agree on all that it sees. It is drawn from
+
+      key = jax.random.key(seed, impl="threefry2x32")
+      for word in (lo, hi, step):
+        key = jax.random.fold_in(key, word)
+      jax.random.normal(key, (length,), dtype)
+
+  from which both factors of each leaf, `P` before `Q`, are cut in the order of
+  the leaves; `dtype` is the real one of the widest leaf. So no difference between
+  two ranks stays out of sight.
+
+  Args:
+    inner: the local optimizer; any optax transformation. It sees the rank's own
+      gradient and the parameters where that was taken.
+    topology: who averages with whom, a symmetric `Topology`.
+    rank: the number of columns of the factors; 1 or 2 is usual.
+    seed: of the factors, equal on all ranks.
+    check: whether the topology must be symmetric and doubly stochastic.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`. For 16-bit parameters the
+    updates and factors are float32, and so is what travels. In the state, `p`
+    and `q` are like the parameters, with `optax.MaskedNode` for the leaves that
+    are no matrices, and on axis 0 as many factors as the largest degree or one
+    more. Complex matrices have `^H` for `^T`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic or not
+      connected, or `rank < 1`.
+    TypeError: if `topology` is a `Schedule` or another thing, or `rank` is no
+      int; in `update`, for leaves that are not floats.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog, optax
+    >>> graph = jfog.topology.fully_connected(2)
+    >>> tx = jfog.optimizers.power_gossip(optax.sgd(1.0), graph, rank=1)
+    >>> def average(x):  # of rank one
+    ...   updates, _ = tx.update(jnp.zeros_like(x), tx.init(x), x)
+    ...   return x + updates
+    >>> x = jnp.stack([jnp.zeros([3, 1]), jnp.full([3, 1], 4.0)])
+    >>> jfog.simulate(average, 2)(x).round(4).squeeze()
+    Array([[2., 2., 2.],
+           [2., 2., 2.]], dtype=float32)
+
+  Source: Vogels, Karimireddy and Jaggi, "Practical low-rank communication
+  compression in decentralized deep learning", 2020, arXiv 2008.01425.
+  """
+  name = "power_gossip"
+  _averaging.require_topology(topology, name)
+  if check:
+    _averaging.check_symmetric(topology, name)
+  rank = _check_rank(rank, name)
+  edges = edges_of(topology, name)
+  weights = _signed_weights(topology, edges)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    def factors(side):
+      def zeros(x):
+        if not _is_matrix(x):
+          return optax.MaskedNode()
+        h = _matrix(_averaging.accumulated(x))
+        shape = edges.slots, h.shape[side], min(rank, *h.shape)
+        return jnp.zeros_like(h, shape=shape)
+
+      return jax.tree.map(zeros, params)
+
+    return PowerGossipState(
+      jnp.zeros([], jnp.int32), inner.init(params), factors(0), factors(1)
+    )
+
+  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+    _averaging.require_params(params, name)
+    here = resolve(comm)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra
+    )
+    h = _averaging.local_step(params, updates)
+    averaged = neighbor_allreduce_start(
+      jax.tree.map(lambda x: optax.MaskedNode() if _is_matrix(x) else x, h),
+      topology,
+      comm=comm,
+    )
+    leaves, structure = jax.tree.flatten(h)
+    matrices = [_matrix(x) for x in leaves if _is_matrix(x)]
+    p, q = jax.tree.leaves(state.p), jax.tree.leaves(state.q)
+    if matrices:
+      p, q = _iterate(matrices, p, q, state.step, seed, edges, here)
+    changes = _changes(p, q, edges.here(weights, here))
+    plain = jax.tree.leaves(wait(averaged))
+    leaves = [
+      x + changes.pop(0).reshape(x.shape) if _is_matrix(x) else plain.pop(0)
+      for x in leaves
+    ]
+    step = _averaging.next_step(state.step)
+    return (
+      _averaging.difference(structure.unflatten(leaves), params),
+      PowerGossipState(
+        step,
+        inner_state,
+        jax.tree.structure(state.p).unflatten(p),
+        jax.tree.structure(state.q).unflatten(q),
+      ),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _iterate(matrices, p, q, step, seed, edges, comm):
+  """Half a power iteration with the differences over all edges.
+
+  Args:
+    matrices: of this rank, `(m, n)` each.
+    p: the left factors, `(slots, m, r)` each.
+    q: the right factors, `(slots, n, r)` each.
+    step: the number of updates.
+    seed: of fresh columns.
+    edges: who exchanges with whom.
+    comm: the communicator.
+
+  Returns:
+    The factors `(p, q)`, such that `p q^H` are the differences, the higher end's
+    matrix less the lower's, as far as they can be seen with them.
+  """
+  partner = edges.here(edges.partners, comm)
+  low, high = jnp.minimum(comm.rank, partner), jnp.maximum(comm.rank, partner)
+  exists = (partner >= 0)[:, None, None]
+
+  def is_spent(factor):
+    return (factor == 0).all(axis=1, keepdims=True) & exists
+
+  def draw(p, q):
+    shapes = [x.shape for pair in zip(p, q, strict=True) for x in pair]
+    ends = np.cumsum([np.prod(shape[1:]) for shape in shapes])
+    dtype = jnp.finfo(jnp.result_type(*p)).dtype
+    numbers = _normal(seed, low, high, step, int(ends[-1]), dtype)
+    pieces = jnp.split(numbers, ends[:-1], axis=1)
+    fresh = [x.reshape(s) for x, s in zip(pieces, shapes, strict=True)]
+    return renewed(p, fresh[0::2]), renewed(q, fresh[1::2])
+
+  def renewed(factors, fresh):
+    return [
+      jnp.where(is_spent(x), new.astype(x.dtype), x)
+      for x, new in zip(factors, fresh, strict=True)
+    ]
+
+  def follow(matrices, factors):
+    """The other factors, and these as they were used."""
+    factors = [jnp.linalg.qr(x)[0] for x in factors]
+    products = [
+      jnp.einsum("mn,snr->smr", h, x, precision=_PRECISION)
+      for h, x in zip(matrices, factors, strict=True)
+    ]
+    # The barrier keeps XLA from fusing a product into the subtraction, which
+    # would see more of its digits than the other end has got.
+    own = jax.lax.optimization_barrier(_packed(products))
+    theirs = edges.exchange(own, comm)
+    is_low, has_edge = (comm.rank < partner)[:, None], exists[:, 0]
+
+    def subtract(own, theirs):
+      value = jnp.where(is_low, theirs - own, own - theirs)
+      return jnp.where(has_edge, value, jnp.zeros_like(value))
+
+    return _unpacked(jax.tree.map(subtract, own, theirs), products), factors
+
+  is_even = step % 2 == 0
+  spent = [
+    jnp.stack([is_spent(x).any() for x in factors]).any() for factors in (p, q)
+  ]
+  # Uniform for the sake of the simulation, which would draw in every step.
+  is_due = uniform(jnp.where(is_even, spent[1], spent[0]), comm)
+  p, q = jax.lax.cond(is_due, draw, lambda p, q: (p, q), p, q)
+  return jax.lax.cond(
+    uniform(is_even, comm),
+    lambda p, q: follow(matrices, q),
+    lambda p, q: follow([h.conj().T for h in matrices], p)[::-1],
+    p,
+    q,
+  )
+
+
+def _normal(seed, low, high, step, length, dtype):
+  """Standard normal numbers that both ends of an edge draw alike; (slots, length)."""
+
+  def draw(low, high):
+    # Under vmap the values of other generators differ from those of one rank.
+    key = jax.random.key(seed, impl="threefry2x32")
+    for word in (low, high, step):
+      key = jax.random.fold_in(key, word)
+    return jax.random.normal(key, (length,), dtype)
+
+  return jax.vmap(draw)(low, high)
+
+
+def _packed(products):
+  """One array of shape (slots, numbers) for each dtype: fewer, larger leaves."""
+  rows: dict[str, list[jax.Array]] = {}
+  for x in products:
+    rows.setdefault(x.dtype.name, []).append(x.reshape(len(x), -1))
+  return {name: jnp.concatenate(row, axis=1) for name, row in rows.items()}
+
+
+def _unpacked(packed, like):
+  """The inverse of `_packed`, in the shapes of `like`."""
+  begins = dict.fromkeys(packed, 0)
+  products = []
+  for x in like:
+    name, width = x.dtype.name, x[0].size
+    piece = packed[name][:, begins[name] : begins[name] + width]
+    begins[name] += width
+    products.append(piece.reshape(x.shape))
+  return products
+
+
+def _changes(p, q, weights):
+  """`sum_s w[s] p[s] q[s]^H` for each leaf."""
+  return [
+    jnp.einsum(
+      "smr,snr->mn",
+      weights.astype(x.dtype)[:, None, None] * x,
+      y.conj(),
+      precision=_PRECISION,
+    )
+    for x, y in zip(p, q, strict=True)
+  ]
+
+
+def _check_rank(rank: Any, name: str) -> int:
+  if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+    raise TypeError(f"{name}: rank={rank!r} must be an int.")
+  if rank < 1:
+    raise ValueError(f"{name}: rank={rank} must be at least 1.")
+  return int(rank)
+
+
+def _signed_weights(topology: Topology, edges: Edges) -> np.ndarray:
+  """`W[lo, hi]` at the lower end of a slot's edge and its negative at the other.
+
+  Zero in slots without an edge.
+  """
+  ranks = np.arange(topology.size)[:, None]
+  low = np.minimum(ranks, edges.partners)
+  high = np.maximum(ranks, edges.partners)
+  weights = topology.mixing_matrix[low, high] * np.where(ranks == low, 1, -1)
+  return np.where(edges.partners < 0, 0.0, weights)
+
+
+def _is_matrix(leaf: Any) -> bool:
+  # What cannot be averaged is left to the averaging, which refuses it by name.
+  leaf = jnp.asarray(leaf)
+  return (
+    leaf.ndim > 1 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+  )
+
+
+def _matrix(leaf: jax.Array) -> jax.Array:
+  return leaf.reshape(leaf.shape[0], -1)
