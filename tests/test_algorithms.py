@@ -1,5 +1,6 @@
 """The decentralized optimizers: iterates, limits, identities, refusals."""
 
+import functools
 from typing import Any
 
 import jax
@@ -562,124 +563,114 @@ EVERY = {
 }
 
 
-@pytest.mark.places("simulate-5", "mesh-4")
-def test_chained_masked_and_in_several_steps(place, rng):
-  """All wrappers at once: every second update, clipped, of one leaf."""
-  n = place.size
-  makers = {name: make(n) for name, make in EVERY.items()}
+def wrapped(tx):
+  """Every second update, clipped, of one leaf."""
+  masked = optax.masked(tx, {"b": False, "w": True})
+  chained = optax.chain(optax.clip(0.25), masked)
+  return optax.MultiSteps(chained, 2).gradient_transformation()
+
+
+@functools.cache
+def stepper(place, wrap):
+  """For all ranks: the start of every method, and a step of it, both jitted."""
+  makers = {name: make(place.size) for name, make in EVERY.items()}
   if place.kind == "mesh":  # where the types of the branches are looked at
     makers = {k: makers[k] for k in ("nids", "tracking atc", "diloco")}
-  wrapped = {
-    name: optax.MultiSteps(
-      optax.chain(optax.clip(0.25), optax.masked(tx, {"b": False, "w": True})),
-      2,
-    ).gradient_transformation()
-    for name, tx in makers.items()
-  }
-
-  @jax.jit
-  def program(x, g):
-    def update(carry, pair):
-      mean = jnp.clip((pair["w"][0] + pair["w"][1]) / 2, -0.25, 0.25)
-      new = {}
-      for name, tx in makers.items():
-        w, state = carry[name][0]
-        updates, state = tx.update(mean, state, w)
-        plain = optax.apply_updates(w, updates), state
-
-        def small(carry, g, name=name):
-          x, state = carry
-          updates, state = wrapped[name].update(g, state, x)
-          return (optax.apply_updates(x, updates), state), None
-
-        new[name] = plain, jax.lax.scan(small, carry[name][1], pair)[0]
-      return new, None
-
-    carry = {
-      name: ((x["w"], tx.init(x["w"])), (x, wrapped[name].init(x)))
-      for name, tx in makers.items()
-    }
-    end = jax.lax.scan(update, carry, g)[0]
-    return {name: (w, x["w"]) for name, ((w, _), (x, _)) in end.items()}
-
-  x = {"b": rng.randn(n), "w": rng.randn(n, 2, 2)}
-  g = {"b": rng.randn(n, 3, 2), "w": rng.randn(n, 3, 2, 2, 2)}
-  x, g = jax.tree.map(lambda leaf: leaf.astype(np.float32), (x, g))
-  for name, (plain, w) in place.run(program, x, g).items():
-    np.testing.assert_allclose(w, plain, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert abs(plain - place.mine(x["w"])).max() > 0.01, name
-
-
-@pytest.mark.places("simulate-5")
-def test_half_parameters_have_float32_states(place, rng):
-  """Their iterates stay near those of float32, and gradients are halves too."""
-  n = place.size
-  makers = {name: make(n) for name, make in EVERY.items()}
-
-  @jax.jit
-  def program(x, g):
-    def update(carry, g):
-      new, seen = {}, {}
-      for key, (x, state) in carry.items():
-        updates, state = makers[key[0]].update(g.astype(x.dtype), state, x)
-        new[key] = optax.apply_updates(x, updates), state
-        seen[key] = updates
-      return new, seen
-
-    carry = {}
-    for name, tx in makers.items():
-      for dtype in ("bfloat16", "float32"):
-        start = x.astype(dtype)
-        carry[name, dtype] = start, tx.init(start)
-    return jax.lax.scan(update, carry, g)
-
-  x = rng.randn(n, 20).astype(np.float32)
-  g = rng.randn(n, 6, 20).astype(np.float32)
-  end, updates = place.run(program, x, g)
-  for name in makers:
-    y, state = end[name, "bfloat16"]
-    assert y.dtype == jnp.bfloat16, name
-    assert updates[name, "bfloat16"].dtype == jnp.float32, name
-    own = {k: v for k, v in state._asdict().items() if "inner" not in k}
-    for leaf in jax.tree.leaves(own):
-      assert leaf.dtype in (jnp.int32, jnp.float32), name
-    truth = end[name, "float32"][0]
-    np.testing.assert_allclose(
-      np.asarray(y, np.float32), truth, rtol=0.1, atol=0.1, err_msg=name
-    )
-
-
-@pytest.mark.places("simulate-5")
-def test_a_restored_state_goes_on_bit_for_bit(place, rng, tmp_path):
-  n = place.size
-  makers = {name: make(n) for name, make in EVERY.items()}
+  if wrap:
+    makers = {name: wrapped(tx) for name, tx in makers.items()}
 
   def init(x):
     return {name: (x, tx.init(x)) for name, tx in makers.items()}
 
   def step(carry, g):
     new = {}
-    for name, tx in makers.items():
-      x, state = carry[name]
-      updates, state = tx.update(g, state, x)
+    for name, (x, state) in carry.items():
+      updates, state = makers[name].update(g, state, x)
       new[name] = optax.apply_updates(x, updates), state
     return new
 
-  step = jax.jit(place.map(step))
-  x = rng.randn(n, 3).astype(np.float32)
-  gradients = rng.randn(7, n, 3).astype(np.float32)
-  carry = place.map(init)(x)
-  for g in gradients[:3]:
-    carry = step(carry, g)
+  return jax.jit(place.map(init)), jax.jit(place.map(step))
+
+
+def float32(tree):
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+
+
+@pytest.mark.places("simulate-5", "mesh-4")
+def test_chained_masked_and_in_several_steps(place, rng):
+  n = place.size
+  x = float32({"b": rng.randn(n), "w": rng.randn(n, 2, 2)})
+  g = float32({"b": rng.randn(6, n), "w": rng.randn(6, n, 2, 2)})
+  init, step = stepper(place, wrap=True)
+  carry = init(x)
+  for k in range(6):
+    carry = step(carry, jax.tree.map(lambda g, k=k: g[k], g))
+  init, step = stepper(place, wrap=False)
+  plain = init(x["w"])
+  for k in range(3):
+    mean = (g["w"][2 * k] + g["w"][2 * k + 1]) / 2
+    plain = step(plain, np.clip(mean, -0.25, 0.25))
+  for name, (truth, _) in plain.items():
+    np.testing.assert_allclose(
+      carry[name][0]["w"], truth, rtol=1e-5, atol=1e-5, err_msg=name
+    )
+    assert abs(truth - x["w"]).max() > 0.01, name
+
+
+@pytest.mark.places("simulate-5")
+def test_a_restored_state_goes_on_bit_for_bit(place, rng, tmp_path):
+  """Saved in the middle of two updates that are one."""
+  n = place.size
+  x = float32({"b": rng.randn(n), "w": rng.randn(n, 2, 2)})
+  g = float32({"b": rng.randn(7, n), "w": rng.randn(7, n, 2, 2)})
+  init, step = stepper(place, wrap=True)
+  carry = init(x)
+  for k in range(3):
+    carry = step(carry, jax.tree.map(lambda g, k=k: g[k], g))
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "state", carry)
     checkpointer.wait_until_finished()
     blank = jax.tree.map(jnp.zeros_like, carry)
     restored = checkpointer.restore(tmp_path / "state", blank)
   assert jax.tree.structure(restored) == jax.tree.structure(carry)
-  for g in gradients[3:]:
-    carry, restored = step(carry, g), step(restored, g)
+  for k in range(3, 7):
+    gradient = jax.tree.map(lambda g, k=k: g[k], g)
+    carry, restored = step(carry, gradient), step(restored, gradient)
   jax.tree.map(np.testing.assert_array_equal, restored, carry)
+
+
+@pytest.mark.places("simulate-5")
+def test_half_parameters_have_float32_states(place, rng):
+  """Their iterates stay near those of float32, and gradients are halves too."""
+  n = place.size
+  x, g = float32((rng.randn(n, 2, 2), rng.randn(6, n, 2, 2)))
+  init, step = stepper(place, wrap=False)
+  ends = []
+  for dtype in (jnp.bfloat16, jnp.float32):
+    carry = init(jnp.asarray(x, dtype))
+    for k in range(6):
+      carry = step(carry, jnp.asarray(g[k], dtype))
+    ends.append(carry)
+  for name, (truth, _) in ends[1].items():
+    y, state = ends[0][name]
+    assert y.dtype == jnp.bfloat16, name
+    own = {k: v for k, v in state._asdict().items() if "inner" not in k}
+    for leaf in jax.tree.leaves(own):
+      assert leaf.dtype in (jnp.int32, jnp.float32), name
+    np.testing.assert_allclose(
+      np.asarray(y, np.float32), truth, rtol=0.1, atol=0.1, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("name", ["extra", "push_diging", "quasi_global"])
+def test_updates_of_halves_are_float32(name):
+  tx = EVERY[name](2)
+
+  def step(x):
+    return tx.update(x, tx.init(x), x)[0]
+
+  updates = jax.eval_shape(jfog.simulate(step, 2), jnp.ones(2, jnp.bfloat16))
+  assert updates.dtype == jnp.float32
 
 
 # Bytes: what the formula says is what travels.
