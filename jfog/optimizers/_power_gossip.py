@@ -140,7 +140,7 @@ def power_gossip(
     leaves, structure = jax.tree.flatten(h)
     matrices = [_matrix(x) for x in leaves if _is_matrix(x)]
     p, q = jax.tree.leaves(state.p), jax.tree.leaves(state.q)
-    if matrices:
+    if matrices and topology.size > 1:
       p, q = _iterate(matrices, p, q, state.step, seed, edges, here)
     changes = _changes(p, q, edges.here(weights, here))
     plain = jax.tree.leaves(wait(averaged))
