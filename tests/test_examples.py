@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 
+import jax
+import matplotlib
+import matplotlib.pyplot
 import pytest
 
 from jfog import launch, runtime
@@ -34,6 +37,11 @@ def run(name, folder, *arguments, ranks=0):
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
+
+
+def curves(path):
+  """The curves of the linear model of `linear_models.py`, by method."""
+  return json.loads(path.read_text())["linear"]
 
 
 def is_png(path):
@@ -168,3 +176,71 @@ def test_async_push_sum_on_mpi(tmp_path):
   assert all(run["error"] < 1e-6 for run in results["average"].values())
   assert all(run["accuracy"] > 0.5 for run in results["digits"].values())
   assert is_png(tmp_path / "async_push_sum.png")
+
+
+@pytest.fixture(scope="module")
+def linear_models(tmp_path_factory):
+  """What a simulation of three ranks prints, and its curves."""
+  folder = tmp_path_factory.mktemp("linear_models")
+  methods = ("adapt_then_combine", "exact_diffusion", "relay_sum")
+  text = run(
+    "linear_models.py",
+    folder,
+    *("--ranks", "3", "--quick", "--json", "sim.json"),
+    *("--methods", *methods, "choco:top_k"),
+  )
+  assert is_png(folder / "linear_models.png")
+  return text, curves(folder / "sim.json")
+
+
+def test_exact_methods_find_the_minimizer(linear_models):
+  text, seen = linear_models
+  assert all(f"\n{method} " in text for method in seen)
+  last = {method: curve["distance"][-1] for method, curve in seen.items()}
+  assert last["exact_diffusion"] < 1e-9
+  assert last["relay_sum"] < 1e-6
+  assert 1e-5 < last["adapt_then_combine"] < 1e-1  # the ring of 3 is complete
+  assert 1e-3 < last["choco:top_k"] < 1
+
+
+@needs_mpi
+def test_linear_models_are_equal_on_mpi_and_in_simulation(
+  tmp_path, linear_models
+):
+  """The bytes that MPI has counted are those of the formulas."""
+  run(
+    "linear_models.py",
+    tmp_path,
+    *("--quick", "--json", "mpi.json", "--methods"),
+    *("exact_diffusion", "choco:top_k"),
+    ranks=3,
+  )
+  _, simulated = linear_models
+  for method, got in curves(tmp_path / "mpi.json").items():
+    truth = simulated[method]
+    assert got["distance"] == pytest.approx(
+      truth["distance"], rel=1e-6, abs=1e-11
+    )
+    assert got["bytes_per_step"] == truth["bytes_per_step"] > 0
+
+
+def test_resource_allocation():
+  """The notebook's cells run, and its exact methods meet the KKT conditions."""
+  notebook = json.loads((EXAMPLES / "resource_allocation.ipynb").read_text())
+  assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+  cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+  assert all(
+    cell["outputs"] for cell in cells if "print(" in cell["source"][-1]
+  )
+  matplotlib.use("Agg")
+  names = {}
+  try:
+    for cell in cells:
+      exec("".join(cell["source"]), names)
+  finally:
+    jax.config.update("jax_enable_x64", False)
+    matplotlib.pyplot.close("all")
+  violations = names["violations"]
+  assert len(violations) == 4
+  for method, violation in violations.items():
+    assert (violation < 1e-10) == (not method.startswith("averaging")), method
