@@ -2,10 +2,12 @@
 
 A test that takes the fixture `place` runs in simulation, on a mesh of CPU
 devices, in a world of one, and on MPI with several numbers of ranks. Its MPI
-forms, `[mpi-3]` and so on, are run by one job for each number of ranks, which
-the first of them starts; every form is reported by its own name.
+forms, `[mpi-3]` and so on, are run by one job for each number of ranks; every
+form is reported by its own name. The jobs run one after the other, beside the
+tests that need this process only. Tests that start jobs of their own come last.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -14,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -218,7 +221,18 @@ class _Job:
 
 
 _nodeids: dict[int, list[str]] = {}
-_jobs: dict[int, _Job] = {}
+_jobs: dict[int, concurrent.futures.Future[_Job]] = {}
+
+# Their tests start jobs, with deadlines and with what they count on.
+_STARTING_JOBS = {
+  "test_asynchrony.py",
+  "test_examples.py",
+  "test_failures.py",
+  "test_hierarchical.py",
+  "test_launch.py",
+  "test_mpi4jax.py",
+  "test_runtime.py",
+}
 
 
 def _mpi_size(item) -> int | None:
@@ -232,10 +246,19 @@ def _mpi_size(item) -> int | None:
 
 
 def pytest_collection_modifyitems(config, items):
-  """Orders jobs behind each other, and leaves soak tests to `--soak`."""
+  """Orders tests by whom they need, and leaves soak tests to `--soak`."""
   for item in items:
     if item.get_closest_marker("soak") and not config.getoption("--soak"):
       item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
+  if not _RANKS:
+    items.sort(key=_turn)
+
+
+def _turn(item) -> int:
+  """This process alone, the common jobs, and then jobs of a test's own."""
+  if _mpi_size(item) is not None:
+    return 1
+  return 2 if item.path.name in _STARTING_JOBS else 0
 
 
 def pytest_collection_finish(session):
@@ -246,6 +269,30 @@ def pytest_collection_finish(session):
       _nodeids.setdefault(size, []).append(item.nodeid)
 
 
+def pytest_runtestloop(session):
+  """Starts the jobs, one after the other, beside this process's own tests."""
+  if session.config.option.collectonly or not jfog.runtime.build().MPI_FAMILY:
+    return
+  soak = session.config.getoption("--soak")
+  for size in sorted(_nodeids):
+    _jobs[size] = concurrent.futures.Future()
+
+  def run():
+    for size, job in _jobs.items():
+      try:
+        job.set_result(_run_job(size, _nodeids[size], soak))
+      except BaseException as error:  # told to whom it concerns
+        job.set_exception(error)
+
+  threading.Thread(target=run, daemon=True).start()
+
+
+def pytest_runtest_setup(item):
+  """Lets the common jobs end before a test starts one of its own."""
+  if not _RANKS and _turn(item) == 2:
+    concurrent.futures.wait(_jobs.values())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
   """Reports what the ranks said of a test instead of running it here."""
@@ -254,10 +301,7 @@ def pytest_pyfunc_call(pyfuncitem):
     return None
   if not jfog.runtime.build().MPI_FAMILY:
     pytest.skip("jfog was installed without MPI")
-  if size not in _jobs:
-    soak = pyfuncitem.config.getoption("--soak")
-    _jobs[size] = _run_job(size, _nodeids[size], soak)
-  job = _jobs[size]
+  job = _jobs[size].result()
   by_rank = job.results.get(pyfuncitem.nodeid, {})
   for rank in range(size):
     outcome, text = by_rank.get(rank, ("missing", ""))
