@@ -1,4 +1,4 @@
-"""Linear and logistic regression by every decentralized optimizer of jfog.
+"""Linear and logistic regression by all decentralized optimizers that wait.
 
 `python examples/linear_models.py` fits a ridge regression (scikit-learn's diabetes)
 and a logistic regression of three classes (its wines) on 8 virtual ranks, in
@@ -8,7 +8,8 @@ far the ranks end from it and what they sent, and draws the distance against ste
 and against bytes: exact methods go on to rounding, the others stop at a bias.
 
 `jfog run -np 4 python examples/linear_models.py` does the same on MPI, where the
-bytes are counted; on virtual ranks they are those of the formulas below.
+bytes are counted; on virtual ranks they are those of the formulas below. Optimizers
+over windows are left to `async_push_sum.py`.
 """
 
 import argparse
