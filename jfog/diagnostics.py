@@ -154,7 +154,7 @@ def trace(
     tx: the optimizer.
     loss: the rank's own loss, `loss(params)`, or `loss(params, batch)` with
       batches, a real scalar.
-    params: the rank's parameters, a pytree of float or complex arrays.
+    params: the rank's parameters, a pytree of float arrays.
     steps: the number of steps.
     batches: what the rank's loss gets besides: a pytree of arrays with axis 0 of
       length `steps`.
