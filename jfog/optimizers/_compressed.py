@@ -204,14 +204,15 @@ def deep_squeeze(
     TypeError: as in `choco`.
 
   Example:
-    >>> import jax.numpy as jnp, jfog, optax
+    >>> import jax, jax.numpy as jnp, jfog, optax
     >>> graph = jfog.topology.fully_connected(2)
     >>> compressor = jfog.optimizers.quantize(8)
     >>> tx = jfog.optimizers.deep_squeeze(optax.sgd(0.5), graph, compressor, 1.0)
     >>> def step(x, grad):
     ...   updates, _ = tx.update(grad, tx.init(x), x)
     ...   return optax.apply_updates(x, updates)
-    >>> jfog.simulate(step, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    >>> x, grad = jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0])
+    >>> jax.jit(jfog.simulate(step, 2))(x, grad)
     Array([1.5, 1.5], dtype=float32)
 
   Source: Tang et al., "DeepSqueeze: decentralization meets error-compensated

@@ -64,16 +64,16 @@ def push_sum(
     TypeError: if `graph` is neither a graph nor a function.
 
   Example:
-    >>> import jax.numpy as jnp, jfog, networkx as nx, optax
+    >>> import jax, jax.numpy as jnp, jfog, networkx as nx, optax
     >>> graph = jfog.topology.from_networkx(
     ...     nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)]), weights="uniform_out")
     >>> tx = jfog.optimizers.push_sum(optax.sgd(0.0), graph)
     >>> def average(x):
-    ...   state = tx.init(x)
-    ...   for _ in range(40):
+    ...   def step(k, carry):
+    ...     x, state = carry
     ...     updates, state = tx.update(x, state, x)
-    ...     x += updates
-    ...   return x
+    ...     return x + updates, state
+    ...   return jax.lax.fori_loop(0, 40, step, (x, tx.init(x)))[0]
     >>> jfog.simulate(average, 3)(jnp.array([0.0, 3.0, 6.0])).round(4)
     Array([3., 3., 3.], dtype=float32)
 
