@@ -673,6 +673,14 @@ def test_updates_of_halves_are_float32(name):
   assert updates.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_parameters_and_state_may_be_overwritten_together(name):
+  """A step that is given both may not get one buffer twice."""
+  x = jnp.ones(3)
+  leaves = jax.tree.leaves((x, EVERY[name](2).init(x)))
+  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 # Bytes: what the formula says is what travels.
 
 # Method: the parameters' bytes in one message, scalars of 8 bytes beside them,

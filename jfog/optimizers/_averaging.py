@@ -317,24 +317,22 @@ def accumulated(x: Any) -> jax.Array:
   return x
 
 
-def own(params: optax.Params) -> Any:
-  """A copy of the parameters in the accumulation dtype."""
-  return jax.tree.map(accumulated, params)
+def own(tree: Any) -> Any:
+  """Parameters or gradients in the accumulation dtype."""
+  return jax.tree.map(accumulated, tree)
+
+
+def copied(params: optax.Params) -> Any:
+  """A copy of the parameters in the accumulation dtype.
+
+  So that a step may be given the parameters and the state to overwrite both.
+  """
+  return jax.tree.map(jnp.copy, own(params))
 
 
 def zeros(params: optax.Params) -> Any:
   """Zeros like the parameters, in the accumulation dtype."""
   return jax.tree.map(lambda x: jnp.zeros_like(accumulated(x)), params)
-
-
-def gradient(updates: optax.Updates) -> Any:
-  """The gradient in the accumulation dtype."""
-  return jax.tree.map(accumulated, updates)
-
-
-def descent(rate: Any, updates: optax.Updates) -> Any:
-  """`u = -a g` in the accumulation dtype."""
-  return times(-rate, gradient(updates))
 
 
 def times(factor: Any, tree: Any) -> Any:

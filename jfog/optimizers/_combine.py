@@ -8,6 +8,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import around
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -71,31 +72,15 @@ def adapt_then_combine(
   name = "adapt_then_combine"
   average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
   every = _averaging.check_every(every, name)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return AdaptThenCombineState(jnp.zeros([], jnp.int32), inner.init(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    new = _averaging.on_schedule(
-      average,
-      lambda h, step: h,
-      _averaging.local_step(params, updates),
-      state.step,
-      every,
-      comm,
-    )
-    step = _averaging.next_step(state.step)
+  def combine(h, state):
     return (
-      _averaging.difference(new, params),
-      AdaptThenCombineState(step, inner_state),
+      _averaging.on_schedule(
+        average, lambda h, step: h, h, state.step, every, comm
+      ),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, AdaptThenCombineState, lambda x: (), combine)
 
 
 class AdaptWithCombineState(NamedTuple):

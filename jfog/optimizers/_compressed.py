@@ -18,6 +18,7 @@ from jfog.optimizers._compressors import (
   require_compressor,
   step_key,
 )
+from jfog.optimizers._transformation import around
 from jfog.primitives import check_graph, neighbor_allgather
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -119,36 +120,24 @@ def choco(
     _averaging.check_symmetric, topology, compressor, seed, check, comm, name
   )
   gamma = _fraction(gamma, f"{name}: gamma")
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return ChocoState(
-      jnp.zeros([], jnp.int32),
-      inner.init(params),
+  def start(params):
+    return (
       compressor.init(_averaging.own(params)),
       _averaging.zeros(params),
       _averaging.zeros(params),
     )
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    h = _averaging.local_step(params, updates)
+  def combine(h, state):
     c, mixed, compressor_state = exchange(
       _averaging.minus(h, state.hat), state.compressor_state, state.step
     )
     hat = _averaging.plus(state.hat, c)
     s = _averaging.plus(state.s, mixed)
     new = _averaging.plus(h, _averaging.times(gamma, _averaging.minus(s, hat)))
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      ChocoState(step, inner_state, compressor_state, hat, s),
-    )
+    return new, compressor_state, hat, s
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, ChocoState, start, combine)
 
 
 class DeepSqueezeState(NamedTuple):
@@ -237,32 +226,17 @@ def deep_squeeze(
       UserWarning,
       stacklevel=2,
     )
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return DeepSqueezeState(
-      jnp.zeros([], jnp.int32),
-      inner.init(params),
-      compressor.init(_averaging.own(params)),
-      _averaging.zeros(params),
-    )
+  def start(params):
+    return compressor.init(_averaging.own(params)), _averaging.zeros(params)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    v = _averaging.plus(_averaging.local_step(params, updates), state.e)
+  def combine(h, state):
+    v = _averaging.plus(h, state.e)
     c, mixed, compressor_state = exchange(v, state.compressor_state, state.step)
     new = _averaging.plus(c, _averaging.times(eta, _averaging.minus(mixed, c)))
-    step = _averaging.next_step(state.step)
-    e = _averaging.minus(v, c)
-    return (
-      _averaging.difference(new, params),
-      DeepSqueezeState(step, inner_state, compressor_state, e),
-    )
+    return new, compressor_state, _averaging.minus(v, c)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, DeepSqueezeState, start, combine)
 
 
 def _fraction(value: Any, label: str) -> Any:

@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import around, descending
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -169,29 +169,11 @@ def d2(
 
 def _diffusion(name, state_type, inner, average):
   """`X+ = W (X + U + D)`, and `D` becomes what that lacks of `X + U`."""
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return state_type(
-      jnp.zeros([], jnp.int32), inner.init(params), _averaging.zeros(params)
-    )
+  def combine(h, state):
+    return _corrected(average, h, state.correction, step=state.step)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    local = _averaging.local_step(params, updates)
-    new, correction = _corrected(
-      average, local, state.correction, step=state.step
-    )
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      state_type(step, inner_state, correction),
-    )
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, state_type, _no_correction, combine)
 
 
 def _corrected(average, local, correction, *, step):
@@ -200,6 +182,10 @@ def _corrected(average, local, correction, *, step):
   new = average(corrected, step)
   change = _averaging.minus(new, corrected)
   return new, _averaging.plus(correction, change)
+
+
+def _no_correction(params):
+  return (_averaging.zeros(params),)
 
 
 class NidsState(NamedTuple):
@@ -256,7 +242,6 @@ def nids(
   network independent step-sizes", 2019, arXiv 1704.07807, with `c = 1 / (2 a)`.
   """
   name = "nids"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   average = _averaging.as_averaging(
     topology,
     comm=comm,
@@ -267,26 +252,17 @@ def nids(
     lazy=True,
   )
 
-  def init_fn(params):
-    return NidsState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    local = _averaging.local_step(
-      params, _averaging.descent(rate(state.step), updates)
-    )
-    new, correction = _averaging.after_first(
+  def advance(x, gradient, rate, state):
+    local = _averaging.plus(x, _averaging.times(-rate, gradient))
+    return _averaging.after_first(
       lambda operand, step: _corrected(average, *operand, step=step),
       lambda operand, step: operand,
       (local, state.correction),
       state.step,
       comm,
     )
-    step = _averaging.next_step(state.step)
-    return _averaging.difference(new, params), NidsState(step, correction)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, NidsState, _no_correction, advance)
 
 
 class ExtraState(NamedTuple):
@@ -346,7 +322,6 @@ def extra(
   decentralized consensus optimization", 2015, arXiv 1404.6264.
   """
   name = "extra"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   average = _averaging.as_averaging(
     topology,
     comm=comm,
@@ -356,22 +331,13 @@ def extra(
     static=True,
   )
 
-  def init_fn(params):
-    return ExtraState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    own = _averaging.own(params)
-    change = _averaging.minus(average(own, state.step), own)
-    updates = _averaging.plus(
-      change,
-      state.correction,
-      _averaging.descent(rate(state.step), updates),
+  def advance(x, gradient, rate, state):
+    mixed = average(x, state.step)
+    force = _averaging.plus(state.correction, _averaging.times(-rate, gradient))
+    half = _averaging.times(0.5, _averaging.minus(mixed, x))
+    return (
+      _averaging.plus(mixed, force),
+      _averaging.plus(state.correction, half),
     )
-    correction = _averaging.plus(
-      state.correction, _averaging.times(0.5, change)
-    )
-    return updates, ExtraState(_averaging.next_step(state.step), correction)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, ExtraState, _no_correction, advance)

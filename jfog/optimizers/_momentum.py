@@ -8,6 +8,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import descending
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -72,7 +73,6 @@ def decentlam(
   deep training", 2021, arXiv 2104.11981.
   """
   name = "decentlam"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   _averaging.check_factor(momentum, "momentum", name)
   average = _averaging.as_averaging(
     topology,
@@ -83,27 +83,16 @@ def decentlam(
     static=True,
   )
 
-  def init_fn(params):
-    return DecentlamState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    a = rate(state.step)
-    own = _averaging.own(params)
-    local = _averaging.local_step(own, _averaging.descent(a, updates))
+  def advance(x, gradient, rate, state):
+    local = _averaging.plus(x, _averaging.times(-rate, gradient))
     combined = average(local, state.step)
     decayed = _averaging.times(momentum, state.momentum)
     # X - a M+ = C - a b M, which needs no division by `a`.
-    new = _averaging.minus(combined, _averaging.times(a, decayed))
-    velocity = _per_rate(_averaging.minus(own, combined), a)
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      DecentlamState(step, _averaging.plus(decayed, velocity)),
-    )
+    new = _averaging.plus(combined, _averaging.times(-rate, decayed))
+    way = _per_rate(_averaging.minus(x, combined), rate)
+    return new, _averaging.plus(decayed, way)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, DecentlamState, _at_rest, advance)
 
 
 class QuasiGlobalMomentumState(NamedTuple):
@@ -175,7 +164,6 @@ def quasi_global_momentum(
   2102.04761.
   """
   name = "quasi_global_momentum"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   _averaging.check_factor(momentum, "momentum", name)
   mu = momentum if mu is None else mu
   _averaging.check_factor(mu, "mu", name)
@@ -187,19 +175,8 @@ def quasi_global_momentum(
     requirement=_averaging.check_doubly_stochastic,
   )
 
-  def init_fn(params):
-    return QuasiGlobalMomentumState(
-      jnp.zeros([], jnp.int32), _averaging.zeros(params)
-    )
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    a = rate(state.step)
-    own = _averaging.own(params)
-    gradient = _averaging.plus(
-      _averaging.gradient(updates), _averaging.times(weight_decay, own)
-    )
+  def advance(x, gradient, rate, state):
+    gradient = _averaging.plus(gradient, _averaging.times(weight_decay, x))
     direction = _averaging.plus(
       _averaging.times(momentum, state.momentum), gradient
     )
@@ -207,19 +184,17 @@ def quasi_global_momentum(
       direction = _averaging.plus(
         gradient, _averaging.times(momentum, direction)
       )
-    local = _averaging.local_step(own, _averaging.descent(a, direction))
+    local = _averaging.plus(x, _averaging.times(-rate, direction))
     new = average(local, state.step)
-    way = _per_rate(_averaging.minus(own, new), a)
+    way = _per_rate(_averaging.minus(x, new), rate)
     trace = _averaging.plus(
       _averaging.times(mu, state.momentum), _averaging.times(1 - mu, way)
     )
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      QuasiGlobalMomentumState(step, trace),
-    )
+    return new, trace
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(
+    name, learning_rate, QuasiGlobalMomentumState, _at_rest, advance
+  )
 
 
 class DmsgdSyncState(NamedTuple):
@@ -281,27 +256,21 @@ def dmsgd_sync(
   efficient for decentralized deep training", 2021, arXiv 2110.13363.
   """
   name = "dmsgd_sync"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   _averaging.check_factor(momentum, "momentum", name)
   average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
 
-  def init_fn(params):
-    return DmsgdSyncState(jnp.zeros([], jnp.int32), _averaging.zeros(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    local = _averaging.local_step(
-      params, _averaging.descent(rate(state.step), state.momentum)
-    )
+  def advance(x, gradient, rate, state):
+    local = _averaging.plus(x, _averaging.times(-rate, state.momentum))
     trace = _averaging.plus(
-      _averaging.times(momentum, state.momentum), _averaging.gradient(updates)
+      _averaging.times(momentum, state.momentum), gradient
     )
-    new, trace = average((local, trace), state.step)
-    step = _averaging.next_step(state.step)
-    return _averaging.difference(new, params), DmsgdSyncState(step, trace)
+    return average((local, trace), state.step)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, DmsgdSyncState, _at_rest, advance)
+
+
+def _at_rest(params):
+  return (_averaging.zeros(params),)
 
 
 def _per_rate(way: Any, rate: Any) -> Any:

@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import around
 from jfog.runtime import Communicator
 from jfog.topology import ExactAverage, Schedule, Topology
 
@@ -68,28 +68,15 @@ def local_sgd(
   name = "local_sgd"
   every = _averaging.check_every(every, name)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return LocalSgdState(jnp.zeros([], jnp.int32), inner.init(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
+  def combine(h, state):
+    return (
+      _averaging.on_schedule(
+        exact, lambda h, step: h, h, state.step, every, comm
+      ),
     )
-    new = _averaging.on_schedule(
-      exact,
-      lambda h, step: h,
-      _averaging.local_step(params, updates),
-      state.step,
-      every,
-      comm,
-    )
-    step = _averaging.next_step(state.step)
-    return _averaging.difference(new, params), LocalSgdState(step, inner_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, LocalSgdState, lambda x: (), combine)
 
 
 class GossipPgaState(NamedTuple):
@@ -163,28 +150,20 @@ def gossip_pga(
     requirement=_averaging.check_doubly_stochastic,
   )
   exact = _averaging.as_mean(mean, comm=comm, name=name)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return GossipPgaState(jnp.zeros([], jnp.int32), inner.init(params))
-
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
+  def combine(h, state):
+    return (
+      _averaging.on_schedule(
+        exact,
+        lambda h, _: average(h, state.step),
+        h,
+        state.step,
+        every,
+        comm,
+      ),
     )
-    new = _averaging.on_schedule(
-      exact,
-      lambda h, _: average(h, state.step),
-      _averaging.local_step(params, updates),
-      state.step,
-      every,
-      comm,
-    )
-    step = _averaging.next_step(state.step)
-    return _averaging.difference(new, params), GossipPgaState(step, inner_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, GossipPgaState, lambda x: (), combine)
 
 
 class SlowMomentumState(NamedTuple):
@@ -264,49 +243,32 @@ def slow_momentum(
   _averaging.check_factor(slow_momentum, "slow_momentum", name)
   between = _between(graph, name, check, comm)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return SlowMomentumState(
-      jnp.zeros([], jnp.int32),
-      inner.init(params),
-      _averaging.own(params),
-      _averaging.zeros(params),
-    )
+  def start(params):
+    return _averaging.copied(params), _averaging.zeros(params)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-
+  def combine(h, state):
     def slow_step(operand, count):
-      local, anchor, momentum = operand
-      way = _averaging.minus(anchor, exact(local, count))
+      h, anchor, momentum = operand
+      way = _averaging.minus(anchor, exact(h, count))
       momentum = _averaging.plus(_averaging.times(slow_momentum, momentum), way)
-      new = _averaging.minus(anchor, _averaging.times(rate(count), momentum))
+      new = _averaging.plus(anchor, _averaging.times(-rate(count), momentum))
       return new, new, momentum
 
     def fast_step(operand, _):
-      local, anchor, momentum = operand
-      return between(local, state.step), anchor, momentum
+      h, anchor, momentum = operand
+      return between(h, state.step), anchor, momentum
 
-    local = _averaging.local_step(params, updates)
-    new, anchor, momentum = _averaging.on_schedule(
+    return _averaging.on_schedule(
       slow_step,
       fast_step,
-      (local, state.anchor, state.momentum),
+      (h, state.anchor, state.momentum),
       state.step,
       every,
       comm,
     )
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      SlowMomentumState(step, inner_state, anchor, momentum),
-    )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, SlowMomentumState, start, combine)
 
 
 class DilocoState(NamedTuple):
@@ -391,44 +353,30 @@ def diloco(
     )
   else:
     average = _between(graph, name, check, comm)
-  inner = optax.with_extra_args_support(inner)
   outer = optax.with_extra_args_support(outer)
 
-  def init_fn(params):
-    anchor = _averaging.own(params)
-    return DilocoState(
-      jnp.zeros([], jnp.int32), inner.init(params), anchor, outer.init(anchor)
-    )
+  def start(params):
+    anchor = _averaging.copied(params)
+    return anchor, outer.init(anchor)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
+  def end_round(operand, count):
+    h, anchor, outer_state = operand
+    way = _averaging.minus(anchor, average(h, count))
+    change, outer_state = outer.update(way, outer_state, anchor)
+    new = _averaging.local_step(anchor, change)
+    return new, new, outer_state
 
-    def end_round(operand, count):
-      local, anchor, outer_state = operand
-      way = _averaging.minus(anchor, average(local, count))
-      change, outer_state = outer.update(way, outer_state, anchor)
-      new = _averaging.local_step(anchor, change)
-      return new, new, outer_state
-
-    local = _averaging.local_step(params, updates)
-    new, anchor, outer_state = _averaging.on_schedule(
+  def combine(h, state):
+    return _averaging.on_schedule(
       end_round,
       lambda operand, _: operand,
-      (local, state.anchor, state.outer_state),
+      (h, state.anchor, state.outer_state),
       state.step,
       every,
       comm,
     )
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      DilocoState(step, inner_state, anchor, outer_state),
-    )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, DilocoState, start, combine)
 
 
 def _between(graph, name, check, comm) -> Averaging:

@@ -9,6 +9,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._edges import Edges, edges_of
+from jfog.optimizers._transformation import around
 from jfog.primitives import neighbor_allreduce_start, uniform, wait
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -108,9 +109,8 @@ def power_gossip(
   rank = _check_rank(rank, name)
   edges = edges_of(topology, name)
   weights = _signed_weights(topology, edges)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def start(params):
     def factors(side):
       def zeros(x):
         if not _is_matrix(x):
@@ -121,17 +121,10 @@ def power_gossip(
 
       return jax.tree.map(zeros, params)
 
-    return PowerGossipState(
-      jnp.zeros([], jnp.int32), inner.init(params), factors(0), factors(1)
-    )
+    return factors(0), factors(1)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
+  def combine(h, state):
     here = resolve(comm)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    h = _averaging.local_step(params, updates)
     averaged = neighbor_allreduce_start(
       jax.tree.map(lambda x: optax.MaskedNode() if _is_matrix(x) else x, h),
       topology,
@@ -140,7 +133,7 @@ def power_gossip(
     leaves, structure = jax.tree.flatten(h)
     matrices = [_matrix(x) for x in leaves if _is_matrix(x)]
     p, q = jax.tree.leaves(state.p), jax.tree.leaves(state.q)
-    if matrices and topology.size > 1:
+    if matrices:
       p, q = _iterate(matrices, p, q, state.step, seed, edges, here)
     changes = _changes(p, q, edges.here(weights, here))
     plain = jax.tree.leaves(wait(averaged))
@@ -148,18 +141,13 @@ def power_gossip(
       x + changes.pop(0).reshape(x.shape) if _is_matrix(x) else plain.pop(0)
       for x in leaves
     ]
-    step = _averaging.next_step(state.step)
     return (
-      _averaging.difference(structure.unflatten(leaves), params),
-      PowerGossipState(
-        step,
-        inner_state,
-        jax.tree.structure(state.p).unflatten(p),
-        jax.tree.structure(state.q).unflatten(q),
-      ),
+      structure.unflatten(leaves),
+      jax.tree.structure(state.p).unflatten(p),
+      jax.tree.structure(state.q).unflatten(q),
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, PowerGossipState, start, combine)
 
 
 def _iterate(matrices, p, q, step, seed, edges, comm):

@@ -8,6 +8,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import descending
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -87,7 +88,7 @@ def push_sum(
 
   def init_fn(params):
     _averaging.require_params(params, name)
-    biased = _averaging.own(params)
+    biased = _averaging.copied(params)
     return PushSumState(
       jnp.zeros([], jnp.int32), inner.init(params), biased, _one(biased)
     )
@@ -171,38 +172,29 @@ def push_diging(
   distributed optimization over time-varying graphs", 2017, arXiv 1607.03218.
   """
   name = "push_diging"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   push = _pushing(graph, name, check, comm)
 
-  def init_fn(params):
+  def start(params):
     _averaging.require_params(params, name)
-    biased = _averaging.own(params)
-    return PushDigingState(
-      jnp.zeros([], jnp.int32),
+    biased = _averaging.copied(params)
+    return (
       biased,
       _one(biased),
       _averaging.zeros(params),
       _averaging.zeros(params),
     )
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    gradient = _averaging.gradient(updates)
+  def advance(x, gradient, rate, state):
+    del x  # the state's biased one is in its place
     tracker = _averaging.plus(
       state.tracker, _averaging.minus(gradient, state.gradient)
     )
-    local = _averaging.local_step(
-      state.biased, _averaging.descent(rate(state.step), tracker)
-    )
+    local = _averaging.plus(state.biased, _averaging.times(-rate, tracker))
     biased, weight, tracker = push((local, state.weight, tracker), state.step)
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(_averaging.over(biased, weight), params),
-      PushDigingState(step, biased, weight, tracker, gradient),
-    )
+    new = _averaging.over(biased, weight)
+    return new, biased, weight, tracker, gradient
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, PushDigingState, start, advance)
 
 
 def _pushing(graph, name, check, comm) -> Averaging:

@@ -9,6 +9,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._edges import Edges, edges_of
+from jfog.optimizers._transformation import around
 from jfog.primitives import allreduce, uniform
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -97,28 +98,19 @@ def relay_sum(
   if check:
     _check_tree(tree, name)
   unheard = _unheard(edges)
-  inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    # A copy: the parameters may be donated to the first step beside the state.
-    start = jax.tree.map(jnp.copy, _averaging.own(params))
+  def begin(params):
+    start = _averaging.copied(params)
     received = jax.tree.map(
       lambda x: jnp.zeros_like(x, shape=(edges.slots, *x.shape)), start
     )
-    return RelaySumState(
-      jnp.zeros([], jnp.int32), inner.init(params), start, received
-    )
+    return start, received
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
+  def combine(h, state):
     here = resolve(comm)
     start = state.start
     if debug:
       start = _compared(start, state.step, here, name)
-    updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
-    )
-    h = _averaging.local_step(params, updates)
     received = edges.exchange(jax.tree.map(_messages, h, state.received), here)
     row = jnp.minimum(state.step, len(unheard) - 1)
     missing = jnp.asarray(unheard)[row, here.rank]
@@ -128,14 +120,9 @@ def relay_sum(
       # h + (total - n h) / n: a 1/n that is rounded would shrink all of h.
       return h + (total - tree.size * h) / tree.size
 
-    new = jax.tree.map(average, h, received, start)
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      RelaySumState(step, inner_state, start, received),
-    )
+    return jax.tree.map(average, h, received, start), start, received
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return around(name, inner, RelaySumState, begin, combine)
 
 
 def _check_tree(tree: Topology, name: str) -> None:

@@ -8,6 +8,7 @@ import optax
 
 from jfog.optimizers import _averaging
 from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._transformation import descending
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -109,7 +110,7 @@ def gradient_tracking(
     return inner.update(tracked, state.inner_state, params, **extra)
 
   def combine_while_adapting(updates, state, params, extra):
-    gradient = _averaging.gradient(updates)
+    gradient = _averaging.own(updates)
     tracker = _tracked(state, gradient)
     updates, inner_state = local(tracker, updates, state, params, extra)
     own = _averaging.own(params)
@@ -118,7 +119,7 @@ def gradient_tracking(
     return updates, inner_state, tracker, gradient
 
   def combine_after_adapting(updates, state, params, extra):
-    gradient = _averaging.gradient(updates)
+    gradient = _averaging.own(updates)
     tracker = _averaging.after_first(
       average,
       lambda tracker, step: tracker,
@@ -210,7 +211,6 @@ def push_pull(
   "Push-pull gradient methods", 2021, arXiv 1810.06653.
   """
   name = "push_pull"
-  rate = _averaging.as_learning_rate(learning_rate, name)
   pulled = _averaging.as_averaging(
     pull,
     comm=comm,
@@ -226,17 +226,10 @@ def push_pull(
     requirement=_averaging.check_column_stochastic,
   )
 
-  def init_fn(params):
-    return PushPullState(
-      jnp.zeros([], jnp.int32),
-      _averaging.zeros(params),
-      _averaging.zeros(params),
-    )
+  def start(params):
+    return _averaging.zeros(params), _averaging.zeros(params)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    del extra
-    _averaging.require_params(params, name)
-    gradient = _averaging.gradient(updates)
+  def advance(x, gradient, rate, state):
     tracker = _averaging.after_first(
       pushed,
       lambda tracker, step: tracker,
@@ -244,12 +237,7 @@ def push_pull(
       state.step,
       comm,
     )
-    descent = _averaging.descent(rate(state.step), tracker)
-    new = pulled(_averaging.local_step(params, descent), state.step)
-    step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      PushPullState(step, tracker, gradient),
-    )
+    local = _averaging.plus(x, _averaging.times(-rate, tracker))
+    return pulled(local, state.step), tracker, gradient
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return descending(name, learning_rate, PushPullState, start, advance)
