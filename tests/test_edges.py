@@ -298,7 +298,7 @@ def diagonal(problem, x):
 
 
 @pytest.mark.places("single", "simulate", "mesh", "simulate-8", "mpi")
-@pytest.mark.mpi(4)
+@pytest.mark.mpi(4, 8)
 def test_power_gossip_is_the_dense_recursion(place, rng, x64):
   n, steps = place.size, 40 if place.kind == "mesh" else STEPS
   cases = cases_of(place)
