@@ -22,6 +22,7 @@ from algorithms import (
   pulling,
   pushing,
 )
+from jax.sharding import Mesh, PartitionSpec
 from problems import RATE, Quadratic, chords
 
 import jfog
@@ -671,6 +672,33 @@ def test_updates_of_halves_are_float32(name):
 
   updates = jax.eval_shape(jfog.simulate(step, 2), jnp.ones(2, jnp.bfloat16))
   assert updates.dtype == jnp.float32
+
+
+def test_a_start_that_is_one_value_on_all_devices(rng):
+  """A `shard_map` knows that it is, and branches must not differ in that."""
+  names = ("nids", "tracking atc", "local_sgd", "slow_momentum", "diloco")
+
+  def one_step(x, g):
+    ends = []
+    for tx in (EVERY[name](4) for name in names):
+      updates, _ = tx.update(g, tx.init(x), x)
+      ends.append(x + updates)
+    return ends
+
+  x, g = float32((rng.randn(3), rng.randn(4, 3)))
+  mesh = Mesh(np.array(jax.devices()[:4]), (jfog.AXIS_NAME,))
+  own = PartitionSpec(jfog.AXIS_NAME)
+  found = jax.jit(
+    jax.shard_map(
+      lambda x, g: jax.tree.map(lambda y: y[None], one_step(x, g[0])),
+      mesh=mesh,
+      in_specs=(PartitionSpec(), own),
+      out_specs=own,
+    )
+  )(x, g)
+  truth = jfog.simulate(one_step, 4, in_axes=(None, 0))(x, g)
+  for name, x, expected in zip(names, found, truth, strict=True):
+    np.testing.assert_allclose(x, expected, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -100,7 +100,7 @@ def gradient_allreduce(
       return jax.tree.map(_compat.zeros, types), inner_state, total
 
     new, inner_state, total = _averaging.on_schedule(
-      communicate, wait, operand, state.step, every, comm
+      communicate, wait, operand, state.step, every, comm, differ=False
     )
     return new, GradientAllreduceState(step, inner_state, total)
 

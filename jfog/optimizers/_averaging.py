@@ -205,9 +205,7 @@ def as_mean(
     ValueError: if `exact` does not reach the mean.
   """
   if exact is None:
-    return lambda params, step: jax.tree.map(
-      lambda x: varying(x, resolve(comm)), allreduce(params, comm=comm)
-    )
+    return lambda params, step: differing(allreduce(params, comm=comm), comm)
   if not isinstance(exact, (ExactAverage, Schedule, Topology)):
     raise TypeError(
       f"{name}: mean={exact!r} is {type(exact).__name__}; pass a graph that "
@@ -274,15 +272,19 @@ def on_schedule(
   step: jax.Array,
   every: int,
   comm: Communicator | None,
+  *,
+  differ: bool = True,
 ) -> Any:
   """Communicates in the updates with `(step + 1) % every == 0`.
 
   Both functions get `operand` and the number of communications before this
-  update. One program serves both kinds of updates.
+  update. One program serves both kinds of updates. What is the same on all ranks
+  may stay so, for a `shard_map`, without `differ`.
   """
   if every == 1:
     return communicate(operand, step)
   due = uniform((step + 1) % every == 0, resolve(comm))
+  operand = differing(operand, comm) if differ else operand
   return jax.lax.cond(due, communicate, otherwise, operand, step // every)
 
 
@@ -299,9 +301,20 @@ def after_first(
   update.
   """
   is_later = uniform(step > 0, resolve(comm))
+  operand = differing(operand, comm)
   return jax.lax.cond(
     is_later, communicate, otherwise, operand, jnp.maximum(step - 1, 0)
   )
+
+
+def differing(tree: Any, comm: Communicator | None) -> Any:
+  """Marks values as different on each rank, where a `shard_map` checks that.
+
+  Both branches of a `cond` then have one type, also in a first update whose
+  operand is still the same on all ranks.
+  """
+  here = resolve(comm)
+  return jax.tree.map(lambda x: varying(x, here), tree)
 
 
 def next_step(step: jax.Array) -> jax.Array:

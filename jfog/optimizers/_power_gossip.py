@@ -132,7 +132,10 @@ def power_gossip(
     )
     leaves, structure = jax.tree.flatten(h)
     matrices = [_matrix(x) for x in leaves if _is_matrix(x)]
-    p, q = jax.tree.leaves(state.p), jax.tree.leaves(state.q)
+    p, q = (
+      _averaging.differing(jax.tree.leaves(factors), comm)
+      for factors in (state.p, state.q)
+    )
     if matrices:
       p, q = _iterate(matrices, p, q, state.step, seed, edges, here)
     changes = _changes(p, q, edges.here(weights, here))
