@@ -674,6 +674,26 @@ def test_updates_of_halves_are_float32(name):
   assert updates.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", ["extra", "tracking awc", "push_pull"])
+def test_gradients_may_be_wider_or_narrower_than_parameters(name, x64):
+  """The state's dtypes are those of the parameters."""
+  tx = EVERY[name](2)
+
+  def run(x):
+    state = tx.init(x)
+    for dtype in ("float64", "float32", "bfloat16"):
+      before = state
+      updates, state = tx.update(x.astype(dtype), state, x)
+      x = optax.apply_updates(x, updates)
+      own = {k: v for k, v in state._asdict().items() if "inner" not in k}
+      for key, leaf in own.items():
+        assert leaf.dtype == getattr(before, key).dtype, key
+    return x
+
+  for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
+    jax.eval_shape(jfog.simulate(run, 2), jnp.ones([2, 3], dtype))
+
+
 def test_a_start_that_is_one_value_on_all_devices(rng):
   """A `shard_map` knows that it is, and branches must not differ in that."""
   names = ("nids", "tracking atc", "local_sgd", "slow_momentum", "diloco")

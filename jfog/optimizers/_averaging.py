@@ -330,9 +330,16 @@ def accumulated(x: Any) -> jax.Array:
   return x
 
 
-def own(tree: Any) -> Any:
-  """Parameters or gradients in the accumulation dtype."""
-  return jax.tree.map(accumulated, tree)
+def own(params: optax.Params) -> Any:
+  """The parameters in the accumulation dtype."""
+  return jax.tree.map(accumulated, params)
+
+
+def gradient(updates: optax.Updates, params: optax.Params) -> Any:
+  """The gradient in the accumulation dtype of the parameters."""
+  return jax.tree.map(
+    lambda g, x: jnp.asarray(g).astype(accumulated(x).dtype), updates, params
+  )
 
 
 def copied(params: optax.Params) -> Any:

@@ -106,11 +106,13 @@ def gradient_tracking(
 
   def local(tracker, updates, state, params, extra):
     # The inner transformation keeps its state in the dtypes of the gradients.
-    tracked = jax.tree.map(lambda q, g: q.astype(g.dtype), tracker, updates)
+    tracked = jax.tree.map(
+      lambda q, g: q.astype(jnp.result_type(g)), tracker, updates
+    )
     return inner.update(tracked, state.inner_state, params, **extra)
 
   def combine_while_adapting(updates, state, params, extra):
-    gradient = _averaging.own(updates)
+    gradient = _averaging.gradient(updates, params)
     tracker = _tracked(state, gradient)
     updates, inner_state = local(tracker, updates, state, params, extra)
     own = _averaging.own(params)
@@ -119,7 +121,7 @@ def gradient_tracking(
     return updates, inner_state, tracker, gradient
 
   def combine_after_adapting(updates, state, params, extra):
-    gradient = _averaging.own(updates)
+    gradient = _averaging.gradient(updates, params)
     tracker = _averaging.after_first(
       average,
       lambda tracker, step: tracker,

@@ -81,7 +81,7 @@ def descending(
     _averaging.require_params(params, name)
     new, *rest = advance(
       _averaging.own(params),
-      _averaging.own(updates),
+      _averaging.gradient(updates, params),
       rate(state.step),
       state,
     )
