@@ -123,7 +123,9 @@ def pytest_configure(config):
     "markers", "two_axes: also run on machines x local ranks"
   )
   config.addinivalue_line(
-    "markers", "mpi(*sizes): on MPI run with these numbers of ranks only"
+    "markers",
+    "mpi(*sizes, soak=()): on MPI run with these numbers of ranks only, and with "
+    "those of soak if --soak is given",
   )
   config.addinivalue_line("markers", "soak: long; runs with --soak only")
 
@@ -139,8 +141,9 @@ def pytest_generate_tests(metafunc):
   """Gives a test the places it is meant for."""
   if "place" not in metafunc.fixturenames:
     return
-  sizes = metafunc.definition.get_closest_marker("mpi")
-  sizes = sizes.args if sizes else MPI_SIZES
+  mpi = metafunc.definition.get_closest_marker("mpi")
+  sizes = mpi.args if mpi else MPI_SIZES
+  long = [f"mpi-{n}" for n in mpi.kwargs.get("soak", ())] if mpi else []
   names = [*PLACES, *(f"mpi-{n}" for n in sizes)]
   if metafunc.definition.get_closest_marker("two_axes"):
     names.append(TWO_AXES)
@@ -149,7 +152,8 @@ def pytest_generate_tests(metafunc):
     names = [
       n for n in names if n in marker.args or n.split("-")[0] in marker.args
     ] + extra
-  metafunc.parametrize("place", names, indirect=True)
+  forms = [pytest.param(name, marks=pytest.mark.soak) for name in long]
+  metafunc.parametrize("place", [*names, *forms], indirect=True)
 
 
 _opened_local_size = 0

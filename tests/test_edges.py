@@ -297,15 +297,8 @@ def diagonal(problem, x):
   return jax.tree.map(lambda a, c, x: a * x - c, *problem, x)
 
 
-@pytest.mark.soak
-@pytest.mark.places("mpi-8")
-def test_power_gossip_on_more_ranks(place, rng, x64):
-  """Long, for every rank compiles a program of its own."""
-  test_power_gossip_is_the_dense_recursion(place, rng, x64)
-
-
 @pytest.mark.places("single", "simulate", "mesh", "simulate-8", "mpi")
-@pytest.mark.mpi(4)
+@pytest.mark.mpi(4, soak=(8,))  # where every rank compiles its own, for long
 def test_power_gossip_is_the_dense_recursion(place, rng, x64):
   n, steps = place.size, 40 if place.kind == "mesh" else STEPS
   cases = cases_of(place)
