@@ -5,7 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jax._src import core, effects
+from jax._src import core, effects, xla_bridge
 from jax.interpreters import mlir
 
 
@@ -110,6 +110,16 @@ def axis_is_bound(name) -> bool:
 def at_top_level() -> bool:
   """Whether no transformation is tracing here: operations run eagerly."""
   return core.trace_state_clean()
+
+
+def backends_are_started() -> bool:
+  """Whether JAX has started its backends, so that their options are settled."""
+  return xla_bridge.backends_are_initialized()
+
+
+def visible_cuda_devices() -> str:
+  """The option `jax_cuda_visible_devices`: `"all"`, or numbers and commas."""
+  return xla_bridge.CUDA_VISIBLE_DEVICES.value
 
 
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -1,0 +1,297 @@
+"""GPUs: how many there are, and which of them a rank uses.
+
+All of this is asked of the CUDA driver and settled before JAX starts its
+backends, which reserve memory on every GPU that they see.
+"""
+
+import ctypes
+import dataclasses
+import importlib.metadata
+import os
+import pkgutil
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import jax
+
+from jfog import _compat
+
+_DRIVER = "libcuda.so.1"
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_ENTRY_POINTS = "jax_plugins"
+# XLA's own share of a GPU's memory where one process uses it, and the variables
+# by which users change that. The middle one is the older name of the first, and
+# XLA refuses to see both.
+_MEMORY_SHARE = 0.75
+_MEMORY_VARIABLES = (
+  "XLA_CLIENT_MEM_FRACTION",
+  "XLA_PYTHON_CLIENT_MEM_FRACTION",
+  "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
+_config: Any = jax.config  # its options are attributes that no stub declares
+_SHARED_GPU_VERSION = 23000  # NCCL 2.30 knows ranks that share a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+  """The GPUs that this process may use.
+
+  `names` are in the order of CUDA's numbers, and `reason` says why there are
+  none.
+  """
+
+  names: tuple[str, ...] = ()
+  reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where a rank was placed: CUDA's number of its GPU, and who else is there.
+
+  `count` is the number of GPUs that the rank could choose from, and `sharing`
+  the number of ranks on its GPU, itself included. `str` says it in words.
+  """
+
+  index: int
+  count: int
+  sharing: int
+
+  def __str__(self) -> str:
+    place = f"GPU {self.index} of {self.count}"
+    return f"{place}, with {self.sharing} ranks" if self.sharing > 1 else place
+
+
+def gpus(library: str = _DRIVER, plugins: Sequence[str] | None = None) -> Gpus:
+  """Returns the GPUs that JAX may use here; does not start JAX's backends.
+
+  The driver reads `CUDA_VISIBLE_DEVICES` when it is first asked, so changes of
+  that variable in this process have no effect afterwards.
+
+  Args:
+    library: the name or path of the CUDA driver's library.
+    plugins: the names of JAX's plugins; by default those that are installed.
+
+  Returns:
+    Their names, or the reason why there are none: JAX was told to use other
+    platforms, it has no plugin for CUDA, or the driver has no GPU.
+
+  Example:
+    >>> gpus(plugins=[]).reason
+    'JAX has no plugin for CUDA here; `pip install "jax[cuda13]"` brings it'
+  """
+  platforms = _config.jax_platforms
+  if platforms and not {"cuda", "gpu"} & _words(platforms):
+    return Gpus(reason=f"JAX uses other platforms only ({platforms})")
+  plugins = _plugins() if plugins is None else plugins
+  if not any("cuda" in name for name in plugins):
+    return Gpus(
+      reason="JAX has no plugin for CUDA here; "
+      '`pip install "jax[cuda13]"` brings it'
+    )
+  try:
+    cuda = _driver(library)
+    count = ctypes.c_int()
+    _check(cuda, "cuDeviceGetCount", cuda.cuDeviceGetCount(ctypes.byref(count)))
+    if not count.value:
+      return Gpus(reason="the CUDA driver finds no GPU")
+    return Gpus(tuple(_name(cuda, index) for index in range(count.value)))
+  except RuntimeError as error:
+    return Gpus(reason=str(error))
+
+
+def gpu_count(
+  library: str = _DRIVER, plugins: Sequence[str] | None = None
+) -> int:
+  """Returns the number of GPUs that JAX may use here, as `gpus` finds them."""
+  return len(gpus(library, plugins).names)
+
+
+def identity(index: int, library: str = _DRIVER) -> bytes:
+  """Returns 16 bytes that no other GPU has, nor another part of this one.
+
+  Processes that see different GPUs of a machine have different numbers for
+  them; by this they find out whether they share one.
+
+  Raises:
+    RuntimeError: if there is no such GPU, with the driver's words.
+  """
+  cuda = _driver(library)
+  # The second form tells the parts of a divided GPU apart.
+  name = "cuDeviceGetUuid_v2"
+  if not hasattr(cuda, name):
+    name = "cuDeviceGetUuid"
+  found = (ctypes.c_ubyte * 16)()
+  _check(cuda, name, getattr(cuda, name)(found, _device(cuda, index)))
+  return bytes(found)
+
+
+def chosen(local_rank: int, count: int) -> int:
+  """Returns CUDA's number of the GPU that `place` takes for a rank.
+
+  That is `local_rank % count`, but for a process that has chosen already: by
+  `jax_cuda_visible_devices`, or because JAX's backends run.
+
+  Args:
+    local_rank: this rank's place among the ranks of its machine.
+    count: the number of GPUs that this process may use, at least 1.
+
+  Example:
+    >>> [chosen(local_rank, 2) for local_rank in range(4)]
+    [0, 1, 0, 1]
+  """
+  if _compat.backends_are_started():
+    devices = _started_gpus()
+    if devices:
+      return devices[local_rank % len(devices)].local_hardware_id
+  elif (visible := _compat.visible_cuda_devices()) != "all":
+    return int(visible.split(",")[0])
+  return local_rank % count
+
+
+def place(
+  local_rank: int,
+  local_size: int,
+  count: int,
+  *,
+  sharing: int | None = None,
+  environ: MutableMapping[str, str] = os.environ,
+) -> Placement:
+  """Lets JAX use one GPU in this process, and shares it where ranks must.
+
+  Before JAX's backends start they are told to see the GPU `chosen` only, unless
+  there is one only or the user has set `jax_cuda_visible_devices`. If they run
+  already, what JAX has seen stays seen, and that GPU becomes the default
+  device, unless the user has set one.
+
+  Ranks that share a GPU get what each lacks, where the user has not said
+  otherwise: `NCCL_MULTI_RANK_GPU_ENABLE=1`, without which NCCL refuses them
+  (older ones than 2.30 need `separate_hosts`), and `XLA_CLIENT_MEM_FRACTION`,
+  XLA's usual 0.75 of the memory divided by the ranks.
+
+  Args:
+    local_rank: this rank's place among the ranks of its machine.
+    local_size: the number of ranks on this machine.
+    count: the number of GPUs that this process may use, at least 1.
+    sharing: the number of ranks on this rank's GPU. By default it is computed
+      as if all ranks of the machine see the same GPUs; where each sees its own,
+      as `jfog run` has it, the ranks have to compare what `identity` says.
+    environ: the environment that is read and changed.
+
+  Returns:
+    Where this rank is.
+
+  Raises:
+    ValueError: if `local_rank` is none of the machine's, or there is no GPU.
+
+  Source: the switch is `NCCL_PARAM(MultiRankGpuEnable, ...)` in `src/init.cc`
+  of NCCL 2.30.
+  """
+  if not 0 <= local_rank < local_size or count < 1:
+    raise ValueError(
+      f"need 0 <= local_rank < local_size and count >= 1, got {local_rank=}, "
+      f"{local_size=}, {count=}."
+    )
+  index = chosen(local_rank, count)
+  if _compat.backends_are_started():
+    if _config.jax_default_device is None:
+      for device in _started_gpus():
+        if device.local_hardware_id == index:
+          jax.config.update("jax_default_device", device)
+  elif count > 1 and _compat.visible_cuda_devices() == "all":
+    jax.config.update("jax_cuda_visible_devices", str(index))
+  if sharing is None:
+    sharing = len(range(local_rank % count, local_size, count))
+  if sharing > 1:
+    environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    if not any(name in environ for name in _MEMORY_VARIABLES):
+      environ[_MEMORY_VARIABLES[0]] = f"{_MEMORY_SHARE / sharing:.3f}"
+  return Placement(index, count, sharing)
+
+
+def separate_hosts(
+  placement: Placement,
+  rank: int,
+  nccl_version: int,
+  environ: MutableMapping[str, str] = os.environ,
+) -> bool:
+  """Makes ranks that share a GPU look like hosts of their own to old NCCLs.
+
+  NCCL before 2.30 refuses two ranks on one GPU of one host. It tells hosts
+  apart by `NCCL_HOSTID`, and between hosts it takes sockets, which is slow:
+  good for tests. It reads the variable once, so this comes before the first
+  unique id or communicator.
+
+  Args:
+    placement: what `place` has returned.
+    rank: this rank in the world; the name of its host is made of it.
+    nccl_version: as `ncclGetVersion` has it, 22803 for 2.28.3.
+    environ: the environment that is read and changed.
+
+  Returns:
+    Whether this rank looks like a host of its own now.
+
+  Source: `getHostHashOnce` in `src/misc/utils.cc` of NCCL, and the check for
+  duplicate GPUs in `src/init.cc`.
+  """
+  if placement.sharing < 2 or nccl_version >= _SHARED_GPU_VERSION:
+    return False
+  return environ.setdefault("NCCL_HOSTID", f"jfog-{rank}") == f"jfog-{rank}"
+
+
+def _words(text: str) -> set[str]:
+  return {word.strip() for word in text.split(",")}
+
+
+def _plugins() -> list[str]:
+  """The names of JAX's plugins, found as JAX finds them."""
+  names = [
+    point.value
+    for point in importlib.metadata.entry_points(group=_ENTRY_POINTS)
+  ]
+  try:
+    import jax_plugins  # type: ignore[import-not-found]
+  except ImportError:
+    return names
+  return [*names, *(m.name for m in pkgutil.iter_modules(jax_plugins.__path__))]
+
+
+def _driver(library: str) -> ctypes.CDLL:
+  """The CUDA driver, started."""
+  try:
+    cuda = ctypes.CDLL(library)
+  except OSError as error:
+    raise RuntimeError(f"no CUDA driver: {error}") from error
+  code = cuda.cuInit(0)
+  if code == _NO_DEVICE:
+    raise RuntimeError("the CUDA driver finds no GPU")
+  _check(cuda, "cuInit", code)
+  return cuda
+
+
+def _check(cuda: ctypes.CDLL, call: str, code: int) -> None:
+  if code == 0:
+    return
+  text = ctypes.c_char_p()
+  cuda.cuGetErrorString(code, ctypes.byref(text))
+  words = text.value.decode() if text.value else "an unknown error"
+  raise RuntimeError(f"the CUDA driver fails: {call}: {words} ({code})")
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> int:
+  device = ctypes.c_int()
+  _check(cuda, "cuDeviceGet", cuda.cuDeviceGet(ctypes.byref(device), index))
+  return device.value
+
+
+def _name(cuda: ctypes.CDLL, index: int) -> str:
+  name = ctypes.create_string_buffer(256)
+  device = _device(cuda, index)
+  _check(cuda, "cuDeviceGetName", cuda.cuDeviceGetName(name, 256, device))
+  return name.value.decode(errors="replace")
+
+
+def _started_gpus() -> list[Any]:
+  """The devices of this process, if JAX has started and computes on GPUs."""
+  if jax.default_backend() not in ("gpu", "cuda"):
+    return []
+  return jax.local_devices()
