@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,12 @@ def _effect_of_mpi4jax() -> effects.Effect | None:
   return ordered_effect
 
 
-def ordered_ffi_lowering(target: str, aliases: dict[int, int]):
+def ordered_ffi_lowering(
+  target: str,
+  aliases: dict[int, int],
+  avals_in: Sequence[Any] | None = None,
+  avals_out: Sequence[Any] | None = None,
+):
   """A lowering rule to the FFI handler `target` with a token in and out.
 
   The handler's operands are the token of the ordered effect followed by the
@@ -78,13 +85,15 @@ def ordered_ffi_lowering(target: str, aliases: dict[int, int]):
     target: the name under which the handler is registered.
     aliases: from the index of an operand of the primitive to that of the
       result that may share its buffer.
+    avals_in: the handler's operands, where they are not the primitive's.
+    avals_out: its results, likewise.
   """
 
   def rule(ctx, *operands, **attributes):
     effect = communication_effect()
     with_token = ctx.replace(
-      avals_in=[core.abstract_token, *ctx.avals_in],
-      avals_out=[core.abstract_token, *ctx.avals_out],
+      avals_in=[core.abstract_token, *(avals_in or ctx.avals_in)],
+      avals_out=[core.abstract_token, *(avals_out or ctx.avals_out)],
     )
     lower = jax.ffi.build_ffi_lowering_function(
       target,

@@ -52,12 +52,15 @@ class Handle:
     Array([2., 2.], dtype=float32)
   """
 
-  def __init__(self, operation, structure, dtypes, batch_axis, number, room):
+  def __init__(
+    self, operation, structure, dtypes, waiting, number, weights, room
+  ):
     self._operation = operation
     self._structure = structure
     self._dtypes = dtypes
-    self._batch_axis = batch_axis
+    self._waiting = waiting  # the parameters of `wait_p`, hashable
     self._number = number  # None where the room holds the results
+    self._weights = weights
     self._room = room
     self._spent = False
 
@@ -67,8 +70,8 @@ class Handle:
 
   def tree_flatten(self):
     """The arrays of the handle, for JAX."""
-    static = self._operation, self._structure, self._dtypes, self._batch_axis
-    return (self._number, self._room), static
+    static = self._operation, self._structure, self._dtypes, self._waiting
+    return (self._number, self._weights, self._room), static
 
   @classmethod
   def tree_unflatten(cls, static, children):
@@ -106,13 +109,21 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
     call = prepare(*args, **kwargs)
     dtypes = tuple(leaf.dtype for leaf in call.leaves)
     if call.results is not None:
-      return Handle(name, call.structure, dtypes, 0, None, tuple(call.results))
+      results = tuple(call.results)
+      return Handle(name, call.structure, dtypes, (), None, None, results)
     assert call.primitive is not None
     primitive, batch_axis = _primitive.start_of(call.primitive)
-    number, *room = primitive.bind(
+    number, weights, *room = primitive.bind(
       *call.fixed, *call.operands, fixed=len(call.fixed), **call.params
     )
-    return Handle(name, call.structure, dtypes, batch_axis, number, tuple(room))
+    waiting = (
+      ("operation", call.primitive.name),
+      ("batch_axis", batch_axis),
+      ("static", _primitive.finishing(call.primitive, call.params)),
+    )
+    return Handle(
+      name, call.structure, dtypes, waiting, number, weights, tuple(room)
+    )
 
   functools.update_wrapper(start, prepare)
   start.__name__ = start.__qualname__ = f"{name}_start"
@@ -171,7 +182,7 @@ def wait(handle: Handle) -> Any:
   results = handle._room
   if handle._number is not None:
     results = _primitive.wait_p.bind(
-      handle._number, *results, batch_axis=handle._batch_axis
+      handle._number, handle._weights, *results, **dict(handle._waiting)
     )
     results = [
       y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)
@@ -203,7 +214,8 @@ def poll(handle: Handle) -> jax.Array:
   _require_open(handle, "poll")
   if handle._number is None:
     return jnp.asarray(True)
-  return _primitive.poll_p.bind(handle._number)[0]
+  operation = dict(handle._waiting)["operation"]
+  return _primitive.poll_p.bind(handle._number, operation=operation)[0]
 
 
 def _require_open(handle: Any, name: str) -> None:

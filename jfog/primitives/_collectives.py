@@ -13,8 +13,9 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives import _calls, _leaves, _mesh, _nccl, _primitive
 from jfog.primitives._calls import Call
+from jfog.primitives._nccl import Reduction
 from jfog.runtime import Communicator, resolve
 
 # In the order in which collectives.cc numbers them.
@@ -354,6 +355,126 @@ def _allreduce_transpose(cotangents, *, fixed, op, comm):
   return allreduce_p.bind(*cotangents, fixed=fixed, op=op, comm=comm)
 
 
+# On GPUs NCCL reduces in the types that it has, here called wires: bools are
+# bytes, integers and floats of 16 bits have 32, and the parts of a complex number
+# are two numbers. Products of complex numbers it has not: those are gathered.
+
+
+def _wires(leaves, op):
+  """What NCCL reduces: one array for each leaf, and then flags of NaN."""
+  wires = []
+  for x in leaves:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      wires.append(jnp.stack([x.real, x.imag]))
+    elif x.dtype == jnp.bool_:
+      wires.append(x.astype(jnp.uint8))
+    elif x.dtype in (jnp.int16, jnp.uint16):
+      wires.append(x.astype(x.dtype.name.replace("16", "32")))
+    else:
+      wires.append(x.astype(_leaves.accumulation_dtype(x.dtype)))
+  flags = [jnp.isnan(x).astype(jnp.uint8) for x in leaves if _flags(x, op)]
+  return [*wires, *flags]
+
+
+def _flags(x, op):
+  """Whether NaN travels beside: NCCL promises nothing of it."""
+  return op in ("min", "max") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _reductions(leaves, op):
+  """How each of the wires is reduced."""
+  usual = Reduction.SUM if op == "mean" else Reduction[op.upper()]
+  every = op in ("min", "prod")
+  of_bools = Reduction.MIN if every else Reduction.MAX
+  return [
+    *(of_bools if x.dtype == jnp.bool_ else usual for x in leaves),
+    *(Reduction.MAX for x in leaves if _flags(x, op)),
+  ]
+
+
+def _gathers(leaves, op):
+  return op == "prod" and any(
+    jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves
+  )
+
+
+def _wire_groups(leaves, op):
+  """For each reduction the wires of its vectors: `(reduction, places, packing)`."""
+  wires = jax.eval_shape(lambda *leaves: _wires(leaves, op), *leaves)
+  reductions = _reductions(leaves, op)
+  groups = []
+  for reduction in sorted(set(reductions)):
+    places = [i for i, r in enumerate(reductions) if r == reduction]
+    packing = _nccl.Packing([wires[i] for i in places])
+    groups.append((reduction, places, packing))
+  return groups
+
+
+def send_allreduce(mode, fixed, leaves, *, op, comm, operation="allreduce"):
+  """The call that reduces leaves on GPUs."""
+  del fixed
+  attributes: dict[str, Any] = _told(mode, comm, operation, op)
+  if _gathers(leaves, op):
+    return _nccl.Send("allgather", attributes, leaves)
+  wires, operands, reductions = _wires(leaves, op), [], []
+  for reduction, places, packing in _wire_groups(leaves, op):
+    packed = packing.pack([wires[i] for i in places])
+    operands.extend(packed)
+    reductions.extend([reduction] * len(packed))
+  attributes["reductions"] = np.array(reductions, np.int64)
+  return _nccl.Send("allreduce", attributes, operands)
+
+
+def received_allreduce(results, static):
+  """What comes in of it."""
+  op, size = static
+  if _gathers(results, op):
+    return [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in results]
+  return [
+    aval
+    for *_, packing in _wire_groups(results, op)
+    for aval in packing.avals()
+  ]
+
+
+def finish_allreduce(own, weights, received, static):
+  """The results of what has come in."""
+  del weights
+  op, size = static
+  if _gathers(own, op):
+    return [
+      jnp.prod(x.astype(_leaves.accumulation_dtype(x.dtype)), axis=0).astype(
+        x.dtype
+      )
+      for x in received
+    ]
+  wires: dict[int, jax.Array] = {}
+  received = list(received)
+  for _, places, packing in _wire_groups(own, op):
+    packed = [received.pop(0) for _ in packing.sizes]
+    wires.update(zip(places, packing.unpack(packed), strict=True))
+  flags = iter(range(len(own), len(wires)))
+  results = []
+  for i, x in enumerate(own):
+    y = wires[i] / size if op == "mean" else wires[i]
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      y = lax.complex(y[0], y[1])
+    if _flags(x, op):
+      y = jnp.where(wires[next(flags)] > 0, jnp.nan, y)
+    results.append(y.astype(x.dtype))
+  return results
+
+
+def _told(mode, comm, operation, variant):
+  """The attributes that all collectives have on GPUs."""
+  return {
+    "context": np.int64(comm.context),
+    "mode": np.int64(mode),
+    "operation": operation,
+    "variant": np.int64(_nccl.fingerprint(variant)),
+  }
+
+
 allreduce_p = _primitive.define(
   "allreduce",
   abstract_eval=_like_operands,
@@ -364,6 +485,13 @@ allreduce_p = _primitive.define(
   tangents=_allreduce_tangents,
   transpose=_allreduce_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    send=send_allreduce,
+    received=received_allreduce,
+    finish=finish_allreduce,
+    static=lambda *, op, comm: (op, comm.size),
+    in_place=True,
+  ),
 )
 
 
@@ -375,6 +503,15 @@ def _broadcast_transpose(cotangents, *, fixed, root, comm):
   return [jnp.zeros_like(ct) for ct in totals]
 
 
+def _send_broadcast(mode, fixed, leaves, *, root, comm):
+  del fixed
+  return _nccl.Send(
+    "broadcast",
+    {**_told(mode, comm, "broadcast", root), "root": np.int64(root)},
+    _nccl.Packing(leaves).pack(leaves),
+  )
+
+
 broadcast_p = _primitive.define(
   "broadcast",
   abstract_eval=_like_operands,
@@ -384,6 +521,14 @@ broadcast_p = _primitive.define(
   },
   transpose=_broadcast_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    send=_send_broadcast,
+    received=lambda results, static: _nccl.Packing(results).avals(),
+    finish=lambda own, weights, received, static: _nccl.Packing(own).unpack(
+      received
+    ),
+    in_place=True,
+  ),
 )
 
 
@@ -433,6 +578,39 @@ def _allgather_attributes(mode, *leaves, axis_sizes, comm):
   }
 
 
+# On GPUs all ranks bring what the longest brings, padded, for NCCL gathers equal
+# parts.
+
+
+def _send_allgather(mode, fixed, leaves, *, axis_sizes, comm):
+  del fixed
+  padded = []
+  for x, sizes in zip(leaves, axis_sizes, strict=True):
+    behind = max(sizes) - len(x)
+    padded.append(jnp.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)))
+  told = _told(mode, comm, "allgather", axis_sizes)
+  return _nccl.Send("allgather", told, padded)
+
+
+def _received_allgather(results, static):
+  return [
+    jax.ShapeDtypeStruct((len(sizes) * max(sizes), *y.shape[1:]), y.dtype)
+    for y, sizes in zip(results, static, strict=True)
+  ]
+
+
+def _finish_allgather(own, weights, received, static):
+  del own, weights
+  results = []
+  for y, sizes in zip(received, static, strict=True):
+    if len(set(sizes)) > 1:
+      longest = max(sizes)
+      parts = [y[i * longest :][:size] for i, size in enumerate(sizes)]
+      y = jnp.concatenate(parts)
+    results.append(y)
+  return results
+
+
 allgather_p = _primitive.define(
   "allgather",
   abstract_eval=_allgather_abstract_eval,
@@ -440,10 +618,21 @@ allgather_p = _primitive.define(
   tangents=_allgather_tangents,
   transpose=_allgather_transpose,
   batch_axis=-1,  # axis 0 is concatenated
+  on_gpus=_nccl.OnGpus(
+    send=_send_allgather,
+    received=_received_allgather,
+    finish=_finish_allgather,
+    static=lambda *, axis_sizes, comm: axis_sizes,
+  ),
 )
 
 barrier_p = _primitive.define(
   "barrier",
   abstract_eval=lambda *, fixed, comm: [],
   attributes=lambda mode, *leaves, comm: {"context": np.int64(comm.context)},
+  on_gpus=_nccl.OnGpus(
+    send=lambda mode, fixed, leaves, *, comm: _nccl.Send(
+      "barrier", _told(mode, comm, "barrier", None), []
+    ),
+  ),
 )

@@ -12,9 +12,11 @@ from jax import lax
 from jfog import _compat
 from jfog.primitives import (
   _calls,
+  _collectives,
   _graphs,
   _leaves,
   _mesh,
+  _nccl,
   _neighbor,
   _primitive,
 )
@@ -200,10 +202,61 @@ def _attributes(mode, *leaves, graph, comm):
   )
 
 
+# On GPUs: an exchange for each round, with its arithmetic behind it. What is
+# started has nobody who would compute between rounds, so it is an allreduce.
+
+
+def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
+  del fixed
+  packing = _nccl.Packing(leaves)
+  own = packing.pack(leaves)
+
+  def exchanged(t, values, rounds, slots):
+    send = _nccl.exchange(
+      _NAME,
+      _nccl.Mode.WHOLE,
+      comm,
+      0,
+      values,
+      rounds,
+      variant=(repr(graph), t),
+    )
+    return call(send, packing.avals(slots))
+
+  if isinstance(graph, ExactAverage):
+    inclusive, exclusive = own, [jnp.zeros_like(x) for x in own]
+    for t, hop in enumerate(graph.rounds):
+      source = (comm.rank - hop.shift) % comm.size
+      destination = (comm.rank + hop.shift) % comm.size
+      sent = inclusive if hop.send_inclusive else exclusive
+      received = exchanged(t, sent, [([source], [destination])], 1)
+      inclusive = [x + y[0] for x, y in zip(inclusive, received, strict=True)]
+      exclusive = [x + y[0] for x, y in zip(exclusive, received, strict=True)]
+    return packing.unpack([x / graph.size for x in inclusive])
+  for t, topology in enumerate(graph.rounds[: _rounds(graph, comm)]):
+    rounds = _nccl.rounds_of(topology, comm.rank)
+    slots = _nccl.slots_of(rounds)
+    row = _nccl.row_of_graph(topology, comm.rank, 0, slots)
+    received = exchanged(t, own, rounds, slots)
+    own = _nccl.average(own, row, received, slots)
+  return packing.unpack(own)
+
+
 finite_time_average_p = _primitive.define(
   _NAME,
   abstract_eval=_abstract_eval,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    whole=_rounds_on_gpus,
+    send=lambda mode, fixed, leaves, *, graph, comm: (
+      _collectives.send_allreduce(
+        mode, fixed, leaves, op="mean", comm=comm, operation=_NAME
+      )
+    ),
+    received=_collectives.received_allreduce,
+    finish=_collectives.finish_allreduce,
+    static=lambda *, graph, comm: ("mean", comm.size),
+  ),
 )

@@ -1,6 +1,7 @@
 """Neighbor gathers: the values of each rank's in-neighbors, one by one."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _calls, _graphs, _leaves, _mesh, _primitive
+from jfog.primitives import (
+  _calls,
+  _graphs,
+  _leaves,
+  _mesh,
+  _nccl,
+  _primitive,
+  _weighted_sum,
+)
 from jfog.primitives._calls import Call
 from jfog.primitives._peers import Peers, check_ranks
 from jfog.primitives._permutations import permutations
@@ -313,6 +322,71 @@ def _from_transpose(cotangents, *operands, **params):
   return neighbor_allgather_p.bind(*operands, *cotangents, **params)
 
 
+# On GPUs: one exchange, into the parts of the result; and back, into slots that
+# are added up.
+
+
+def _send(
+  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
+):
+  del params
+  return _nccl.exchange(
+    _NAME,
+    mode,
+    comm,
+    fixed[0],
+    leaves,
+    rounds,
+    variant=(fingerprint, first),
+    receive_counts=_counts(leaves, axis_sizes),
+  )
+
+
+def _send_back(
+  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
+):
+  del params
+  return _nccl.exchange(
+    f"{_NAME}_transpose",
+    mode,
+    comm,
+    fixed[0],
+    leaves,
+    [(to, sources) for sources, to in rounds],
+    variant=(fingerprint, first, "transpose"),
+    apart=True,
+    send_counts=_counts(leaves, axis_sizes),
+  )
+
+
+def _counts(leaves, axis_sizes):
+  """The elements that each rank has of each leaf, in one list."""
+  return [
+    size * math.prod(x.shape[1:])
+    for x, sizes in zip(leaves, axis_sizes, strict=True)
+    for size in sizes
+  ]
+
+
+def _filled(fixed, *, rounds, **params):
+  """Which slots the destinations of the round fill."""
+  counts = np.array([len(to) for _, to in rounds])
+  table = np.arange(max(counts)) < counts[:, None]
+  return _nccl.at_step(table.astype(np.float32), fixed[0])
+
+
+def _add_up(own, filled, received, slots):
+  del own, slots
+  return _weighted_sum.combine(
+    [jnp.zeros(x.shape[1:], x.dtype) for x in received],
+    received,
+    0,
+    jnp.ones_like(filled),
+    filled != 0,
+    False,
+  )
+
+
 neighbor_allgather_p = _primitive.define(
   _NAME,
   abstract_eval=_abstract_eval,
@@ -320,6 +394,7 @@ neighbor_allgather_p = _primitive.define(
   tangents=_tangents,
   transpose=_to_transpose,
   batch_axis=-1,  # axis 0 is concatenated
+  on_gpus=_nccl.OnGpus(send=_send),
 )
 
 neighbor_allgather_transpose_p = _primitive.define(
@@ -329,4 +404,13 @@ neighbor_allgather_transpose_p = _primitive.define(
   tangents=_tangents,
   transpose=_from_transpose,
   batch_axis=-1,
+  on_gpus=_nccl.OnGpus(
+    send=_send_back,
+    received=lambda results, slots: [
+      jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in results
+    ],
+    finish=_add_up,
+    weigh=_filled,
+    static=lambda *, rounds, **params: max(len(to) for _, to in rounds),
+  ),
 )

@@ -15,8 +15,10 @@ from jfog.primitives import (
   _graphs,
   _leaves,
   _mesh,
+  _nccl,
   _neighbor,
   _primitive,
+  _weighted_sum,
 )
 from jfog.primitives._calls import Call
 from jfog.runtime import Communicator, resolve
@@ -87,7 +89,7 @@ def hierarchical_neighbor_allreduce(
   comm = resolve(comm)
   leaves, names, structure = _leaves.flatten(x, _NAME)
   _leaves.require_inexact(leaves, names, _NAME)
-  if comm.backend == "mpi":
+  if comm.backend in ("mpi", "nccl"):
     comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
   graph = _check_machine_graph(machine_graph, comm)
   index = _graphs.step_index(graph, step, _NAME)
@@ -162,11 +164,14 @@ def _mean_part(x, inside, comm):
   flat = x.ravel()
   flat = jnp.pad(flat, (0, -len(flat) % size))
   (axis,) = inside
-  theirs = lax.all_to_all(flat.reshape(size, -1), axis, 0, 0)
-  wide = theirs.astype(_leaves.accumulation_dtype(x.dtype))
-  # Equal values return bit for bit.
-  mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / size
-  return mean.astype(x.dtype)
+  return _mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
+
+
+def _mean(rows):
+  """The mean over axis 0; equal values return bit for bit."""
+  wide = rows.astype(_leaves.accumulation_dtype(rows.dtype))
+  mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
+  return mean.astype(rows.dtype)
 
 
 def _join(part, like, inside):
@@ -215,10 +220,173 @@ def _attributes(mode, *leaves, graph, comm):
   )
 
 
+# On GPUs: the steps of the mesh, on the communicators inside and across machines.
+
+
+def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
+  packing = _nccl.Packing(leaves)
+  vectors = packing.pack(leaves)
+  size, place = comm.local_size, comm.local_rank
+  parts = vectors
+  if size > 1:
+    split = [_split(x, size) for x in vectors]
+    others = [r for r in range(size) if r != place]
+    theirs = np.array(others, np.int32)
+    send = _exchange(
+      comm.local,
+      0,
+      [x[theirs] for x in split],
+      [(others, others)],
+      graph,
+      apart=True,
+    )
+    received = call(send, _avals(split, size - 1))
+    parts = [
+      _mean(jnp.insert(got, place, x[place], axis=0))
+      for x, got in zip(split, received, strict=True)
+    ]
+  if comm.machine_size > 1:
+    rounds = _nccl.rounds_of(graph, comm.machine_rank)
+    slots = _nccl.slots_of(rounds)
+    send = _exchange(comm.machines, fixed[0], parts, rounds, graph)
+    row = _nccl.row_of_graph(graph, comm.machine_rank, fixed[0], slots)
+    received = call(
+      send, [jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in parts]
+    )
+    parts = _nccl.average(parts, row, received, slots)
+  else:
+    row = _nccl.row_of_graph(graph, 0, fixed[0], 0)
+    parts = _nccl.average(parts, row, [x[None][:0] for x in parts], 0)
+  if size > 1:
+    told = {
+      "context": np.int64(comm.local.context),
+      "mode": np.int64(_nccl.Mode.WHOLE),
+      "operation": _NAME,
+      "variant": np.int64(_nccl.fingerprint(_graphs.fingerprint(graph))),
+    }
+    received = call(_nccl.Send("allgather", told, parts), _avals(split, size))
+    parts = [
+      y.reshape(-1)[: len(x)] for x, y in zip(vectors, received, strict=True)
+    ]
+  return packing.unpack(parts)
+
+
+def _exchange(comm, step, parts, rounds, graph, **kwargs):
+  variant = (_graphs.fingerprint(graph), "hierarchical")
+  return _nccl.exchange(
+    _NAME,
+    _nccl.Mode.WHOLE,
+    comm,
+    step,
+    parts,
+    rounds,
+    variant=variant,
+    **kwargs,
+  )
+
+
+def _split(x, size):
+  """One row for each rank of the machine, the last one with zeros behind."""
+  return jnp.pad(x, (0, -len(x) % size)).reshape(size, -1)
+
+
+def _avals(split, rows):
+  return [jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype) for x in split]
+
+
+# What is started has nobody who would compute between its steps: NCCL takes the
+# mean inside the machine, in 32 bits or more, and every rank gets all that its
+# machine has received.
+
+
+def _start_on_gpus(mode, fixed, leaves, *, graph, comm):
+  rounds = _nccl.rounds_of(graph, comm.machine_rank)
+  inside = getattr(comm.local, "context", -1)
+  across = getattr(comm.machines, "context", -1)
+  if comm.machine_size == 1:
+    across, rounds = -1, [([], [])] * len(rounds)
+  send = _nccl.exchange(
+    "hierarchical_start",
+    mode,
+    comm,
+    fixed[0],
+    [x.reshape(-1) for x in _wide_split(leaves, comm.local_size)],
+    rounds,
+    variant=_graphs.fingerprint(graph),
+    operation=_NAME,
+  )
+  send.attributes["local_context"] = np.int64(
+    inside if comm.local_size > 1 else -1
+  )
+  send.attributes["machines_context"] = np.int64(across)
+  return send
+
+
+def _wide_split(leaves, size):
+  """The packed leaves in rows, complex ones as pairs, of 32 bits or more."""
+  vectors = []
+  for x in _nccl.Packing(leaves).pack(leaves):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
+    wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+    vectors.append(_split(wide, size))
+  return vectors
+
+
+def _received(results, static):
+  size, slots = static
+  split = jax.eval_shape(lambda *x: _wide_split(x, size), *results)
+  return [
+    jax.ShapeDtypeStruct((size, 1 + slots, x.shape[1]), x.dtype) for x in split
+  ]
+
+
+def _finish(own, row, received, static):
+  del static
+  packing = _nccl.Packing(own)
+  self_weight, difference, weights, reads = _nccl.Row.of(row)
+  mixed = _weighted_sum.combine(
+    [x[:, 0] for x in received],
+    [jnp.moveaxis(x[:, 1:], 1, 0) for x in received],
+    self_weight,
+    weights,
+    reads,
+    difference,
+  )
+  vectors = []
+  for x, size, dtype in zip(mixed, packing.sizes, packing.dtypes, strict=True):
+    x = x.reshape(-1)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+      pairs = x[: 2 * size].reshape(size, 2)
+      x = lax.complex(pairs[:, 0], pairs[:, 1])
+    vectors.append(x[:size].astype(dtype))
+  return packing.unpack(vectors)
+
+
+def _weigh(fixed, *, graph, comm):
+  slots = _machine_slots(graph, comm)
+  return _nccl.row_of_graph(graph, comm.machine_rank, fixed[0], slots)
+
+
+def _machine_slots(graph, comm):
+  return _nccl.slots_of(_nccl.rounds_of(graph, comm.machine_rank))
+
+
 hierarchical_neighbor_allreduce_p = _primitive.define(
   _NAME,
   abstract_eval=_abstract_eval,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    whole=_steps_on_gpus,
+    send=_start_on_gpus,
+    received=_received,
+    finish=_finish,
+    weigh=_weigh,
+    static=lambda *, graph, comm: (
+      comm.local_size,
+      _machine_slots(graph, comm),
+    ),
+  ),
 )

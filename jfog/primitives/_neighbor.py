@@ -13,7 +13,14 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _calls, _graphs, _leaves, _mesh, _primitive
+from jfog.primitives import (
+  _calls,
+  _graphs,
+  _leaves,
+  _mesh,
+  _nccl,
+  _primitive,
+)
 from jfog.primitives._calls import Call
 from jfog.primitives._peers import Peers, peers_call
 from jfog.primitives._permutations import permutations
@@ -352,6 +359,46 @@ def _attributes(mode, *leaves, graph, weighting, comm):
   )
 
 
+# On GPUs: one exchange into slots, and their weighted sum.
+
+
+def _send(mode, fixed, leaves, *, graph, weighting, comm):
+  rounds = _nccl.rounds_of(graph, comm.rank)
+  packed = _nccl.Packing(leaves).pack(leaves)
+  scales = weighting is Weighting.SOURCE
+  if scales:
+    step, row = fixed
+    slots = max(len(destinations) for _, destinations in rounds)
+    table = np.zeros((len(rounds), slots), np.int32)
+    for t, (_, destinations) in enumerate(rounds):
+      table[t, : len(destinations)] = destinations
+    packed = _nccl.scaled(packed, row[_nccl.at_step(table, step)])
+  return _nccl.exchange(
+    "neighbor_allreduce",
+    mode,
+    comm,
+    fixed[0],
+    packed,
+    rounds,
+    variant=(_graphs.fingerprint(graph), int(weighting)),
+    apart=scales,
+  )
+
+
+def _weigh(fixed, *, graph, weighting, comm):
+  given = None
+  if weighting is not Weighting.GRAPH:
+    row = fixed[1]
+    given = (row[comm.rank], row, weighting is Weighting.SOURCE)
+  slots = _slots(graph=graph, comm=comm)
+  return _nccl.row_of_graph(graph, comm.rank, fixed[0], slots, given)
+
+
+def _slots(*, graph, comm, **params):
+  del params
+  return _nccl.slots_of(_nccl.rounds_of(graph, comm.rank))
+
+
 neighbor_allreduce_p = _primitive.define(
   "neighbor_allreduce",
   abstract_eval=_abstract_eval,
@@ -359,4 +406,11 @@ neighbor_allreduce_p = _primitive.define(
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    send=_send,
+    received=lambda results, slots: _nccl.Packing(results).avals(slots),
+    finish=_nccl.average,
+    weigh=_weigh,
+    static=_slots,
+  ),
 )

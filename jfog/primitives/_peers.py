@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from jfog.primitives import _calls, _leaves, _mesh, _primitive
+from jfog.primitives import _calls, _leaves, _mesh, _nccl, _primitive
 from jfog.primitives._calls import Call
 from jfog.runtime import Axis, Communicator, resolve
 
@@ -385,6 +385,42 @@ def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
   }
 
 
+# On GPUs: one exchange into slots, and their weighted sum.
+
+
+def _send(mode, fixed, leaves, *, sources, scales, pair, comm, **params):
+  del params
+  ranks, weights = fixed
+  packed = _nccl.Packing(leaves).pack(leaves)
+  if scales:
+    packed = _nccl.scaled(packed, weights[1 + sources :])
+  return _nccl.exchange(
+    "peer_allreduce",
+    mode,
+    comm,
+    ranks,
+    packed,
+    [([-1] * sources, [-1] * (len(ranks) - sources))],
+    variant="peers",
+    operation="pair_gossip" if pair else "neighbor_allreduce",
+    sources=sources,
+    apart=scales,
+  )
+
+
+def _weigh(fixed, *, sources, difference, **params):
+  del params
+  weights = jnp.asarray(fixed[1])
+  return jnp.concatenate(
+    [
+      weights[:1],
+      jnp.full(1, difference, weights.dtype),
+      weights[1 : 1 + sources],
+      jnp.ones(sources, weights.dtype),
+    ]
+  )
+
+
 peer_allreduce_p = _primitive.define(
   "peer_allreduce",
   abstract_eval=_abstract_eval,
@@ -392,4 +428,11 @@ peer_allreduce_p = _primitive.define(
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
+  on_gpus=_nccl.OnGpus(
+    send=_send,
+    received=lambda results, slots: _nccl.Packing(results).avals(slots),
+    finish=_nccl.average,
+    weigh=_weigh,
+    static=lambda *, sources, **params: sources,
+  ),
 )

@@ -1,6 +1,5 @@
 """Definition of communication primitives: one place for all their rules."""
 
-import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,16 +12,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jfog import _compat
+from jfog.primitives import _nccl
+from jfog.primitives._nccl import Mode
 
 # The backends that carry a primitive, by the platform it is compiled for.
-_BACKENDS = {"cpu": "mpi"}
-
-
-class _Mode(enum.IntEnum):
-  """What a handler does with its operation; numbered as in call.h."""
-
-  WHOLE = 0
-  START = 1
+_BACKENDS = {"cpu": "mpi", "cuda": "nccl"}
 
 
 def define(
@@ -34,6 +28,7 @@ def define(
   transpose: Callable[..., Sequence[jax.Array]] | None = None,
   batch_axis: int | None = 0,
   in_place: bool = False,
+  on_gpus: _nccl.OnGpus | None = None,
 ) -> Primitive:
   """Makes and registers the primitives of one operation between processes.
 
@@ -41,11 +36,12 @@ def define(
   its results are one for each leaf. Every rule gets the parameter `fixed`, their
   number. The primitive carries the ordered effect, so calls are posted in
   program order and never dropped, and lowers to the handler
-  `jfog_<backend>_<name>`.
+  `jfog_<backend>_<name>`; on GPUs with arithmetic of XLA's around it.
 
   The operation gets a second primitive, `start_of(primitive)`, with the same
   operands and parameters and all rules derived from these: it returns a number
-  to wait for the operation by, and room for the results, see `wait_p`.
+  to wait for the operation by, an array of weights, and room for the results,
+  see `wait_p`.
 
   Args:
     name: the operation's name.
@@ -61,6 +57,8 @@ def define(
       the operation treats like all elements; None for an operation that takes
       no batches.
     in_place: whether a result may share the buffer of its leaf.
+    on_gpus: how it runs there; by default its host handler does the work, on
+      copies.
 
   Returns:
     The primitive, bound with `fixed=` and the operation's own parameters.
@@ -68,10 +66,18 @@ def define(
   whole = Primitive(name)
   start = Primitive(f"{name}_start")
   _start_of[whole] = start, batch_axis or 0
+  _on_gpus[name] = on_gpus
 
-  def start_abstract_eval(*operands, **params):
+  def start_abstract_eval(*operands, fixed, **params):
     number = jax.core.ShapedArray((), jnp.uint32)
-    return [number, *abstract_eval(*operands, **params)]
+    weights = jax.core.ShapedArray((0,), jnp.float32)
+    if on_gpus is not None:
+      like = jax.eval_shape(
+        lambda *fixed: on_gpus.weigh(fixed, **params), *operands[:fixed]
+      )
+      weights = jax.core.ShapedArray(like.shape, like.dtype)
+    results = abstract_eval(*operands, fixed=fixed, **params)
+    return [number, weights, *results]
 
   tangents = tangents or linear_tangents
 
@@ -81,9 +87,13 @@ def define(
 
   def start_jvp(primals, dprimals, **params):
     # The room for the results carries their tangents, which are computed now.
-    number, *room = start.bind(*primals, **params)
+    number, weights, *room = start.bind(*primals, **params)
     moved = tangents(whole, primals, room, dprimals, **params)
-    return [number, *room], [zero_tangent(number), *moved]
+    return [number, weights, *room], [
+      zero_tangent(number),
+      zero_tangent(weights),
+      *moved,
+    ]
 
   ad.primitive_jvps[whole] = jvp
   ad.primitive_jvps[start] = start_jvp
@@ -108,20 +118,50 @@ def define(
     leaves = operands[fixed:]
     return {"mode": np.int64(mode), **attributes(mode, *leaves, **params)}
 
+  def aliases(operands, fixed):
+    if not in_place:
+      return {}
+    return {i: i - fixed for i in range(fixed, operands)}
+
+  def on_host(backend, mode):
+    """The call of one handler."""
+
+    def lower(ctx, *operands, fixed, **params):
+      target = f"jfog_{backend}_{name}"
+      told = handler_attributes(mode, *ctx.avals_in, fixed=fixed, **params)
+      if mode is Mode.WHOLE:
+        rule = _compat.ordered_ffi_lowering(
+          target, aliases(len(operands), fixed)
+        )
+        return rule(ctx, *operands, **told)
+      number, weights, *room = ctx.avals_out
+      rule = _compat.ordered_ffi_lowering(target, {}, avals_out=[number, *room])
+      results = rule(ctx, *operands, **told)
+      nothing = mlir.ir_constant(np.zeros(weights.shape, weights.dtype))
+      return [results[0], nothing, *results[1:]]
+
+    return lower
+
+  def through_xla(stage):
+
+    def run(*operands, fixed, **params):
+      results = abstract_eval(*operands, fixed=fixed, **params)
+      return stage(on_gpus, results, operands[:fixed], operands[fixed:], params)
+
+    return mlir.lower_fun(run, multiple_results=True)
+
+  staged = on_gpus is None
   _register(
     whole,
-    name,
     abstract_eval,
-    functools.partial(handler_attributes, _Mode.WHOLE),
-    lambda operands, fixed, **params: (
-      {i: i - fixed for i in range(fixed, operands)} if in_place else {}
-    ),
+    mpi=on_host("mpi", Mode.WHOLE),
+    nccl=on_host("nccl", Mode.WHOLE) if staged else through_xla(_nccl.whole),
   )
   _register(
     start,
-    name,
     start_abstract_eval,
-    functools.partial(handler_attributes, _Mode.START),
+    mpi=on_host("mpi", Mode.START),
+    nccl=on_host("nccl", Mode.START) if staged else through_xla(_nccl.start),
   )
   return whole
 
@@ -134,14 +174,25 @@ def start_of(primitive: Primitive) -> tuple[Primitive, int]:
   return _start_of[primitive]
 
 
+# The rendition on GPUs, by the name of the operation; None: the host's.
+_on_gpus: dict[str, _nccl.OnGpus | None] = {}
+
+
+def finishing(primitive: Primitive, params: dict[str, Any]) -> Any:
+  """What of an operation is known where it is started, for `wait_p`."""
+  on_gpus = _on_gpus[primitive.name]
+  return () if on_gpus is None else on_gpus.static(**params)
+
+
+_lowerings: dict[Primitive, dict[str, Callable[..., Any]]] = {}
+
+
 def _register(
   primitive: Primitive,
-  target: str,
   abstract_eval: Callable[..., Sequence[jax.core.ShapedArray]],
-  attributes: Callable[..., dict[str, Any]] = lambda *operands, **params: {},
-  aliases: Callable[..., dict[int, int]] = lambda operands, **params: {},
+  **lowerings: Callable[..., Any],
 ) -> None:
-  """Gives a primitive the ordered effect, its eager form and its lowering."""
+  """Gives a primitive the ordered effect, its eager form and its lowerings."""
   primitive.multiple_results = True
   primitive.def_impl(
     lambda *operands, **params: _compiled(primitive, tuple(params.items()))(
@@ -154,15 +205,18 @@ def _register(
     return results, {_compat.communication_effect()}
 
   primitive.def_effectful_abstract_eval(effectful_abstract_eval)
+  _lowerings[primitive] = lowerings
   for platform, backend in _BACKENDS.items():
+    mlir.register_lowering(primitive, lowerings[backend], platform=platform)
 
-    def lower(ctx, *operands, _backend=backend, **params):
-      rule = _compat.ordered_ffi_lowering(
-        f"jfog_{_backend}_{target}", aliases(len(operands), **params)
-      )
-      return rule(ctx, *operands, **attributes(*ctx.avals_in, **params))
 
-    mlir.register_lowering(primitive, lower, platform=platform)
+def carry_by(backend: str, platform: str) -> None:
+  """Lets a backend carry all operations that are compiled for a platform.
+
+  For tests of a backend on a stand-in for its hardware.
+  """
+  for primitive, lowerings in _lowerings.items():
+    mlir.register_lowering(primitive, lowerings[backend], platform=platform)
 
 
 @functools.cache
@@ -225,10 +279,10 @@ def _start_batch(primitive, axis, operands, dims, *, fixed, **params):
       f"one operation for each of them; use the form that is not split."
     )
   moved, out = _move_batches(operands[fixed:], dims[fixed:], axis)
-  number, *room = primitive.bind(
+  number, weights, *room = primitive.bind(
     *operands[:fixed], *moved, fixed=fixed, **params
   )
-  return [number, *room], [None, *out(room)]
+  return [number, weights, *room], [None, None, *out(room)]
 
 
 def _move_batches(leaves, dims, axis):
@@ -267,8 +321,9 @@ def _map_batch(primitive, operands, dims, **params):
   return results, [0] * len(results)
 
 
-# Waiting for a started operation: the number, and the room for its results,
-# which they take.
+# Waiting for a started operation: its number, weights for what it has received,
+# and the room for its results, which they take. On GPUs the room holds the own
+# values, and the results are computed where they are waited for.
 
 wait_p = Primitive("wait")
 poll_p = Primitive("poll")
@@ -282,45 +337,85 @@ def _check_number(number):
     )
 
 
-def _wait_abstract_eval(number, *room, batch_axis):
-  del batch_axis
+def _wait_abstract_eval(number, weights, *room, **params):
+  del weights, params
   _check_number(number)
   return [jax.core.ShapedArray(x.shape, x.dtype) for x in room]
 
 
 def _wait_jvp(primals, tangents, **params):
-  return wait_p.bind(*primals, **params), list(tangents[1:])
+  return wait_p.bind(*primals, **params), list(tangents[2:])
 
 
-def _wait_batch(operands, dims, *, batch_axis):
-  number, *room = operands
+def _wait_batch(operands, dims, *, batch_axis, **params):
+  number, weights, *room = operands
   if dims[0] is not None:
     _check_number(number)
   # Back to where `_start_batch` has put the batches.
-  moved, out = _move_batches(room, dims[1:], batch_axis)
-  results = wait_p.bind(number, *moved, batch_axis=batch_axis)
+  moved, out = _move_batches(room, dims[2:], batch_axis)
+  results = wait_p.bind(
+    number, weights, *moved, batch_axis=batch_axis, **params
+  )
   return results, out(results)
 
 
-def _poll_abstract_eval(number):
+def _wait_on_host(target):
+
+  def lower(ctx, number, weights, *room, **params):
+    del weights, params
+    rule = _compat.ordered_ffi_lowering(
+      target,
+      {i + 1: i for i in range(len(room))},
+      avals_in=[ctx.avals_in[0], *ctx.avals_in[2:]],
+    )
+    return rule(ctx, number, *room)
+
+  return lower
+
+
+def _wait_on_gpus(ctx, *operands, operation, static, batch_axis):
+  on_gpus = _on_gpus[operation]
+  if on_gpus is None:
+    return _wait_on_host("jfog_nccl_staged_wait")(ctx, *operands)
+
+  def run(number, weights, *room):
+    return _nccl.wait(on_gpus, number, weights, room, static)
+
+  return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+
+def _poll_abstract_eval(number, **params):
+  del params
   _check_number(number)
   return [jax.core.ShapedArray((), jnp.bool_)]
 
 
+def _poll_by(backend):
+
+  def lower(ctx, number, operation):
+    staged = backend == "nccl" and _on_gpus[operation] is None
+    target = f"jfog_{backend}_{'staged_' if staged else ''}poll"
+    return _compat.ordered_ffi_lowering(target, {})(ctx, number)
+
+  return lower
+
+
 _register(
   wait_p,
-  "wait",
   _wait_abstract_eval,
-  aliases=lambda operands, batch_axis: {i: i - 1 for i in range(1, operands)},
+  mpi=_wait_on_host("jfog_mpi_wait"),
+  nccl=_wait_on_gpus,
 )
 ad.primitive_jvps[wait_p] = _wait_jvp
 batching.primitive_batchers[wait_p] = _wait_batch
-_register(poll_p, "poll", _poll_abstract_eval)
-ad.primitive_jvps[poll_p] = lambda primals, tangents: (
-  ended := poll_p.bind(*primals),
+_register(
+  poll_p, _poll_abstract_eval, mpi=_poll_by("mpi"), nccl=_poll_by("nccl")
+)
+ad.primitive_jvps[poll_p] = lambda primals, tangents, **params: (
+  ended := poll_p.bind(*primals, **params),
   [zero_tangent(ended[0])],
 )
-batching.primitive_batchers[poll_p] = lambda operands, dims: (
-  poll_p.bind(*operands),
+batching.primitive_batchers[poll_p] = lambda operands, dims, **params: (
+  poll_p.bind(*operands, **params),
   [None],
 )

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog.primitives import _graphs, _leaves, _mesh
+from jfog.primitives import _graphs, _mesh, _weighted_sum
 from jfog.primitives._permutations import permutations
 from jfog.runtime import Communicator
 from jfog.topology import Topology
-
-# A sum over more slots than this is a loop in the program.
-_UNROLLED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +155,9 @@ def send(
     edges &= weights.chosen[:, None]
   values = _pack(spec, leaves, associated_p(spec, state))
   # A summand is rounded with the sum, and what overwrites before it travels.
-  dtypes = [_sum_dtype(x) if accumulate else x.dtype for x in values]
+  dtypes = [
+    _weighted_sum.sum_dtype(x) if accumulate else x.dtype for x in values
+  ]
   messages = _fetch(spec, edges, values, dtypes, weights.values)
   return _arrive(spec, state, messages, edges, accumulate)
 
@@ -170,7 +169,7 @@ def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
     edges &= weights.chosen
   row = weights.values[_own_sources(spec)]
   fetched = _fetch(spec, edges, state.exposed, [x.dtype for x in state.exposed])
-  messages = [_times(row, x).astype(x.dtype) for x in fetched]
+  messages = [_weighted_sum.times(row, x).astype(x.dtype) for x in fetched]
   return _arrive(spec, state, messages, edges, accumulate=False)
 
 
@@ -200,10 +199,15 @@ def update(
     difference = jnp.asarray(_graphs.difference_rows(spec.topology))[rank]
   values = [_mesh.varying(x, spec.comm) for x in leaves]
   values = _pack(spec, values, associated_p(spec, state))
-  results = _combine(values, state.slots, self_weight, row, reads, difference)
+  results = _weighted_sum.combine(
+    values, state.slots, self_weight, row, reads, difference
+  )
   slots = state.slots
   if reset:
-    slots = [jnp.where(_along(reads, x), jnp.zeros_like(x), x) for x in slots]
+    slots = [
+      jnp.where(_weighted_sum.along(reads, x), jnp.zeros_like(x), x)
+      for x in slots
+    ]
   versions = jnp.where(reads, 0, state.versions)
   exposed = results if expose else state.exposed
   state = State(exposed, slots, versions, state.pending)
@@ -301,7 +305,7 @@ def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
     if row is None:
       return leaves
     return [
-      _times(weight, x).astype(dtype)
+      _weighted_sum.times(weight, x).astype(dtype)
       for x, dtype in zip(leaves, dtypes, strict=True)
     ]
 
@@ -399,60 +403,7 @@ def _advance(pending: Pending, period: int) -> Pending:
 def _write(old, message, there, adds) -> jax.Array:
   """`old` with the message written, or where it `adds` added, `there`."""
   total = old.astype(message.dtype) + message
-  new = jnp.where(_along(adds, total), total, message).astype(old.dtype)
-  return jnp.where(_along(there, new), new, old)
-
-
-def _combine(values, slots, self_weight, row, reads, difference):
-  """`self_weight x + sum_k row[k] slots[k]` over the slots that are read.
-
-  Where it is to be a `difference`, `x + sum_k row[k] (slots[k] - x)`.
-  """
-  own = [x.astype(_sum_dtype(x)) for x in values]
-  minus = [jnp.where(difference, x, jnp.zeros_like(x)) for x in own]
-
-  def first(x):
-    # A weight of zero leaves no trace of the value.
-    kept = jnp.where(self_weight == 0, _mesh.nothing(x), _times(self_weight, x))
-    return jnp.where(difference, x, kept)
-
-  def add(totals, slot):
-    values, weight, read = slot
-    terms = [
-      _times(weight, value.astype(x.dtype) - x)
-      for value, x in zip(values, minus, strict=True)
-    ]
-    return [
-      total + jnp.where(read, term, _mesh.nothing(term))
-      for total, term in zip(totals, terms, strict=True)
-    ], None
-
-  totals, _ = lax.scan(
-    add,
-    [first(x) for x in own],
-    (slots, row, reads),
-    unroll=max(1, min(len(reads), _UNROLLED)),
+  new = jnp.where(_weighted_sum.along(adds, total), total, message).astype(
+    old.dtype
   )
-  return _leaves.like(totals, values)
-
-
-def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """The product in the dtype in which `x` is summed; 1 returns the bits.
-
-  Several weights are those of the entries along axis 0.
-  """
-  x = x.astype(_sum_dtype(x))
-  if jnp.issubdtype(x.dtype, jnp.complexfloating):
-    weight = _along(weight, x).astype(jnp.finfo(x.dtype).dtype)
-    return lax.complex(weight * x.real, weight * x.imag)
-  return _along(weight, x).astype(x.dtype) * x
-
-
-def _sum_dtype(x: jax.Array) -> np.dtype:
-  return _leaves.accumulation_dtype(x.dtype)
-
-
-def _along(values: Any, x: jax.Array) -> jax.Array:
-  """`values` of the first axes of `x`, to be broadcast along the others."""
-  values = jnp.asarray(values)
-  return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+  return jnp.where(_weighted_sum.along(there, new), new, old)
