@@ -9,7 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
-from jfog import launch
+from jfog import launch, runtime
+from jfog.runtime import _devices
 
 _EXCHANGE = """
 import jax.numpy as jnp, jfog
@@ -69,10 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(options: argparse.Namespace) -> int:
   """Prints what jfog finds here; 1 if it was built with MPI and that fails."""
   del options
+  # JAX in this process must leave the ranks' exchange some memory of a GPU.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   _row("python", sys.version.split()[0])
   for name in ("jfog", "jax", "jaxlib", "numpy", "optax"):
     _row(name, _version(name))
-  _row("devices", _devices())
+  _row("devices", _jax_devices())
+  _row("GPUs", _gpus())
+  _row("NCCL", _nccl())
   try:
     mpi = launch.installed_mpi()
   except RuntimeError as error:
@@ -96,13 +101,28 @@ def _version(name: str) -> str:
     return "not installed"
 
 
-def _devices() -> str:
+def _jax_devices() -> str:
   import jax
 
   try:
     return ", ".join(str(device) for device in jax.devices())
   except RuntimeError as error:
     return f"none: {error}"
+
+
+def _gpus() -> str:
+  found = _devices.gpus()
+  if not found.names:
+    return f"none: {found.reason}"
+  return f"{len(found.names)}: {', '.join(found.names)}"
+
+
+def _nccl() -> str:
+  try:
+    version, path = runtime.nccl_library()
+  except RuntimeError as error:
+    return f"none: {error}"
+  return f"{version} ({path})"
 
 
 def _exchange_problem() -> str:

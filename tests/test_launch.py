@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jfog import launch
+from jfog import cli, launch, runtime
+from jfog.runtime import _devices
 
 DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
 ENDS_WITHIN = 10.0  # the promise about a job in which a rank died
@@ -403,3 +404,48 @@ def test_command_jfog_runs_a_job():
   done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60)
   assert done.returncode == 2
   assert "-np must be at least 1, got 0." in done.stderr
+
+
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+  """A function that returns the rows of `jfog doctor`, without an exchange."""
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  monkeypatch.setattr(cli, "_exchange_problem", lambda: "")
+
+  def rows(gpus, nccl_library):
+    monkeypatch.setattr(_devices, "gpus", lambda: gpus)
+    monkeypatch.setattr(runtime, "nccl_library", nccl_library)
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:10].strip(): line[10:] for line in lines}
+
+  return rows
+
+
+def test_doctor_names_the_gpus_and_nccl(doctor):
+  gpus = _devices.Gpus(("NVIDIA H200", "NVIDIA A10"))
+  rows = doctor(gpus, lambda: ("2.28.3", "/lib/libnccl.so.2"))
+  assert rows["GPUs"] == "2: NVIDIA H200, NVIDIA A10"
+  assert rows["NCCL"] == "2.28.3 (/lib/libnccl.so.2)"
+
+
+def test_doctor_says_why_there_are_no_gpus_and_no_nccl(doctor):
+  def missing():
+    raise RuntimeError("libnccl.so.2 is not here.")
+
+  rows = doctor(_devices.Gpus(reason="the CUDA driver finds no GPU"), missing)
+  assert rows["GPUs"] == "none: the CUDA driver finds no GPU"
+  assert rows["NCCL"] == "none: libnccl.so.2 is not here."
+
+
+def test_doctor_does_well_without_gpus():
+  """Whatever the reasons are here, they are rows and no errors."""
+  words = [sys.executable, "-m", "jfog.cli", "doctor"]
+  environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    words, stdout=subprocess.PIPE, text=True, timeout=120, env=environ
+  )
+  rows = {line[:10].strip(): line[10:] for line in done.stdout.splitlines()}
+  assert done.returncode == 0
+  assert rows["GPUs"] == "none: JAX uses other platforms only (cpu)"
+  assert rows["NCCL"]
