@@ -8,9 +8,10 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from jfog import runtime
 from jfog.optimizers import Compressor, message_bytes
 from jfog.primitives import allreduce, varying
-from jfog.runtime import Communicator, MpiCommunicator, mpi, resolve
+from jfog.runtime import Communicator, MpiCommunicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
 
 
@@ -337,7 +338,7 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
     }
   # What is still running has not been counted.
   jax.effects_barrier()
-  *columns, (operations, agreements) = mpi().counters(_context(comm))
+  *columns, (operations, agreements) = runtime.counters(_of_processes(comm))
   names = ("bytes_sent", "bytes_received", "messages_sent")
   totals = {
     name: sum(column) for name, column in zip(names, columns, strict=True)
@@ -371,16 +372,16 @@ def reset_counters(*, comm: Communicator | None = None) -> None:
   if comm.backend == "single":
     return
   jax.effects_barrier()
-  mpi().reset_counters(_context(comm))
+  runtime.reset_counters(_of_processes(comm))
 
 
-def _context(comm: Communicator) -> int:
+def _of_processes(comm: Communicator) -> MpiCommunicator:
   if not isinstance(comm, MpiCommunicator):
     raise ValueError(
       "a mesh has no counters, because XLA moves its data; use "
       "jfog.diagnostics.bytes_per_step."
     )
-  return comm.context
+  return comm
 
 
 def _widen(x: Any) -> jax.Array:

@@ -5,10 +5,15 @@ devices, in a world of one, and on MPI with several numbers of ranks. Its MPI
 forms, `[mpi-3]` and so on, are run by one job for each number of ranks; every
 form is reported by its own name. The jobs run one after the other, beside the
 tests that need this process only. Tests that start jobs of their own come last.
+
+With `--backend nccl` the MPI forms alone run, by NCCL on GPUs; where there is no
+GPU one line says that they did not. With `--backend emulated` they run by jfog's
+NCCL handlers on the emulation of NCCL and the CUDA driver in tests/emulation.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,6 +34,7 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != _ROOT]
 _RANKS = int(os.environ.get("JFOG_TEST_RANKS", "0"))  # inside of a job
 _RESULTS = os.environ.get("JFOG_TEST_RESULTS", "")
 _PROGRAMS = os.environ.get("JFOG_TEST_PROGRAMS", "")  # where they lie compiled
+_BACKEND = os.environ.get("JFOG_TEST_BACKEND", "mpi")
 _RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", ""))
 _DEVICES = 4
 # LLVM's optimisations are not what is tested, and take long.
@@ -43,6 +49,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import compilation  # noqa: E402  (after XLA_FLAGS)
+import emulated  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
@@ -50,6 +57,7 @@ from jax.sharding import Mesh  # noqa: E402
 import jfog  # noqa: E402
 import jfog.launch  # noqa: E402
 import jfog.runtime  # noqa: E402
+import jfog.runtime._devices  # noqa: E402
 
 PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
 TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
@@ -115,6 +123,10 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     _PROGRAMS = folder.name
+    if config.getoption("--backend") == "emulated":
+      emulated.build(_PROGRAMS)
+  elif _BACKEND == "emulated":
+    emulated.carry_jfog(emulated.build(_PROGRAMS))
   compilation.share(_PROGRAMS)
   config.addinivalue_line(
     "markers", "places(*names): run in these places or kinds of places only"
@@ -128,12 +140,22 @@ def pytest_configure(config):
     "those of soak if --soak is given",
   )
   config.addinivalue_line("markers", "soak: long; runs with --soak only")
+  config.addinivalue_line(
+    "markers",
+    "host(reason): of MPI itself, or of arrays on CPUs; not with --backend",
+  )
 
 
 def pytest_addoption(parser):
   """Declares the options."""
   parser.addoption(
     "--soak", action="store_true", help="run soak and stress tests at length"
+  )
+  parser.addoption(
+    "--backend",
+    choices=("mpi", "nccl", "emulated"),
+    default="mpi",
+    help="who carries the ranked tests: MPI, NCCL, or the emulation of NCCL",
   )
 
 
@@ -165,7 +187,11 @@ def _open_world(size: int, local_size: int) -> None:
   if local_size != _opened_local_size:
     jfog.shutdown()
     _opened_local_size = local_size
-  world = jfog.init(timeout=60, local_size=local_size or None)
+  world = jfog.init(
+    backend="mpi" if _BACKEND == "mpi" else "nccl",
+    timeout=60,
+    local_size=local_size or None,
+  )
   assert world.size == _RANKS == size
 
 
@@ -251,11 +277,35 @@ def _mpi_size(item) -> int | None:
 
 def pytest_collection_modifyitems(config, items):
   """Orders tests by whom they need, and leaves soak tests to `--soak`."""
+  backend = config.getoption("--backend")
+  if backend != "mpi" and not _RANKS:
+    others = [item for item in items if _mpi_size(item) is None]
+    items[:] = [item for item in items if _mpi_size(item) is not None]
+    config.hook.pytest_deselected(items=others)
+    for item in items:
+      if marker := item.get_closest_marker("host"):
+        item.add_marker(pytest.mark.skip(reason=marker.args[0]))
+      elif backend == "nccl" and _no_gpu():
+        item.add_marker(pytest.mark.skip(reason=_no_gpu()))
   for item in items:
     if item.get_closest_marker("soak") and not config.getoption("--soak"):
       item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
   if not _RANKS:
     items.sort(key=_turn)
+
+
+@functools.cache
+def _no_gpu() -> str:
+  """Why there is no GPU; "" if there is one."""
+  return jfog.runtime._devices.gpus().reason
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Says that tests with a GPU did not run, if they did not."""
+  if not _RANKS and config.getoption("--backend") == "nccl" and _no_gpu():
+    terminalreporter.write_line(
+      f"NOTE: no test ran by NCCL, for there is no GPU: {_no_gpu()}"
+    )
 
 
 def _turn(item) -> int:
@@ -278,13 +328,14 @@ def pytest_runtestloop(session):
   if session.config.option.collectonly or not jfog.runtime.build().MPI_FAMILY:
     return
   soak = session.config.getoption("--soak")
+  backend = session.config.getoption("--backend")
   for size in sorted(_nodeids):
     _jobs[size] = concurrent.futures.Future()
 
   def run():
     for size, job in _jobs.items():
       try:
-        job.set_result(_run_job(size, _nodeids[size], soak))
+        job.set_result(_run_job(size, _nodeids[size], soak, backend))
       except BaseException as error:  # told to whom it concerns
         job.set_exception(error)
 
@@ -328,7 +379,7 @@ def _machines(nodeid: str) -> str:
   return found[1] if found else ""
 
 
-def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
+def _run_job(size: int, nodeids: list[str], soak: bool, backend: str) -> _Job:
   """Runs the tests on `size` ranks and collects their reports."""
   with tempfile.TemporaryDirectory() as folder:
     arguments = pathlib.Path(folder) / "tests"
@@ -339,6 +390,7 @@ def _run_job(size: int, nodeids: list[str], soak: bool) -> _Job:
       "JFOG_TEST_RANKS": str(size),
       "JFOG_TEST_RESULTS": folder,
       "JFOG_TEST_PROGRAMS": _PROGRAMS,
+      "JFOG_TEST_BACKEND": backend,
     }
     environment.pop("XLA_FLAGS", None)
     command = [

@@ -72,9 +72,8 @@ def define(
     number = jax.core.ShapedArray((), jnp.uint32)
     weights = jax.core.ShapedArray((0,), jnp.float32)
     if on_gpus is not None:
-      like = jax.eval_shape(
-        lambda *fixed: on_gpus.weigh(fixed, **params), *operands[:fixed]
-      )
+      weigh = functools.partial(on_gpus.weigh, **params)
+      like = jax.eval_shape(lambda *fixed: weigh(fixed), *operands[:fixed])
       weights = jax.core.ShapedArray(like.shape, like.dtype)
     results = abstract_eval(*operands, fixed=fixed, **params)
     return [number, weights, *results]

@@ -87,7 +87,7 @@ def check_delay(delay: Any, comm: Communicator) -> Any:
   """
   if delay is None:
     return None
-  if comm.backend == "mpi":
+  if comm.backend in ("mpi", "nccl"):
     raise ValueError(
       "win_create: delay is for a mesh and for simulation; between processes a "
       "message takes the time that it takes, so leave it out."

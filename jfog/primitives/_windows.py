@@ -694,7 +694,7 @@ def win_mutex(
       raise TypeError(f"win_mutex: {rank!r} in ranks is no rank; pass ints.")
     if not 0 <= rank < size:
       raise ValueError(f"win_mutex: {rank} in ranks is no rank of {size}.")
-  if spec.comm.backend != "mpi":
+  if spec.comm.backend not in ("mpi", "nccl"):
     yield
     return
   taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})

@@ -1,8 +1,12 @@
-"""The native module and what this installation was built with."""
+"""The native modules and what this installation was built with."""
 
 import functools
+import importlib.util
+import pathlib
 import pkgutil
 import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -49,6 +53,97 @@ def mpi():
   for name, handler in _mpi.registrations().items():
     jax.ffi.register_ffi_target(name, handler, platform="cpu")
   return _mpi
+
+
+@functools.cache
+def nccl():
+  """The extension `jfog._nccl`, with its handlers registered with XLA.
+
+  Opens the CUDA driver, and the NCCL that this process has loaded already, or
+  else that of NVIDIA's wheel, or else the system's.
+
+  Raises:
+    RuntimeError: if one of them is missing, too old or incomplete, or jfog was
+      built without the extension.
+  """
+  module = open_nccl(_nccl_path())
+  register_nccl(module, "CUDA")
+  return module
+
+
+def nccl_library() -> tuple[str, str]:
+  """The version of NCCL that `nccl` would use, and the file that it lies in.
+
+  Needs no GPU.
+
+  Raises:
+    RuntimeError: as `nccl` does, the CUDA driver aside.
+  """
+  module = _nccl_extension()
+  module.open_nccl(_nccl_path())
+  major, rest = divmod(module.version(), 10_000)
+  return f"{major}.{rest // 100}.{rest % 100}", module.path()
+
+
+def open_nccl(path: str, driver: str = ""):
+  """The extension `jfog._nccl` with the libraries at these paths open."""
+  module = _nccl_extension()
+  module.open_cuda(driver)
+  module.open_nccl(path)
+  return module
+
+
+def register_nccl(
+  module: Any,
+  platform: str,
+  wrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda targets: targets,
+) -> None:
+  """Registers the handlers of `jfog._nccl` with XLA's platform.
+
+  Windows, and what is waited for of them, run on the host's handlers.
+  """
+  for name, registration in module.types().items():
+    jax.ffi.register_ffi_type(name, registration, platform=platform)
+  host = {
+    name.removeprefix("jfog_mpi_"): handler
+    for name, handler in mpi().registrations().items()
+  }
+  staged = {name: host[name] for name in host if name.startswith("win_")}
+  staged |= {f"staged_{name}": host[name] for name in ("wait", "poll")}
+  targets = {**module.registrations(), **module.staged(staged)}
+  for name, stages in wrap(targets).items():
+    jax.ffi.register_ffi_target(name, stages, platform=platform)
+
+
+def _nccl_extension():
+  if not build().MPI_FAMILY:
+    raise RuntimeError(
+      "this jfog was installed without its native part, because the build found "
+      "no C++ compiler or no MPI; reinstall it where both are there."
+    )
+  try:
+    from jfog import _nccl
+  except ImportError as error:
+    raise RuntimeError(
+      f"jfog's NCCL extension does not load: {error}. Reinstall jfog in this "
+      f"environment."
+    ) from error
+  return _nccl
+
+
+def _nccl_path() -> str:
+  """The library to open; "" for the one that is loaded, or the system's."""
+  if "libnccl.so" in pathlib.Path("/proc/self/maps").read_text():
+    return ""
+  try:
+    wheel = importlib.util.find_spec("nvidia.nccl")
+  except ImportError:
+    return ""
+  for folder in wheel.submodule_search_locations or () if wheel else ():
+    library = pathlib.Path(folder) / "lib" / "libnccl.so.2"
+    if library.exists():
+      return str(library)
+  return ""
 
 
 def _check_library(built: str, loaded: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jfog.runtime import _native
+from jfog.runtime import _devices, _native
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -44,11 +44,12 @@ class MpiCommunicator(Communicator):
   machines_part: Communicator | None = dataclasses.field(
     default=None, repr=False
   )
+  carrier: str = "mpi"
 
   @property
   def backend(self) -> str:
-    """`"mpi"`."""
-    return "mpi"
+    """`"nccl"` if this rank uses a GPU, else `"mpi"`."""
+    return self.carrier
 
   @property
   def local(self) -> Communicator:
@@ -120,8 +121,11 @@ def init(
   world there is.
 
   Args:
-    backend: `"mpi"`, or `"single"` for a world of one; by default what the
-      process was launched as. `"nccl"` is not part of this version.
+    backend: `"mpi"` or `"nccl"`, for arrays on CPUs or GPUs, equal on all ranks;
+      or `"single"` for a world of one. By default what the process was launched
+      as, with NCCL where JAX has GPUs. With NCCL every rank is given a GPU of its
+      machine, if there are enough, before JAX starts to use them, so call this
+      before other things of JAX. Operations on CPU arrays go by MPI in any case.
     comm: a communicator of mpi4py whose ranks are to be the world instead.
     local_size: makes consecutive ranks into pretended machines of that many
       ranks. By default machines are those that share memory; the environment
@@ -136,8 +140,9 @@ def init(
     ValueError: for a bad argument, a `local_size` that does not divide the
       number of ranks, or arguments that differ from those of the first call.
     RuntimeError: if the job was launched as N ranks and MPI sees another
-      number, if jfog was built without MPI but the job has several ranks, or if
-      MPI runs without full thread support.
+      number, if jfog was built without MPI but the job has several ranks, if
+      MPI runs without full thread support; or with NCCL, if there is no GPU or no
+      NCCL from 2.18 on, or it cannot connect the ranks in time.
 
   Example:
     >>> import jfog
@@ -160,17 +165,15 @@ def init(
       )
     return _world
   local_size = _check_arguments(backend, local_size, timeout)
-  if backend == "nccl":
-    raise ValueError("backend='nccl' is not part of this version; use 'mpi'.")
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _launched_size()
   if (
-    backend == "mpi"
+    backend in ("mpi", "nccl")
     or comm is not None
     or (backend is None and launched is not None)
   ):
-    world = _mpi_world(comm, launched, local_size, float(timeout))
+    world = _mpi_world(backend, comm, launched, local_size, float(timeout))
   else:
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
@@ -204,6 +207,8 @@ def shutdown() -> None:
     for part in parts:
       if isinstance(part, MpiCommunicator):
         forgotten += _native.mpi().close(part.context)
+        if part.backend == "nccl":
+          forgotten += _native.nccl().close(part.context)
     if forgotten:
       warnings.warn(
         f"{forgotten} operations were started and never waited on.",
@@ -351,7 +356,26 @@ def _launched_size() -> int | None:
   return 0 if any(name in os.environ for name in _LAUNCHED) else None
 
 
-def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
+def counters(comm: MpiCommunicator) -> list[list[int]]:
+  """What the native side has counted; see `jfog.diagnostics.counters`."""
+  counted = _native.mpi().counters(comm.context)
+  if comm.backend == "nccl":
+    on_gpus = _native.nccl().counters(comm.context)
+    counted = [
+      [a + b for a, b in zip(*columns, strict=True)]
+      for columns in zip(counted, on_gpus, strict=True)
+    ]
+  return counted
+
+
+def reset_counters(comm: MpiCommunicator) -> None:
+  """Sets them to zero."""
+  _native.mpi().reset_counters(comm.context)
+  if comm.backend == "nccl":
+    _native.nccl().reset_counters(comm.context)
+
+
+def _mpi_world(backend, comm, launched, local_size, timeout) -> MpiCommunicator:
   """Starts MPI and opens the world on it."""
   native = _native.mpi()
   # Open MPI reads its parameters at its start. Messages up to this size leave
@@ -371,8 +395,11 @@ def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
     )
   _install_hooks()
   rank, size = native.rank(context), native.size(context)
+  leaders = native.machines(context)
+  device = None
+  if backend != "mpi":
+    device = _take_gpu(backend, context, rank, leaders)
   if local_size is None:
-    leaders = native.machines(context)
     order = sorted(set(leaders))
     machine_of = tuple(order.index(leader) for leader in leaders)
   else:
@@ -382,13 +409,61 @@ def _mpi_world(comm, launched, local_size, timeout) -> MpiCommunicator:
         f"world; take a divisor."
       )
     machine_of = tuple(r // local_size for r in range(size))
-  return _with_parts(native, context, rank, size, machine_of, timeout)
+  return _with_parts(native, context, rank, size, machine_of, timeout, device)
+
+
+def _take_gpu(
+  backend: str | None, context: int, rank: int, leaders: Sequence[int]
+) -> int | None:
+  """Places this rank on a GPU and opens NCCL; returns CUDA's number of it.
+
+  None if no rank has a GPU and no `backend` was asked for. Collective: what
+  ranks find differs.
+  """
+  found = _devices.gpus()
+  count = len(found.names)
+  counts = [int(text) for text in _gathered(context, f"{count:8d}")]
+  if backend is None and not any(counts):
+    return None
+  if not all(counts):
+    without = [i for i, each in enumerate(counts) if not each]
+    raise RuntimeError(
+      f"backend='nccl' needs a GPU on every rank, and the ranks {without} have "
+      f"none{': ' + found.reason if found.reason else ''}. Use backend='mpi', "
+      f"for arrays on CPUs."
+    )
+  machine = [i for i, leader in enumerate(leaders) if leader == leaders[rank]]
+  place = machine.index(rank)
+  mine = _devices.identity(_devices.chosen(place, count)).hex()
+  identities = _gathered(context, mine)
+  sharing = identities.count(mine)
+  placement = _devices.place(place, len(machine), count, sharing=sharing)
+  _devices.separate_hosts(placement, rank, _native.nccl().version())
+  return placement.index
+
+
+def _gathered(context: int, text: str) -> list[str]:
+  """The equally long texts of all ranks."""
+  texts = _native.mpi().gather(context, text.encode())
+  return [each.decode() for each in texts]
+
+
+def _open_nccl(context: int, device: int, timeout: float) -> None:
+  """Connects the ranks of a communicator by NCCL. Collective."""
+  mpi, nccl = _native.mpi(), _native.nccl()
+  rank, size = mpi.rank(context), mpi.size(context)
+  unique_id = nccl.unique_id() if rank == 0 else bytes(128)
+  (unique_id, *_) = mpi.gather(context, unique_id)
+  nccl.create(context, unique_id, rank, size, device, timeout)
 
 
 def _with_parts(
-  native, context, rank, size, machine_of: Sequence[int], timeout
+  native, context, rank, size, machine_of: Sequence[int], timeout, device=None
 ) -> MpiCommunicator:
-  """The world with its sub-communicators inside and across machines."""
+  """The world with its sub-communicators inside and across machines.
+
+  With the number of a `device` they are connected by NCCL, too.
+  """
   machines = max(machine_of) + 1
   mine = machine_of[rank]
   members = [r for r in range(size) if machine_of[r] == mine]
@@ -396,8 +471,10 @@ def _with_parts(
   def part(color, key, machine_of=()):
     made = native.split(context, color, key, timeout)
     return MpiCommunicator(
-      made, native.size(made), native.rank(made), machine_of
+      made, native.size(made), native.rank(made), machine_of, carrier=carrier
     )
+
+  carrier = "mpi" if device is None else "nccl"
 
   # A communicator of one rank needs no MPI. All others are apart from the world,
   # also where they have the same ranks: operations of two are in no order.
@@ -410,7 +487,14 @@ def _with_parts(
     local = Single()
   if machines == 1:
     machine_of = ()
-  return MpiCommunicator(context, size, rank, tuple(machine_of), local, across)
+  world = MpiCommunicator(
+    context, size, rank, tuple(machine_of), local, across, carrier
+  )
+  if device is not None:
+    for comm in (world, local, across):
+      if isinstance(comm, MpiCommunicator):
+        _open_nccl(comm.context, device, timeout)
+  return world
 
 
 def _check_launched_size(launched: int | None, size: int) -> None:
@@ -468,7 +552,8 @@ def _install_hooks() -> None:
 
 def _abandon(reason: str) -> None:
   """Fails all operations, and lets nobody wait for the peers at the end."""
-  _native.mpi().abandon(reason)
+  for module in _in_use():
+    module.abandon(reason)
   if _mpi4py_ends_mpi():
     from mpi4py import run  # it would call MPI_Finalize, which waits
 
@@ -482,4 +567,11 @@ def _finish() -> None:
   except Exception as error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _abandon(f"an operation failed at exit: {error}")
-  _native.mpi().finish()
+  for module in _in_use():
+    module.finish()
+
+
+def _in_use() -> list[Any]:
+  """The native modules of this process, the one that needs the other first."""
+  nccl = _native.nccl.cache_info().currsize > 0
+  return [*([_native.nccl()] if nccl else []), _native.mpi()]

@@ -42,6 +42,20 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("rank", &Rank, py::arg("context"));
   m.def("size", &Size, py::arg("context"));
   m.def("machines", &Machines, py::arg("context"), NoGil());
+  m.def(
+      "gather",
+      [](std::int64_t context, const py::bytes& text) {
+        std::vector<std::string> texts;
+        {
+          const std::string mine = text;
+          py::gil_scoped_release release;
+          texts = Gather(context, mine);
+        }
+        py::list all;
+        for (const std::string& each : texts) all.append(py::bytes(each));
+        return all;
+      },
+      py::arg("context"), py::arg("text"));
   m.def("close", &Close, py::arg("context"));
   m.def("abandon", &Abandon, py::arg("reason"));
   m.def("finish", &Finish, NoGil());

@@ -159,6 +159,45 @@ std::vector<int> Machines(std::int64_t context) {
   return leaders;
 }
 
+std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  const int length = static_cast<int>(text.size());
+  // Until the others have come, MPI may read and write these.
+  struct Buffers {
+    std::string mine, all;
+  };
+  auto buffers = std::make_unique<Buffers>();
+  buffers->mine = text;
+  buffers->all.resize(text.size() * comm->size());
+  MPI_Request request = MPI_REQUEST_NULL;
+  if (MPI_Iallgather(buffers->mine.data(), length, MPI_BYTE,
+                     buffers->all.data(), length, MPI_BYTE, comm->aside(),
+                     &request) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Iallgather failed");
+  }
+  const Clock::time_point begin = Clock::now();
+  int done = 0;
+  while (!done) {
+    if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+      throw std::runtime_error("jfog: MPI_Iallgather failed");
+    }
+    const std::chrono::duration<double> waited = Clock::now() - begin;
+    if (!done && waited.count() > comm->timeout()) {
+      buffers.release();  // NOLINT: MPI's for good
+      throw std::runtime_error(
+          "jfog: DEADLINE_EXCEEDED: rank " + std::to_string(comm->rank()) +
+          " has waited for the other ranks of " + std::to_string(comm->size()) +
+          " to make the communicator");
+    }
+    if (!done) sched_yield();
+  }
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < comm->size(); ++rank) {
+    texts.push_back(buffers->all.substr(rank * text.size(), text.size()));
+  }
+  return texts;
+}
+
 int Close(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Lookup(context);
   if (comm == nullptr) return 0;

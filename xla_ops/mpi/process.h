@@ -27,6 +27,10 @@ int Size(std::int64_t context);
 // For every rank, the lowest rank on its machine (sharing its memory).
 std::vector<int> Machines(std::int64_t context);
 
+// Collective: the equally long texts of all ranks, by rank. Throws
+// std::runtime_error if one does not come in time.
+std::vector<std::string> Gather(std::int64_t context, const std::string& text);
+
 // Ends the use of a communicator on this rank; returns how many of its
 // operations were started and not waited on.
 int Close(std::int64_t context);
