@@ -1,6 +1,7 @@
 """NCCL and CUDA without a GPU: builds tests/emulation and runs handlers on it."""
 
 import ctypes
+import functools
 import os
 import pathlib
 import shlex
@@ -9,6 +10,9 @@ import subprocess
 import tempfile
 
 import jax
+
+from jfog.primitives import _primitive
+from jfog.runtime import _native, _world
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SOURCES = _ROOT / "tests" / "emulation"
@@ -63,20 +67,23 @@ def compile_shared(library: pathlib.Path, sources) -> None:
 def _finish(commands) -> None:
   """Runs commands at the same time."""
   running = [
-    subprocess.Popen(
+    (
       command,
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
+      subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      ),
     )
     for command in commands
   ]
-  outputs = [process.communicate()[0] for process in running]
-  for process, output in zip(running, outputs, strict=True):
+  outputs = [process.communicate()[0] for _, process in running]
+  for (command, process), output in zip(running, outputs, strict=True):
     if process.returncode:
       raise RuntimeError(
-        f"the emulation does not build:\n{shlex.join(process.args)}\n{output}"
+        f"the emulation does not build:\n{shlex.join(command)}\n{output}"
       )
 
 
@@ -131,6 +138,28 @@ def wrap(library, registrations: dict) -> dict:
     return {**handler, "execute": _wrap(library, handler["execute"])}
 
   return {target: one(handler) for target, handler in registrations.items()}
+
+
+def carry_jfog(path) -> ctypes.CDLL:
+  """Lets this process's jfog take the emulation for NCCL and its CPU for a GPU.
+
+  All operations that are compiled for CPUs go by jfog's NCCL handlers from then
+  on, where the world's backend is `"nccl"`.
+
+  Args:
+    path: what `build` has returned.
+
+  Returns:
+    The emulation.
+  """
+  library = load(path)
+  module = _native.open_nccl(str(path), str(path))
+  _native.register_nccl(module, "cpu", lambda targets: wrap(library, targets))
+  _native.nccl = functools.cache(lambda: module)
+  _native.nccl()
+  _world._take_gpu = lambda backend, context, rank, leaders: 0
+  _primitive.carry_by("nccl", "cpu")
+  return library
 
 
 def _python(name: str, result, *arguments):

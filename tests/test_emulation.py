@@ -22,6 +22,7 @@ import ml_dtypes, numpy as np
 library, rank, size, ids = sys.argv[1:]
 rank, size, ids = int(rank), int(size), ids.split(",")
 lib = ctypes.CDLL(library)
+libc = ctypes.CDLL(None)
 pointer, integer, word = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 IN_PROGRESS, REMOTE, INVALID_ARGUMENT, INVALID_USAGE = 7, 6, 4, 5
 DTYPES = {
@@ -48,9 +49,9 @@ def call(name, *arguments, expect=0):
   code = getattr(lib, name)(*arguments)
   assert code == expect, (name, code)
 
-def make(function, *arguments):
+def make(function, *arguments, expect=0):
   made = pointer()
-  call(function, ctypes.byref(made), *arguments)
+  call(function, ctypes.byref(made), *arguments, expect=expect)
   return made
 
 call("cuCtxPushCurrent_v2", make("cuDevicePrimaryCtxRetain", 0))
@@ -205,8 +206,6 @@ for root in range(size):
 # Unwritten memory is not zero, and an event is passed when its stream is there.
 assert host(make("cuMemAlloc_v2", word(1)), np.zeros(1, np.uint8)) == 0xA5
 late = device(np.zeros(3, np.int32))
-os.environ["JFOG_EMULATION_DELAY_MS"] = "200"
-libc = ctypes.CDLL(None)
 libc.setenv(b"JFOG_EMULATION_DELAY_MS", b"200", 1)
 with group(comm):
   call("ncclAllReduce", late, late, word(3), DTYPES["int32"], 0, comm, stream)
@@ -218,12 +217,41 @@ call("cuStreamSynchronize", other)
 assert lib.cuEventQuery(event) == 0
 libc.unsetenv(b"JFOG_EMULATION_DELAY_MS")
 finish(comm)
-comm = communicator(ids[1], blocking=1)
+comm = communicator(ids[5], blocking=1)
 call("ncclCommDestroy", comm)
 assert lib.jfog_emulation_live(b"communicators") == 0
 """
 
 FAILS = """
+# Two ranks wait for a third that does not come.
+libc.setenv(b"JFOG_EMULATION_HANG_INIT", b"1", 1)
+config = Config(ctypes.sizeof(Config), 0xcafebeef, 21800, 0,
+                *[-2**31] * 3, None, -2**31)
+alone = make("ncclCommInitRankConfig", size, UniqueId(bytes.fromhex(ids[4])),
+             rank, ctypes.byref(config), expect=IN_PROGRESS)
+libc.unsetenv(b"JFOG_EMULATION_HANG_INIT")
+assert settle(alone, 0.2) == IN_PROGRESS
+begin = time.monotonic()
+call("ncclCommAbort", alone)
+assert time.monotonic() - begin < 1
+
+# Sizes that differ: with garbage, and then all is well again.
+libc.setenv(b"JFOG_EMULATION_MISMATCH", b"garbage", 1)
+comm = communicator(ids[1])
+for sizes in ((4, 6), (6, 4), (5, 5)):
+  of_mine, of_theirs = sizes[rank % 2], sizes[1 - rank % 2]
+  out = device(np.full(of_mine, rank, np.uint8))
+  into = device(np.full(of_mine, 99, np.uint8))
+  with group(comm):
+    if rank < 2:
+      send(out, of_mine, "uint8", 1 - rank, comm)
+      receive(into, of_mine, "uint8", 1 - rank, comm)
+  if rank < 2:
+    want = [1 - rank] * min(sizes) + [99] * (of_mine - min(sizes))
+    assert host(into, np.zeros(of_mine, np.uint8)).tolist() == want
+finish(comm)
+libc.unsetenv(b"JFOG_EMULATION_MISMATCH")
+
 # A receive of more than was sent, and of what nobody sends, hang until abort.
 comm = communicator(ids[2])
 small, large = device(np.zeros(4)), device(np.zeros(8))
@@ -373,7 +401,7 @@ def unique_id(library):
 
 def run(library, program, size):
   """Runs a program on ranks; returns their codes and their output."""
-  ids = ",".join(unique_id(library) for _ in range(4))
+  ids = ",".join(unique_id(library) for _ in range(6))
   command = [sys.executable, "-c", HEAD + textwrap.dedent(program)]
   ranks = [
     subprocess.Popen(

@@ -316,8 +316,9 @@ int Enter(const char* function) {
 
 void Fault(const std::string& text) {
   ++TheLedger().faults;
-  if (Setting("JFOG_EMULATION_STRICT", 1))
-    std::fprintf(stderr, "emulation: %s\n", text.c_str());
+  const long strict = Setting("JFOG_EMULATION_STRICT", 1);
+  if (strict) std::fprintf(stderr, "emulation: %s\n", text.c_str());
+  if (strict > 1) std::abort();
 }
 
 std::shared_ptr<Stream> Stream::Create() {

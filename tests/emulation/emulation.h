@@ -4,7 +4,8 @@
 // What production calls has NVIDIA's names and nccl/api.h's types. What tests
 // ask is at the end of cuda.cc; the environment variables are
 //
-//   JFOG_EMULATION_STRICT=0      say nothing about wrong calls (still counted)
+//   JFOG_EMULATION_STRICT=S      of wrong calls, which are counted in any case:
+//                                1 says which (default), 2 aborts, 0 nothing
 //   JFOG_EMULATION_VERSION=N     what ncclGetVersion says
 //   JFOG_EMULATION_DELAY_MS=N    each NCCL operation first sleeps
 //   JFOG_EMULATION_HANG_INIT=R   communicators of rank R never connect

@@ -152,8 +152,7 @@ void Mesh::Write(Link& link) {
   }
 }
 
-void Mesh::Read(Link& link) {
-  static const bool garbage = EndsWithGarbage();
+void Mesh::Read(Link& link, bool garbage) {
   char unwanted[4096];
   while (link.next_incoming < link.incoming.size() && !link.stuck) {
     Incoming& message = link.incoming[link.next_incoming];
@@ -210,6 +209,7 @@ bool Mesh::Move(const std::vector<Message>& sends,
   for (const Message& message : receives)
     At(message.peer, message.channel)
         .incoming.push_back({message.bytes, message.size, message.kind});
+  const bool garbage = EndsWithGarbage();
   std::vector<pollfd> polled;
   std::vector<Link*> links;
   while (!stop) {
@@ -239,7 +239,7 @@ bool Mesh::Move(const std::vector<Message>& sends,
         if (link.stuck) {
           link.lost |= (polled[i].revents & (POLLHUP | POLLERR)) != 0;
         } else {
-          Read(link);
+          Read(link, garbage);
         }
       }
       if (link.lost) lost = true;

@@ -73,7 +73,8 @@ class Mesh {
     return links_[static_cast<std::size_t>(peer * kChannels + channel)];
   }
   static void Write(Link& link);
-  static void Read(Link& link);
+  // With `garbage`, messages of unequal sizes end.
+  static void Read(Link& link, bool garbage);
 
   const std::string name_;
   const int rank_;

@@ -129,7 +129,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void Unclaim();
 
  private:
-  void Run(const std::vector<Operation>& operations, std::uint64_t turn);
+  void Run(const std::vector<Operation>& operations, std::uint64_t turn,
+           std::chrono::milliseconds delay);
   void Execute(const std::vector<Operation>& operations);
   bool CheckAll(const std::vector<Operation>& operations);
   std::vector<Range> Written(const Operation& operation) const;
@@ -161,9 +162,10 @@ Registry<Communicator>& Communicators() {
 }
 
 void Communicator::Start() {
-  connecting_ = std::thread([this] {
+  const bool hangs = Setting("JFOG_EMULATION_HANG_INIT", -1) == rank;
+  connecting_ = std::thread([this, hangs] {
     std::string failure;
-    if (Setting("JFOG_EMULATION_HANG_INIT", -1) == rank) {
+    if (hangs) {
       Hang();
     } else {
       failure = mesh_.Connect(stop_);
@@ -226,9 +228,10 @@ Result Communicator::Launch(std::vector<Operation> operations,
                             std::shared_ptr<Stream> stream) {
   std::lock_guard<std::mutex> lock(mutex_);
   const std::uint64_t turn = launched_++;
+  const std::chrono::milliseconds delay(Setting("JFOG_EMULATION_DELAY_MS", 0));
   auto enqueue = [self = shared_from_this(), stream = std::move(stream),
-                  operations = std::move(operations), turn] {
-    stream->Enqueue([self, operations, turn] { self->Run(operations, turn); });
+                  operations = std::move(operations), turn, delay] {
+    stream->Enqueue([=] { self->Run(operations, turn, delay); });
   };
   polls_ = blocking ? 0 : kPolls[groups_++ % std::size(kPolls)];
   if (!polls_) {
@@ -277,16 +280,12 @@ void Communicator::Hang() {
 
 // On the stream's thread.
 void Communicator::Run(const std::vector<Operation>& operations,
-                       std::uint64_t turn) {
+                       std::uint64_t turn, std::chrono::milliseconds delay) {
   bool runs;
   {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return stop_ || finished_ == turn; });
-    if (!stop_) {
-      const long delay = Setting("JFOG_EMULATION_DELAY_MS", 0);
-      changed_.wait_for(lock, std::chrono::milliseconds(delay),
-                        [this] { return stop_.load(); });
-    }
+    changed_.wait_for(lock, delay, [this] { return stop_.load(); });
     runs = !stop_;
     running_ |= runs;
   }
