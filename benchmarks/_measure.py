@@ -73,9 +73,9 @@ def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
   return _run(script, job, command, environment)
 
 
-def xla_job(script, ranks, job, processes):
+def xla_job(script, ranks, job, processes, environment=None):
   """The same without MPI: `ranks` devices in 1 or `ranks` processes."""
-  environment = {}
+  environment = {**(environment or {})}
   if processes == 1:
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={ranks}"
   else:

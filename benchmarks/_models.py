@@ -1,0 +1,185 @@
+"""A ResNet-50 and a small transformer in plain JAX, and steps that train them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+class Model(NamedTuple):
+  """What a training needs of a model; `units` are what a sample counts for."""
+
+  init: Callable[[jax.Array], Any]  # key -> parameters, float32
+  loss: Callable[[Any, Any], jax.Array]  # (parameters, batch) -> shape=()
+  batch: Callable[[jax.Array, int], Any]  # (key, samples) -> batch
+  unit: str
+  units: int
+
+
+def count(params):
+  """The number of parameters."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def train_step(loss, tx):
+  """A jitted step `(params, state, batch) -> (params, state, loss)`, in place."""
+
+  def step(params, state, batch):
+    value, gradient = jax.value_and_grad(loss)(params, batch)
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return jax.jit(step, donate_argnums=(0, 1))
+
+
+def resnet(
+  blocks=(3, 4, 6, 3), width=64, classes=1000, side=224, dtype=jnp.bfloat16
+):
+  """A ResNet, by default the one of 50 layers, that computes in `dtype`.
+
+  Normalization is by the batch at hand; running averages, which training does
+  not read, are left out. The stride of a block is in its 3x3 convolution.
+
+  Source: He et al. 2015, https://arxiv.org/abs/1512.03385, table 1.
+  """
+
+  def init(key):
+    keys = iter(jax.random.split(key, 4 * sum(blocks) + 2))
+
+    def convolution(side, inputs, outputs):
+      scale = math.sqrt(2 / (side * side * inputs))
+      kernel = jax.random.normal(next(keys), (side, side, inputs, outputs))
+      return {
+        "kernel": scale * kernel,
+        "scale": jnp.ones(outputs),
+        "bias": jnp.zeros(outputs),
+      }
+
+    params = {"stem": convolution(7, 3, width), "stages": []}
+    inputs = width
+    for stage, depth in enumerate(blocks):
+      inner, outputs = width * 2**stage, 4 * width * 2**stage
+      made = []
+      for block in range(depth):
+        made.append(
+          {
+            "narrow": convolution(1, inputs, inner),
+            "spatial": convolution(3, inner, inner),
+            "widen": convolution(1, inner, outputs),
+          }
+        )
+        if block == 0:
+          made[-1]["shortcut"] = convolution(1, inputs, outputs)
+        inputs = outputs
+      params["stages"].append(made)
+    head = jax.random.normal(next(keys), (inputs, classes))
+    params["head"] = {
+      "kernel": head / math.sqrt(inputs),
+      "bias": jnp.zeros(classes),
+    }
+    return params
+
+  def normalized(x, layer, stride=1):
+    x = lax.conv_general_dilated(
+      x,
+      layer["kernel"].astype(dtype),
+      (stride, stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ).astype(jnp.float32)
+    mean = x.mean((0, 1, 2))
+    variance = jnp.square(x - mean).mean((0, 1, 2))
+    x = (x - mean) * lax.rsqrt(variance + 1e-5)
+    return (x * layer["scale"] + layer["bias"]).astype(dtype)
+
+  def loss(params, batch):
+    images, labels = batch
+    x = jax.nn.relu(normalized(images.astype(dtype), params["stem"], 2))
+    window, strides = (1, 3, 3, 1), (1, 2, 2, 1)
+    x = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME")
+    for stage, made in enumerate(params["stages"]):
+      for block, layers in enumerate(made):
+        stride = 2 if stage > 0 and block == 0 else 1
+        y = jax.nn.relu(normalized(x, layers["narrow"]))
+        y = jax.nn.relu(normalized(y, layers["spatial"], stride))
+        y = normalized(y, layers["widen"])
+        if block == 0:
+          x = normalized(x, layers["shortcut"], stride)
+        x = jax.nn.relu(x + y)
+    x = x.astype(jnp.float32).mean((1, 2))
+    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
+    return _cross_entropy(logits, labels)
+
+  def batch(key, samples):
+    one, other = jax.random.split(key)
+    images = jax.random.normal(one, (samples, side, side, 3))
+    return images, jax.random.randint(other, (samples,), 0, classes)
+
+  return Model(init, loss, batch, "images", 1)
+
+
+def transformer(
+  layers=8, width=512, heads=8, length=512, words=8192, dtype=jnp.bfloat16
+):
+  """A decoder that predicts the next token, and computes in `dtype`.
+
+  Its layers are stacked, one array for each kind of weight.
+  """
+  size = {
+    "attention": (width, 3 * width),
+    "output": (width, width),
+    "up": (width, 4 * width),
+    "down": (4 * width, width),
+  }
+
+  def init(key):
+    keys = iter(jax.random.split(key, len(size) + 3))
+    stacked = {
+      name: jax.random.normal(next(keys), (layers, *shape))
+      / math.sqrt(shape[0])
+      for name, shape in size.items()
+    }
+    stacked["scales"] = jnp.ones((layers, 2, width))
+    return {
+      "words": 0.02 * jax.random.normal(next(keys), (words, width)),
+      "places": 0.02 * jax.random.normal(next(keys), (length, width)),
+      "layers": stacked,
+      "head": jax.random.normal(next(keys), (width, words)) / math.sqrt(width),
+    }
+
+  def norm(x, scale=1.0):
+    x = x.astype(jnp.float32)
+    mean = jnp.square(x).mean(-1, keepdims=True)
+    return (x * lax.rsqrt(mean + 1e-6) * scale).astype(dtype)
+
+  def layer(x, weights):
+    first, second = weights["scales"]
+    weights = {name: weights[name].astype(dtype) for name in size}
+    parts = (norm(x, first) @ weights["attention"]).reshape(
+      *x.shape[:2], 3, heads, width // heads
+    )
+    query, key, value = jnp.moveaxis(parts, 2, 0)
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    x = x + mixed.reshape(x.shape) @ weights["output"]
+    hidden = jax.nn.gelu(norm(x, second) @ weights["up"])
+    return x + hidden @ weights["down"], None
+
+  def loss(params, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    x = (params["words"][inputs] + params["places"]).astype(dtype)
+    x, _ = lax.scan(layer, x, params["layers"])
+    logits = norm(x) @ params["head"].astype(dtype)
+    return _cross_entropy(logits.astype(jnp.float32), targets)
+
+  def batch(key, samples):
+    return jax.random.randint(key, (samples, length + 1), 0, words)
+
+  return Model(init, loss, batch, "tokens", length)
+
+
+def _cross_entropy(logits, labels):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
