@@ -255,7 +255,11 @@ libc.unsetenv(b"JFOG_EMULATION_MISMATCH")
 # A receive of more than was sent, and of what nobody sends, hang until abort.
 comm = communicator(ids[2])
 small, large = device(np.zeros(4)), device(np.zeros(8))
+count = device(np.ones(1, np.int32))
+sync()
 with group(comm):
+  # What has ended of a group that hangs is there for another stream to see.
+  call("ncclAllReduce", count, count, word(1), DTYPES["int32"], 0, comm, stream)
   if rank == 0:
     send(small, 4, "float64", 1, comm)
   if rank == 1:
@@ -265,6 +269,9 @@ with group(comm):
 call("cuEventRecord", event, stream)
 time.sleep(0.3)
 assert lib.cuEventQuery(event) == (600 if rank else 0)
+own, stream = stream, make("cuStreamCreate", 1)
+assert host(count, np.zeros(1, np.int32)) == 3
+stream = own
 begin = time.monotonic()
 call("ncclCommAbort", comm)
 sync()

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 
 namespace jfog::emulation {
@@ -196,19 +197,33 @@ void Mesh::Read(Link& link, bool garbage) {
 
 bool Mesh::Move(const std::vector<Message>& sends,
                 const std::vector<Message>& receives,
+                const std::function<void(std::size_t)>& has_moved,
                 const std::atomic<bool>& stop, std::atomic<bool>& lost) {
   for (Link& link : links_) {
     link.outgoing.clear();
     link.incoming.clear();
     link.next_outgoing = link.next_incoming = 0;
   }
-  for (const Message& message : sends)
+  std::map<std::size_t, std::size_t> left;  // messages of an operation
+  for (const Message& message : sends) {
+    ++left[message.operation];
     At(message.peer, message.channel)
-        .outgoing.push_back(
-            {{message.size, message.kind, kMagic}, message.bytes});
-  for (const Message& message : receives)
+        .outgoing.push_back({{message.size, message.kind, kMagic},
+                             message.bytes,
+                             message.operation});
+  }
+  for (const Message& message : receives) {
+    ++left[message.operation];
     At(message.peer, message.channel)
-        .incoming.push_back({message.bytes, message.size, message.kind});
+        .incoming.push_back(
+            {message.bytes, message.size, message.kind, message.operation});
+  }
+  const auto count = [&](const auto& messages, std::size_t from,
+                         std::size_t to) {
+    for (; from < to; ++from)
+      if (!--left[messages[from].operation])
+        has_moved(messages[from].operation);
+  };
   const bool garbage = EndsWithGarbage();
   std::vector<pollfd> polled;
   std::vector<Link*> links;
@@ -232,6 +247,8 @@ bool Mesh::Move(const std::vector<Message>& sends,
     for (std::size_t i = 0; i < links.size(); ++i) {
       Link& link = *links[i];
       if (!polled[i].revents) continue;
+      const std::size_t sent = link.next_outgoing;
+      const std::size_t received = link.next_incoming;
       if (link.next_outgoing < link.outgoing.size()) Write(link);
       // Also where writing has failed: what the peer sent before it closed its
       // end is still there.
@@ -242,6 +259,8 @@ bool Mesh::Move(const std::vector<Message>& sends,
           Read(link, garbage);
         }
       }
+      count(link.outgoing, sent, link.next_outgoing);
+      count(link.incoming, received, link.next_incoming);
       if (link.lost) lost = true;
     }
   }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct Message {
   char* bytes;
   std::size_t size;
   std::uint32_t kind;  // the sender's and the receiver's are equal, or it hangs
+  std::size_t operation;
 };
 
 class Mesh {
@@ -32,11 +34,13 @@ class Mesh {
   std::string Connect(const std::atomic<bool>& stop);
 
   // Moves all messages concurrently; those of one pair and channel match in
-  // order. Returns once all have moved, or on `stop`, whether all have. A peer
-  // that has closed its end leaves `lost` true, and the call waits on.
+  // order. Tells when the last of an operation's has moved. Returns once all
+  // have, or on `stop`; true if all have. A peer that has closed its end leaves
+  // `lost` true, and the call waits on.
   bool Move(const std::vector<Message>& sends,
-            const std::vector<Message>& receives, const std::atomic<bool>& stop,
-            std::atomic<bool>& lost);
+            const std::vector<Message>& receives,
+            const std::function<void(std::size_t)>& has_moved,
+            const std::atomic<bool>& stop, std::atomic<bool>& lost);
 
  private:
   struct Frame {
@@ -47,12 +51,14 @@ class Mesh {
   struct Outgoing {
     Frame frame;
     const char* bytes;
+    std::size_t operation;
     std::size_t sent = 0;  // of the frame and the bytes
   };
   struct Incoming {
     char* bytes;
     std::size_t size;
     std::uint32_t kind;
+    std::size_t operation;
     std::size_t received = 0;
   };
   // One socket. What is half read stays here until the next call.

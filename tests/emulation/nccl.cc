@@ -132,6 +132,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void Run(const std::vector<Operation>& operations, std::uint64_t turn,
            std::chrono::milliseconds delay);
   void Execute(const std::vector<Operation>& operations);
+  void End(const Operation& operation, const std::vector<char>& parts);
   bool CheckAll(const std::vector<Operation>& operations);
   std::vector<Range> Written(const Operation& operation) const;
   std::vector<Range> ReadBy(const Operation& operation) const;
@@ -362,20 +363,20 @@ bool Communicator::CheckAll(const std::vector<Operation>& operations) {
 
 void Communicator::Execute(const std::vector<Operation>& operations) {
   std::vector<Message> sends, receives;
-  std::vector<std::vector<char>> parts;  // what reductions receive
+  // What reductions receive.
+  std::vector<std::vector<char>> parts(operations.size());
   std::vector<const Operation*> to_self, from_self;
-  for (const Operation& operation : operations) {
+  for (std::size_t i = 0; i < operations.size(); ++i) {
+    const Operation& operation = operations[i];
     const std::size_t bytes = operation.bytes();
+    const Channel channel =
+        operation.collective() ? kCollective : kPointToPoint;
     const std::uint32_t kind = operation.signature();
     const auto send = [&](int peer, const char* from) {
-      sends.push_back({peer,
-                       operation.collective() ? kCollective : kPointToPoint,
-                       const_cast<char*>(from), bytes, kind});
+      sends.push_back({peer, channel, const_cast<char*>(from), bytes, kind, i});
     };
     const auto receive = [&](int peer, char* to) {
-      receives.push_back({peer,
-                          operation.collective() ? kCollective : kPointToPoint,
-                          to, bytes, kind});
+      receives.push_back({peer, channel, to, bytes, kind, i});
     };
     switch (operation.kind) {
       case Kind::kSend:
@@ -401,9 +402,8 @@ void Communicator::Execute(const std::vector<Operation>& operations) {
           if (peer != rank) send(peer, operation.from);
         break;
       default:
-        parts.emplace_back();
         if (operation.kind != Kind::kAllGather)
-          parts.back().resize(bytes * static_cast<std::size_t>(size));
+          parts[i].resize(bytes * static_cast<std::size_t>(size));
         for (int peer = 0; peer < size; ++peer) {
           const std::size_t shift = bytes * static_cast<std::size_t>(peer);
           if (peer == rank) continue;
@@ -412,7 +412,7 @@ void Communicator::Execute(const std::vector<Operation>& operations) {
                          : operation.from);
           receive(peer, operation.kind == Kind::kAllGather
                             ? operation.to + shift
-                            : parts.back().data() + shift);
+                            : parts[i].data() + shift);
         }
     }
   }
@@ -422,31 +422,40 @@ void Communicator::Execute(const std::vector<Operation>& operations) {
     std::memcpy(from_self[i]->to, to_self[i]->from,
                 std::min(to_self[i]->bytes(), from_self[i]->bytes()));
   }
-  if (!mesh_.Move(sends, receives, stop_, lost_)) return;
-  if (!matched) return Hang();
+  // One operation may end while others of its group hang.
+  const auto end = [&](std::size_t i) { End(operations[i], parts[i]); };
+  if (size == 1)
+    for (std::size_t i = 0; i < operations.size(); ++i) end(i);
+  if (mesh_.Move(sends, receives, end, stop_, lost_) && !matched) Hang();
+}
 
-  // Everything has been sent: buffers in place may be written now.
-  auto part = parts.begin();
-  for (const Operation& operation : operations) {
-    const std::size_t bytes = operation.bytes();
-    const std::size_t own = bytes * static_cast<std::size_t>(rank);
-    if (operation.kind == Kind::kBroadcast && operation.peer == rank)
-      std::memmove(operation.to, operation.from, bytes);
-    if (!operation.collective() || operation.kind == Kind::kBroadcast) continue;
-    if (operation.kind == Kind::kAllGather) {
+// What is left to do once everything has been sent, so that buffers in place
+// may be written, and received.
+void Communicator::End(const Operation& operation,
+                       const std::vector<char>& parts) {
+  const std::size_t bytes = operation.bytes();
+  const std::size_t own = bytes * static_cast<std::size_t>(rank);
+  switch (operation.kind) {
+    case Kind::kSend:
+    case Kind::kRecv:
+      return;
+    case Kind::kBroadcast:
+      if (operation.peer == rank)
+        std::memmove(operation.to, operation.from, bytes);
+      return;
+    case Kind::kAllGather:
       std::memmove(operation.to + own, operation.from, bytes);
-    } else {
-      std::vector<const char*> inputs;
-      for (int peer = 0; peer < size; ++peer)
-        inputs.push_back(part->data() + bytes * static_cast<std::size_t>(peer));
-      const bool scatters = operation.kind == Kind::kReduceScatter;
-      inputs[static_cast<std::size_t>(rank)] =
-          operation.from + (scatters ? own : 0);
-      Reduce(operation.type, operation.reduction, operation.count, inputs,
-             operation.to);
-    }
-    ++part;
+      return;
+    default:
+      break;
   }
+  std::vector<const char*> inputs;
+  for (int peer = 0; peer < size; ++peer)
+    inputs.push_back(parts.data() + bytes * static_cast<std::size_t>(peer));
+  inputs[static_cast<std::size_t>(rank)] =
+      operation.from + (operation.kind == Kind::kReduceScatter ? own : 0);
+  Reduce(operation.type, operation.reduction, operation.count, inputs,
+         operation.to);
 }
 
 // What one thread's group holds of one communicator.
