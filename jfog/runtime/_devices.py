@@ -76,8 +76,8 @@ def gpus(library: str = _DRIVER, plugins: Sequence[str] | None = None) -> Gpus:
     platforms, it has no plugin for CUDA, or the driver has no GPU.
 
   Example:
-    >>> gpus(plugins=[]).reason
-    'JAX has no plugin for CUDA here; `pip install "jax[cuda13]"` brings it'
+    >>> gpus(plugins=["xla_tpu"]).names
+    ()
   """
   platforms = _config.jax_platforms
   if platforms and not {"cuda", "gpu"} & _words(platforms):
