@@ -11,6 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.skipif(
+  sys.platform != "linux" or not emulated.compiler(),
+  reason="the emulation needs Linux and a C++ compiler",
+)
 RANKS = 3
 DEADLINE = 60.0  # seconds; it takes a few
 
