@@ -35,7 +35,7 @@ def stage(folder, built, ranks=2, **environment):
 
   Args:
     folder: where the copy of the package is to be.
-    built: the directory with the extension and `_build.py`, in which a relative
+    built: the directory with the extensions and `_build.py`, in which a relative
       launcher is as seen from an installed jfog.
     ranks: the number of ranks that load it.
     **environment: variables of the ranks' environment.
@@ -45,8 +45,9 @@ def stage(folder, built, ranks=2, **environment):
   """
   package = pathlib.Path(folder) / "jfog"
   shutil.copytree(ROOT / "jfog", package)
-  (extension,) = pathlib.Path(built).glob("_mpi*.so")
-  shutil.copy(extension, package)
+  for name in ("_mpi", "_nccl"):
+    (extension,) = pathlib.Path(built).glob(f"{name}*.so")
+    shutil.copy(extension, package)
   build = (pathlib.Path(built) / "_build.py").read_text()
   installed = pathlib.Path(sysconfig.get_path("platlib"), "jfog")
   build += f"""

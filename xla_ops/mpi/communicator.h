@@ -5,7 +5,6 @@
 #include <mpi.h>
 
 #include <atomic>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -18,11 +17,10 @@
 #include <vector>
 
 #include "common/status.h"
+#include "common/text.h"
 #include "mpi/lanes.h"
 
 namespace jfog::mpi {
-
-using Clock = std::chrono::steady_clock;
 
 // What one rank says of the operation it is in; the first bytes of every
 // point-to-point exchange, so that ranks that disagree find out.
@@ -208,14 +206,6 @@ std::int64_t Register(std::shared_ptr<Communicator> comm);
 std::shared_ptr<Communicator> Lookup(std::int64_t context);
 void Unregister(std::int64_t context);
 void FailAll(const std::string& text);
-
-// Mixes a value into a running 64-bit hash (the finaliser of SplitMix64).
-inline std::uint64_t Mix(std::uint64_t hash, std::uint64_t value) {
-  std::uint64_t z = hash + 0x9e3779b97f4a7c15u + value;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
 
 // The text of an MPI return code.
 std::string ErrorText(int code);

@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "mpi/communicator.h"
+#include "common/text.h"
 
 namespace jfog::mpi {
 namespace {
 
 // Cache lines of a leaf are cache lines of the payload.
 constexpr std::size_t kAlignment = 64;
-constexpr std::size_t kDescribed = 3;
 
 std::size_t RoundUp(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -29,15 +28,9 @@ std::uint64_t Leaves::Signature() const {
 }
 
 std::string Leaves::Describe() const {
-  if (leaves.empty()) return "no leaves";
-  std::string text = std::to_string(size());
-  text += size() == 1 ? " leaf" : " leaves";
-  for (std::size_t i = 0; i < size() && i < kDescribed; ++i) {
-    text += std::string(", ") + NameOf(leaves[i].type) + " x " +
-            std::to_string(leaves[i].count);
-  }
-  if (size() > kDescribed) text += ", ...";
-  return text;
+  std::vector<Shape> shapes;
+  for (const Leaf& leaf : leaves) shapes.push_back({leaf.type, leaf.count});
+  return jfog::Describe(shapes);
 }
 
 void Leaves::Stage(bool apart) {

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <thread>
 
+#include "common/text.h"
+
 namespace jfog::mpi {
 namespace {
 
@@ -19,30 +21,11 @@ constexpr std::chrono::seconds kGrace{1};
 constexpr std::chrono::microseconds kYieldFor{500};
 constexpr std::chrono::microseconds kNap{100};
 
-double Seconds(Clock::duration duration) {
-  return std::chrono::duration<double>(duration).count();
-}
-
-std::string Format(Clock::duration duration) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.1f s", Seconds(duration));
-  return text;
-}
-
-std::string RankList(const std::vector<int>& ranks) {
-  if (ranks.empty()) return "the other ranks";
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    if (i > 0) text += ", ";
-    text += std::to_string(ranks[i]);
-  }
-  return text;
-}
-
-std::string NameOf(const Header& header) {
-  return std::string(header.operation,
-                     strnlen(header.operation, sizeof(header.operation))) +
-         " #" + std::to_string(header.sequence);
+Identity IdentityOf(const Header& header) {
+  const std::size_t length =
+      strnlen(header.operation, sizeof(header.operation));
+  return {std::string(header.operation, length), header.sequence,
+          header.signature, header.variant, header.bytes};
 }
 
 }  // namespace
@@ -206,18 +189,9 @@ ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
                     std::to_string(source) + ": " + what);
   };
   if (theirs.magic != kMagic) return mismatch("not a message of jfog");
-  if (theirs.sequence != sequence_ ||
-      std::strncmp(theirs.operation, name_, sizeof(theirs.operation)) != 0) {
-    return mismatch("it is in " + NameOf(theirs) +
-                    "; all ranks must run the same operations in one order");
-  }
-  if (theirs.signature != signature_) {
-    return mismatch("it sent other dtypes or shapes (" +
-                    std::to_string(theirs.bytes) + " bytes)");
-  }
-  if (theirs.variant != variant_) {
-    return mismatch("it uses another graph, step, reduction or root");
-  }
+  const std::string difference =
+      Difference(IdentityOf(MakeHeader(0)), IdentityOf(theirs));
+  if (!difference.empty()) return mismatch(difference);
   return ffi::Error::Success();
 }
 

@@ -1,0 +1,192 @@
+// Handlers of the collectives over all ranks.
+#include "nccl/collectives.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "nccl/call.h"
+
+namespace jfog::nccl {
+namespace {
+
+ffi::Error Malformed(const Plan& plan) {
+  return MakeError(ffi::ErrorCode::kInternal,
+                   "malformed call of " + plan.operation);
+}
+
+// What this rank contributes of a leaf and gets.
+struct Share {
+  std::size_t sent;
+  std::size_t received;
+};
+
+// A collective with leaves of the same lengths on all ranks, whose results are
+// `times` as long. `check` looks at the leaves first, `post` posts one that is
+// not empty, and `share` says what counts of it.
+template <typename Check, typename Post, typename ShareOf>
+ffi::Error Collective(CudaStream stream, const Plan& plan,
+                      ffi::RemainingArgs args, ffi::RemainingRets results,
+                      std::size_t times, Check check, Post post,
+                      ShareOf share) {
+  Call call(plan, stream);
+  JFOG_RETURN_IF_ERROR(call.Check());
+  JFOG_RETURN_IF_ERROR(call.ReadLeaves(
+      args, results, [&](const Leaf& leaf) { return times * leaf.bytes; }));
+  const std::vector<Leaf>& leaves = call.leaves();
+  for (const Leaf& leaf : leaves) {
+    if (leaf.output_bytes != times * leaf.bytes) return Malformed(plan);
+  }
+  JFOG_RETURN_IF_ERROR(check(leaves));
+  Intent intent = call.MakeIntent();
+  intent.is_collective = true;
+  JFOG_RETURN_IF_ERROR(
+      call.Launch(plan.comm, std::move(intent), [&](Group& group) {
+        for (std::size_t i = 0; i < leaves.size(); ++i) {
+          if (leaves[i].bytes > 0) post(group, i, leaves[i]);
+        }
+      }));
+  // Under this rank itself: its way through the peers is NCCL's secret.
+  Share sum{0, 0};
+  for (const Leaf& leaf : leaves) {
+    const Share counted = share(leaf);
+    sum.sent += counted.sent;
+    sum.received += counted.received;
+  }
+  if (!leaves.empty()) {
+    plan.comm->CountSent(plan.comm->rank(), sum.sent);
+    plan.comm->CountReceived(plan.comm->rank(), sum.received);
+  }
+  return call.Finish(results);
+}
+
+ffi::Error AllreduceImpl(CudaStream stream, Plan* state, ffi::Token,
+                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                         ffi::RemainingRets results, ffi::Dictionary) {
+  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  std::vector<ElementType> types;
+  const auto check = [&](const std::vector<Leaf>& leaves) {
+    if (plan.reductions.size() != leaves.size()) return Malformed(plan);
+    for (const Leaf& leaf : leaves) {
+      types.emplace_back();
+      if (!FindElementType(leaf.type, &types.back())) {
+        return MakeError(ffi::ErrorCode::kInvalidArgument,
+                         plan.operation + " has no reduction of " +
+                             NameOf(leaf.type) + " with NCCL");
+      }
+    }
+    return ffi::Error::Success();
+  };
+  const auto post = [&](Group& group, std::size_t i, const Leaf& leaf) {
+    group.AllReduce(leaf.input, leaf.output, leaf.count, types[i],
+                    static_cast<ReductionKind>(plan.reductions[i]));
+  };
+  const auto share = [](const Leaf& leaf) {
+    return Share{leaf.bytes, leaf.bytes};
+  };
+  return Collective(stream, plan, args, results, 1, check, post, share);
+}
+
+ffi::Error BroadcastImpl(CudaStream stream, Plan* state, ffi::Token,
+                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                         ffi::RemainingRets results, ffi::Dictionary) {
+  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  const auto check = [&](const std::vector<Leaf>&) {
+    const bool is_rank = plan.root >= 0 && plan.root < plan.comm->size();
+    return is_rank ? ffi::Error::Success() : Malformed(plan);
+  };
+  const auto post = [&](Group& group, std::size_t, const Leaf& leaf) {
+    group.Broadcast(leaf.input, leaf.output, leaf.bytes,
+                    static_cast<int>(plan.root));
+  };
+  const auto share = [&](const Leaf& leaf) {
+    const bool is_root = plan.root == plan.comm->rank();
+    return is_root ? Share{leaf.bytes, 0} : Share{0, leaf.bytes};
+  };
+  return Collective(stream, plan, args, results, 1, check, post, share);
+}
+
+ffi::Error AllgatherImpl(CudaStream stream, Plan* state, ffi::Token,
+                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                         ffi::RemainingRets results, ffi::Dictionary) {
+  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  const std::size_t size = plan.comm->size();
+  const auto check = [](const std::vector<Leaf>&) {
+    return ffi::Error::Success();
+  };
+  const auto post = [&](Group& group, std::size_t, const Leaf& leaf) {
+    group.AllGather(leaf.input, leaf.output, leaf.bytes);
+  };
+  const auto share = [](const Leaf& leaf) {
+    return Share{leaf.bytes, leaf.output_bytes - leaf.bytes};
+  };
+  return Collective(stream, plan, args, results, size, check, post, share);
+}
+
+ffi::Error BarrierImpl(CudaStream stream, Plan* state, ffi::Token,
+                       ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                       ffi::RemainingRets results, ffi::Dictionary) {
+  const auto check = [](const std::vector<Leaf>&) {
+    return ffi::Error::Success();
+  };
+  const auto post = [](Group&, std::size_t, const Leaf&) {};
+  const auto share = [](const Leaf&) { return Share{0, 0}; };
+  return Collective(stream, *state, args, results, 1, check, post, share);
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<CudaStream>>()
+      .Ctx<ffi::State<Plan>>()
+      .Arg<ffi::Token>()  // order in
+      .RemainingArgs()    // leaves
+      .Ret<ffi::Token>()  // order out
+      .RemainingRets()    // as many leaves, or handle
+      .Attrs();           // see ReadCollective
+}
+
+}  // namespace
+
+bool FindElementType(DataType type, ElementType* found) {
+  switch (type) {
+    case DataType::S8:
+      *found = kInt8;
+      return true;
+    case DataType::U8:
+      *found = kUint8;
+      return true;
+    case DataType::S32:
+      *found = kInt32;
+      return true;
+    case DataType::U32:
+      *found = kUint32;
+      return true;
+    case DataType::S64:
+      *found = kInt64;
+      return true;
+    case DataType::U64:
+      *found = kUint64;
+      return true;
+    case DataType::F16:
+      *found = kFloat16;
+      return true;
+    case DataType::F32:
+      *found = kFloat32;
+      return true;
+    case DataType::F64:
+      *found = kFloat64;
+      return true;
+    case DataType::BF16:
+      *found = kBfloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclAllreduce, AllreduceImpl, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclBroadcast, BroadcastImpl, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclAllgather, AllgatherImpl, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclBarrier, BarrierImpl, Binding());
+
+}  // namespace jfog::nccl

@@ -1,0 +1,407 @@
+// Communicators of this process: NCCL's, what failed, what was counted.
+#include "nccl/communicator.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <thread>
+
+#include "nccl/operation.h"
+#include "nccl/watchdog.h"
+
+namespace jfog::nccl {
+namespace {
+
+// A call waits for NCCL without a pause first, and then with short ones.
+constexpr int kPolls = 1000;
+constexpr std::chrono::microseconds kNap{50};
+// A rank that ends waits so long for others to end, too.
+constexpr double kLeaveWithin = 10;
+
+struct Registry {
+  std::mutex mutex;
+  std::map<std::int64_t, std::shared_ptr<Communicator>> communicators;
+};
+
+// Never destroyed: operations may still end while the process does.
+Registry& TheRegistry() {
+  static Registry* registry = new Registry;
+  return *registry;
+}
+
+Clock::time_point After(double seconds) {
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(seconds));
+}
+
+}  // namespace
+
+Communicator::Communicator(std::shared_ptr<Device> device, int rank, int size,
+                           double timeout)
+    : device_(std::move(device)),
+      rank_(rank),
+      size_(size),
+      timeout_(timeout),
+      bytes_sent_(size),
+      bytes_received_(size),
+      messages_sent_(size) {}
+
+std::shared_ptr<Communicator> Communicator::Make(const UniqueId& id, int rank,
+                                                 int size, int device,
+                                                 double timeout) {
+  const std::string who = "NCCL's communicator of " + std::to_string(size) +
+                          " ranks on rank " + std::to_string(rank);
+  std::string text;
+  const std::shared_ptr<Device> opened = Device::Open(device, &text);
+  if (opened == nullptr) {
+    throw std::runtime_error("jfog: INTERNAL: " + who + " " + text);
+  }
+  std::shared_ptr<Communicator> comm(
+      new Communicator(opened, rank, size, timeout));
+  const ContextGuard guard(opened->context());
+  Config config;
+  config.blocking = 0;
+  Result code;
+  {
+    std::lock_guard<std::mutex> lock(comm->handle_);
+    code = Nccl().comm_init_rank_config(&comm->comm_, size, id, rank, &config);
+    if (code != kSuccess && code != kInProgress) text = comm->Explain(code);
+  }
+  const Clock::time_point begin = Clock::now();
+  const Clock::time_point limit = After(timeout);
+  if (code == kSuccess || code == kInProgress) {
+    code = comm->Settle([&] { return Clock::now() < limit; }, &text);
+  }
+  if (code == kSuccess) {
+    Watchdog::Get().Watch(comm);
+    return comm;
+  }
+  comm->Abort();
+  comm->AwaitAbort(After(kLeaveWithin));
+  if (code == kInProgress) {
+    throw std::runtime_error(
+        "jfog: DEADLINE_EXCEEDED: " + who + " waited " +
+        Format(Clock::now() - begin) +
+        " for the other ranks; is one dead or slow? (the limit is "
+        "jfog.init(timeout=...))");
+  }
+  throw std::runtime_error("jfog: INTERNAL: " + who +
+                           " failed in ncclCommInitRankConfig: " + text);
+}
+
+Communicator::~Communicator() {
+  if (second_ == nullptr) return;
+  const ContextGuard guard(device_->context());
+  Cuda().stream_destroy(second_);
+}
+
+std::vector<int> Communicator::Others() const {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < size_; ++rank) {
+    if (rank != rank_) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+int Communicator::SecondStream(CudaStream* stream) {
+  std::lock_guard<std::mutex> lock(order_);
+  if (second_ == nullptr) {
+    const int code = Cuda().stream_create(&second_, kStreamNonBlocking);
+    if (code != kCudaSuccess) return code;
+  }
+  *stream = second_;
+  return kCudaSuccess;
+}
+
+ffi::Error Communicator::CheckReady(const std::string& name) {
+  if (closed_.load(std::memory_order_acquire)) {
+    return MakeError(ffi::ErrorCode::kFailedPrecondition,
+                     name + " on a communicator that was shut down");
+  }
+  return Refusal();
+}
+
+ffi::Error Communicator::Refusal() {
+  if (!failed()) return ffi::Error::Success();
+  std::lock_guard<std::mutex> lock(mutex_);
+  return MakeError(failure_->first, failure_->second);
+}
+
+bool Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_) return false;
+    failure_.emplace(code, text);
+    failed_.store(true, std::memory_order_release);
+  }
+  Abort();
+  return true;
+}
+
+std::string Communicator::Explain(Result code) {
+  std::string text = Nccl().get_error_string(code);
+  const char* last = comm_ == nullptr ? nullptr : Nccl().get_last_error(comm_);
+  if (last != nullptr && *last != 0) text += std::string(" (") + last + ")";
+  return text;
+}
+
+Result Communicator::State(std::string* text) {
+  std::lock_guard<std::mutex> lock(handle_);
+  if (comm_ == nullptr) {
+    *text = "it was aborted";
+    return kInternalError;
+  }
+  Result state = kSuccess;
+  const Result code = Nccl().comm_get_async_error(comm_, &state);
+  if (code != kSuccess) state = code;
+  if (state != kSuccess && state != kInProgress) *text = Explain(state);
+  return state;
+}
+
+Result Communicator::Settle(const std::function<bool()>& goes_on,
+                            std::string* text) {
+  for (int polls = 0;; ++polls) {
+    const Result state = State(text);
+    if (state != kInProgress || !goes_on()) return state;
+    if (polls < kPolls) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kNap);
+    }
+  }
+}
+
+ffi::Error Communicator::Run(Operation& operation, CudaStream stream,
+                             const Post& post) {
+  Result code;
+  const char* function;
+  std::string text;
+  {
+    std::lock_guard<std::mutex> lock(handle_);
+    if (comm_ == nullptr) return Refusal();
+    function = "ncclGroupStart";
+    code = Nccl().group_start();
+    if (code == kSuccess) {
+      Group group(comm_, stream);
+      post(group);
+      const Result ended = Nccl().group_end();
+      code = group.code();
+      function = group.function();
+      if (code == kSuccess) {
+        code = ended;
+        function = "ncclGroupEnd";
+      }
+    }
+    if (code != kSuccess && code != kInProgress) text = Explain(code);
+  }
+  if (code == kSuccess) return ffi::Error::Success();
+  if (code == kInProgress) {
+    // Where peers meet for the first time, NCCL waits for them here.
+    const Clock::time_point begin = Clock::now();
+    code = Settle(
+        [&] {
+          return operation.CheckPatience(Clock::now() - begin).success() &&
+                 !failed();
+        },
+        &text);
+    if (code == kSuccess) return ffi::Error::Success();
+    JFOG_RETURN_IF_ERROR(Refusal());
+  }
+  return operation.Fail(ffi::ErrorCode::kAborted,
+                        std::string("failed in ") + function + ": " + text +
+                            "; it exchanges with " + operation.Peers());
+}
+
+void Communicator::Enter(std::shared_ptr<Operation> operation) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    under_way_.push_back(std::move(operation));
+  }
+  Watchdog::Get().Wake();
+}
+
+bool Communicator::Look(Clock::time_point now, bool all) {
+  const ContextGuard guard(device_->context());
+  std::unique_lock<std::mutex> looking(looking_, std::try_to_lock);
+  if (!looking.owns_lock()) return true;
+  std::deque<std::shared_ptr<Operation>> operations;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (all) operations = under_way_;
+  }
+  if (all) {
+    std::vector<const Operation*> over;
+    for (const auto& operation : operations) {
+      if (operation->Look(now)) over.push_back(operation.get());
+    }
+    if (over.size() < operations.size()) CheckAsyncError();
+    std::lock_guard<std::mutex> lock(mutex_);
+    under_way_.erase(
+        std::remove_if(under_way_.begin(), under_way_.end(),
+                       [&](const std::shared_ptr<Operation>& operation) {
+                         return std::find(over.begin(), over.end(),
+                                          operation.get()) != over.end();
+                       }),
+        under_way_.end());
+    return !under_way_.empty();
+  }
+  for (;;) {
+    std::shared_ptr<Operation> oldest;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (under_way_.empty()) return false;
+      oldest = under_way_.front();
+    }
+    if (!oldest->Look(now)) return true;
+    std::lock_guard<std::mutex> lock(mutex_);
+    under_way_.pop_front();
+  }
+}
+
+void Communicator::CheckAsyncError() {
+  if (failed()) return;
+  Result state = kSuccess;
+  std::string text;
+  {
+    std::unique_lock<std::mutex> lock(handle_, std::try_to_lock);
+    if (!lock.owns_lock() || comm_ == nullptr) return;
+    const Result code = Nccl().comm_get_async_error(comm_, &state);
+    if (code != kSuccess) state = code;
+    if (state == kSuccess || state == kInProgress) return;
+    text = Explain(state);
+  }
+  std::shared_ptr<Operation> oldest;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!under_way_.empty()) oldest = under_way_.front();
+  }
+  if (oldest == nullptr) return;
+  oldest->Report(
+      ffi::ErrorCode::kAborted,
+      "failed in NCCL: " + text + "; it exchanges with " + oldest->Peers());
+}
+
+// On a thread of its own: freeing the memory of one communicator can wait for
+// the kernels of another, which the watchdog then has to abort as well.
+void Communicator::Abort() {
+  Comm comm;
+  {
+    std::lock_guard<std::mutex> lock(handle_);
+    comm = std::exchange(comm_, nullptr);
+  }
+  if (comm == nullptr) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    aborting_ = true;
+  }
+  std::thread([self = shared_from_this(), comm] {
+    {
+      const ContextGuard guard(self->device_->context());
+      Nccl().comm_abort(comm);
+    }
+    std::lock_guard<std::mutex> lock(self->mutex_);
+    self->aborting_ = false;
+    self->aborted_.notify_all();
+  }).detach();
+}
+
+void Communicator::AwaitAbort(Clock::time_point until) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  aborted_.wait_until(lock, until, [this] { return !aborting_; });
+}
+
+void Communicator::Drain() {
+  while (!failed() && Look(Clock::now(), /*all=*/true)) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& operation : under_way_) operation->Await();
+    }
+    std::this_thread::sleep_for(kNap);
+  }
+}
+
+void Communicator::Close() {
+  if (closed_.exchange(true)) return;
+  const ContextGuard guard(device_->context());
+  std::lock_guard<std::mutex> order(order_);
+  Drain();
+  if (!failed()) Finalize();
+  Abort();  // nothing is left to abort if that went well
+  AwaitAbort(After(std::min(timeout_, kLeaveWithin)));
+}
+
+void Communicator::Finalize() {
+  const Clock::time_point limit = After(std::min(timeout_, kLeaveWithin));
+  std::string text;
+  Result code;
+  {
+    std::lock_guard<std::mutex> lock(handle_);
+    if (comm_ == nullptr) return;
+    code = Nccl().comm_finalize(comm_);
+  }
+  if (code == kInProgress) {
+    code = Settle([&] { return Clock::now() < limit; }, &text);
+  }
+  if (code != kSuccess) return;
+  Comm comm;
+  {
+    std::lock_guard<std::mutex> lock(handle_);
+    comm = std::exchange(comm_, nullptr);
+  }
+  if (comm != nullptr) Nccl().comm_destroy(comm);
+}
+
+void Communicator::CountSent(int peer, std::size_t bytes) {
+  bytes_sent_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
+  messages_sent_[peer].fetch_add(1, kRelaxed);
+}
+
+void Communicator::CountReceived(int peer, std::size_t bytes) {
+  bytes_received_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
+}
+
+Counters Communicator::counters() const {
+  const auto values = [](const Counts& counts) {
+    return std::vector<std::int64_t>(counts.begin(), counts.end());
+  };
+  return {values(bytes_sent_), values(bytes_received_), values(messages_sent_),
+          operations_.load(kRelaxed)};
+}
+
+void Communicator::ResetCounters() {
+  for (Counts* counts : {&bytes_sent_, &bytes_received_, &messages_sent_}) {
+    for (auto& count : *counts) count.store(0, kRelaxed);
+  }
+  operations_.store(0, kRelaxed);
+}
+
+void Register(std::int64_t context, std::shared_ptr<Communicator> comm) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.communicators[context] = std::move(comm);
+}
+
+std::shared_ptr<Communicator> Lookup(std::int64_t context) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  const auto found = registry.communicators.find(context);
+  return found == registry.communicators.end() ? nullptr : found->second;
+}
+
+void Unregister(std::int64_t context) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.communicators.erase(context);
+}
+
+std::vector<std::shared_ptr<Communicator>> AllCommunicators() {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  std::vector<std::shared_ptr<Communicator>> all;
+  for (const auto& [context, comm] : registry.communicators) {
+    all.push_back(comm);
+  }
+  return all;
+}
+
+}  // namespace jfog::nccl

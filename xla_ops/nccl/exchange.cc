@@ -1,0 +1,247 @@
+// Sends and receives of one operation, grouped into one.
+#include "nccl/exchange.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "nccl/call.h"
+
+namespace jfog::nccl {
+namespace {
+
+// Gives away the slices of one side's buffers, rank by rank.
+class Slices {
+ public:
+  struct Buffer {
+    DevicePointer address;
+    std::size_t bytes;
+    std::size_t width;   // of an element
+    std::size_t offset;  // that the next slice begins at
+  };
+
+  // Elements by leaf and rank, or if that is empty each buffer in `slots`.
+  Slices(const std::vector<std::int64_t>& counts, int size, std::int64_t slots)
+      : counts_(counts), size_(size), slots_(slots) {}
+
+  void Add(DevicePointer address, std::size_t bytes, std::size_t width) {
+    buffers_.push_back({address, bytes, width, 0});
+  }
+
+  // False if it lies outside of a buffer.
+  bool Next(int rank, Parcel* parcel) {
+    parcel->rank = rank;
+    for (std::size_t i = 0; i < buffers_.size(); ++i) {
+      Buffer& buffer = buffers_[i];
+      std::size_t bytes = 0;
+      if (!counts_.empty()) {
+        if (i * size_ + rank >= counts_.size()) return false;
+        bytes = counts_[i * size_ + rank] * buffer.width;
+      } else if (slots_ > 0) {
+        bytes = buffer.bytes / slots_;
+      }
+      if (buffer.offset + bytes > buffer.bytes) return false;
+      parcel->pieces.push_back({buffer.address + buffer.offset, bytes});
+      buffer.offset += bytes;
+    }
+    return true;
+  }
+
+  const std::vector<Buffer>& buffers() const { return buffers_; }
+
+ private:
+  const std::vector<std::int64_t>& counts_;
+  const std::size_t size_;
+  const std::int64_t slots_;
+  std::vector<Buffer> buffers_;
+};
+
+ffi::Error Malformed(const Plan& plan) {
+  return MakeError(ffi::ErrorCode::kInternal,
+                   "malformed call of " + plan.operation);
+}
+
+// Who exchanges with whom in this call, by the program or by the table.
+ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
+                              const ffi::AnyBuffer& selector, Intent* intent) {
+  std::vector<std::int32_t> values{0};
+  if (plan.selects || plan.rounds.size() > 1) {
+    ffi::Error error = call.ReadInts(selector, &values);
+    if (error.failure()) return ffi::Unexpected(std::move(error));
+  }
+  if (!plan.selects) {
+    if (values.size() != 1) return ffi::Unexpected(Malformed(plan));
+    auto round = FindRound(plan.rounds, values[0]);
+    if (!round) return ffi::Unexpected(round.error());
+    intent->variant = Mix(intent->variant, values[0]);
+    return **round;
+  }
+  Round round;
+  for (std::size_t k = 0; k < values.size(); ++k) {
+    const int rank = values[k];
+    if (rank < 0 || rank >= plan.comm->size()) {
+      return ffi::Unexpected(
+          MakeError(ffi::ErrorCode::kInvalidArgument,
+                    plan.operation + " with rank " + std::to_string(rank) +
+                        ", which is none of the communicator's " +
+                        std::to_string(plan.comm->size())));
+    }
+    const bool is_source = k < static_cast<std::size_t>(plan.source_count);
+    (is_source ? round.sources : round.destinations).push_back(rank);
+  }
+  return round;
+}
+
+// Takes this rank itself out of the parcels, and copies what it sends itself.
+ffi::Error CopyOwn(const Plan& plan, Call& call, std::vector<Parcel>* outgoing,
+                   std::vector<Parcel>* incoming) {
+  const auto take = [&](std::vector<Parcel>* parcels) {
+    std::vector<Parcel> own;
+    for (auto parcel = parcels->begin(); parcel != parcels->end();) {
+      if (parcel->rank == plan.comm->rank()) {
+        own.push_back(std::move(*parcel));
+        parcel = parcels->erase(parcel);
+      } else {
+        ++parcel;
+      }
+    }
+    return own;
+  };
+  const std::vector<Parcel> from = take(outgoing);
+  const std::vector<Parcel> to = take(incoming);
+  if (from.size() != to.size()) {
+    return MakeError(ffi::ErrorCode::kInvalidArgument,
+                     plan.operation + " with rank " +
+                         std::to_string(plan.comm->rank()) +
+                         ", which is this rank itself, on one side only");
+  }
+  for (std::size_t k = 0; k < from.size(); ++k) {
+    for (std::size_t i = 0; i < from[k].pieces.size(); ++i) {
+      const Parcel::Piece& source = from[k].pieces[i];
+      if (source.bytes != to[k].pieces[i].bytes) return Malformed(plan);
+      JFOG_RETURN_IF_ERROR(
+          call.Copy(to[k].pieces[i].address, source.address, source.bytes));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// What every rank's leaves must have in common: where they have slices of
+// their own, ends of an edge compare its bytes instead of the elements.
+std::uint64_t SignatureOf(const ExchangePlan& plan,
+                          const std::vector<Leaf>& leaves) {
+  std::uint64_t signature = leaves.size();
+  for (const Leaf& leaf : leaves) {
+    signature = Mix(signature, static_cast<std::uint64_t>(leaf.type));
+    if (!plan.apart && plan.receive_counts.empty()) {
+      signature = Mix(signature, leaf.count);
+    }
+  }
+  return signature;
+}
+
+ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
+                        ffi::AnyBuffer selector, ffi::RemainingArgs args,
+                        ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                        ffi::Dictionary) {
+  const auto& plan = static_cast<const ExchangePlan&>(*state);
+  const int size = plan.comm->size();
+  Call call(plan, stream);
+  JFOG_RETURN_IF_ERROR(call.Check());
+  Intent choice;
+  choice.variant = plan.variant;
+  auto round = ReadRound(plan, call, selector, &choice);
+  if (!round) return round.error();
+  JFOG_RETURN_IF_ERROR(call.ReadLeaves(args, results, [&](const Leaf& leaf) {
+    return leaf.bytes * plan.slots;
+  }));
+  Intent intent = call.MakeIntent();
+  intent.variant = choice.variant;
+  intent.signature = SignatureOf(plan, call.leaves());
+
+  Slices inputs(plan.send_counts, size, plan.send_slots);
+  Slices outputs(plan.receive_counts, size, plan.slots);
+  for (const Leaf& leaf : call.leaves()) {
+    inputs.Add(leaf.input, leaf.bytes, leaf.width());
+    outputs.Add(leaf.output, leaf.output_bytes, leaf.width());
+  }
+  std::vector<Parcel> outgoing(round->destinations.size());
+  for (std::size_t k = 0; k < outgoing.size(); ++k) {
+    if (plan.apart) {
+      if (!inputs.Next(round->destinations[k], &outgoing[k])) {
+        return Malformed(plan);
+      }
+      continue;
+    }
+    outgoing[k].rank = round->destinations[k];
+    for (const Leaf& leaf : call.leaves()) {
+      outgoing[k].pieces.push_back({leaf.input, leaf.bytes});
+    }
+  }
+  std::vector<Parcel> incoming(round->sources.size());
+  for (std::size_t k = 0; k < incoming.size(); ++k) {
+    if (!outputs.Next(round->sources[k], &incoming[k])) return Malformed(plan);
+  }
+  JFOG_RETURN_IF_ERROR(CopyOwn(plan, call, &outgoing, &incoming));
+  if (!plan.receive_counts.empty()) {
+    for (const Slices::Buffer& buffer : outputs.buffers()) {
+      if (buffer.offset == buffer.bytes) continue;
+      JFOG_RETURN_IF_ERROR(call.CheckCuda(
+          Cuda().set_bytes(buffer.address + buffer.offset, 0,
+                           buffer.bytes - buffer.offset, call.stream()),
+          "cuMemsetD8Async"));
+    }
+  }
+  intent.sources = EdgesOf(incoming);
+  intent.destinations = EdgesOf(outgoing);
+  JFOG_RETURN_IF_ERROR(call.Launch(
+      plan.comm, std::move(intent),
+      [&](Group& group) { PostParcels(outgoing, incoming, group); }));
+  return call.Finish(results);
+}
+
+}  // namespace
+
+std::size_t Parcel::bytes() const {
+  std::size_t sum = 0;
+  for (const Piece& piece : pieces) sum += piece.bytes;
+  return sum;
+}
+
+std::vector<Edge> EdgesOf(const std::vector<Parcel>& parcels) {
+  std::vector<Edge> edges;
+  for (const Parcel& parcel : parcels) {
+    edges.push_back({parcel.rank, parcel.bytes()});
+  }
+  return edges;
+}
+
+void PostParcels(const std::vector<Parcel>& outgoing,
+                 const std::vector<Parcel>& incoming, Group& group) {
+  for (const Parcel& parcel : outgoing) {
+    for (const Parcel::Piece& piece : parcel.pieces) {
+      if (piece.bytes > 0) group.Send(piece.address, piece.bytes, parcel.rank);
+    }
+  }
+  for (const Parcel& parcel : incoming) {
+    for (const Parcel::Piece& piece : parcel.pieces) {
+      if (piece.bytes > 0) {
+        group.Receive(piece.address, piece.bytes, parcel.rank);
+      }
+    }
+  }
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclExchange, ExchangeImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CudaStream>>()
+                                  .Ctx<ffi::State<Plan>>()
+                                  .Arg<ffi::Token>()      // order in
+                                  .Arg<ffi::AnyBuffer>()  // step, or ranks
+                                  .RemainingArgs()        // leaves
+                                  .Ret<ffi::Token>()      // order out
+                                  .RemainingRets()        // received, or handle
+                                  .Attrs());              // see ReadExchange
+
+}  // namespace jfog::nccl

@@ -1,0 +1,236 @@
+// Started operations: kept by a number until they are waited on.
+#include "nccl/handles.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "common/status.h"
+
+namespace jfog::nccl {
+namespace {
+
+// That many handles nobody waits for are likely to be a mistake.
+constexpr std::size_t kManyHandles = 1000;
+
+struct Handles {
+  std::mutex mutex;
+  std::map<std::uint32_t, std::shared_ptr<Started>> open;
+  std::uint32_t next = 1;
+  bool warned = false;
+};
+
+// Never destroyed: programs may still run while the process ends.
+Handles& TheHandles() {
+  static Handles* handles = new Handles;
+  return *handles;
+}
+
+using Number = ffi::BufferR0<ffi::U32>;
+
+ffi::Error Check(int code, const char* function, const char* name) {
+  if (code == kCudaSuccess) return ffi::Error::Success();
+  return MakeError(ffi::ErrorCode::kInternal, std::string(name) +
+                                                  " failed in " + function +
+                                                  ": " + CudaErrorText(code));
+}
+
+ffi::Error NotOpen(const std::string& handle, const char* name) {
+  return MakeError(ffi::ErrorCode::kFailedPrecondition,
+                   std::string(name) + " on " + handle +
+                       ", which is not open: a handle is waited on once, "
+                       "before the shutdown of its communicator");
+}
+
+// The device of a stream, current as long as this lives, and the operation of a
+// handle that is read there; with `take` the handle ends.
+struct Found {
+  std::optional<ContextGuard> guard;
+  std::shared_ptr<Device> device;
+  std::shared_ptr<Started> started;
+
+  ffi::Error Find(CudaStream stream, const Number& number, bool take,
+                  const char* name);
+};
+
+ffi::Error Found::Find(CudaStream stream, const Number& number, bool take,
+                       const char* name) {
+  CudaContext context = nullptr;
+  JFOG_RETURN_IF_ERROR(Check(Cuda().stream_get_context(stream, &context),
+                             "cuStreamGetCtx", name));
+  device = Device::Of(context);
+  if (device == nullptr) return NotOpen("a handle", name);
+  guard.emplace(context);
+  JFOG_RETURN_IF_ERROR(Check(guard->code(), "cuCtxPushCurrent", name));
+  Buffer copy;
+  JFOG_RETURN_IF_ERROR(
+      Check(device->pinned().Take(sizeof(std::uint32_t), stream, &copy),
+            "cuMemAllocHost", name));
+  ffi::Error error = Check(
+      Cuda().copy_to_host(
+          copy.host(), reinterpret_cast<DevicePointer>(number.untyped_data()),
+          sizeof(std::uint32_t), stream),
+      "cuMemcpyDtoHAsync", name);
+  if (error.success()) {
+    error =
+        Check(Cuda().stream_synchronize(stream), "cuStreamSynchronize", name);
+  }
+  if (error.failure()) {
+    copy.Bury();
+    return error;
+  }
+  std::uint32_t handle;
+  std::memcpy(&handle, copy.host(), sizeof(handle));
+  Handles& handles = TheHandles();
+  std::lock_guard<std::mutex> lock(handles.mutex);
+  const auto found = handles.open.find(handle);
+  if (found == handles.open.end()) {
+    return NotOpen("handle " + std::to_string(handle), name);
+  }
+  started = found->second;
+  if (take) handles.open.erase(found);
+  return error;
+}
+
+// The first failure of the communicators that its operations are on.
+ffi::Error RefusalOf(const Started& started) {
+  for (const auto& operation : started.operations) {
+    operation->comm().Look(Clock::now(), /*all=*/false);
+    JFOG_RETURN_IF_ERROR(operation->comm().Refusal());
+  }
+  return started.comm->Refusal();
+}
+
+ffi::Error CheckResults(const Started& started, ffi::RemainingRets results) {
+  bool is_equal = started.received.size() == results.size();
+  for (std::size_t i = 0; is_equal && i < results.size(); ++i) {
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!y) return y.error();
+    is_equal = (*y)->size_bytes() == started.received[i].bytes;
+  }
+  if (is_equal) return ffi::Error::Success();
+  const std::string title = started.operations.empty()
+                                ? "an operation"
+                                : started.operations.back()->Title();
+  return MakeError(ffi::ErrorCode::kInternal,
+                   "wait for " + title + " with results of another structure");
+}
+
+ffi::Error WaitImpl(CudaStream stream, ffi::Token, Number number,
+                    ffi::RemainingArgs, ffi::Result<ffi::Token>,
+                    ffi::RemainingRets results, ffi::Dictionary) {
+  constexpr const char* kName = "wait";
+  Found found;
+  JFOG_RETURN_IF_ERROR(found.Find(stream, number, /*take=*/true, kName));
+  Started& started = *found.started;
+  JFOG_RETURN_IF_ERROR(RefusalOf(started));
+  JFOG_RETURN_IF_ERROR(CheckResults(started, results));
+  const std::shared_ptr<Event> reached = found.device->MakeEvent();
+  JFOG_RETURN_IF_ERROR(Check(reached->Record(stream), "cuEventRecord", kName));
+  for (const auto& operation : started.operations) operation->Await(reached);
+  JFOG_RETURN_IF_ERROR(
+      Check(started.ended->Delay(stream), "cuStreamWaitEvent", kName));
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const Started::Received& received = started.received[i];
+    if (received.bytes == 0) continue;
+    auto y = results.get<ffi::AnyBuffer>(i);
+    JFOG_RETURN_IF_ERROR(
+        Check(Cuda().copy_on_device(
+                  reinterpret_cast<DevicePointer>((*y)->untyped_data()),
+                  received.address, received.bytes, stream),
+              "cuMemcpyDtoDAsync", kName));
+  }
+  started.last_use = found.device->MakeEvent();
+  return Check(started.last_use->Record(stream), "cuEventRecord", kName);
+}
+
+ffi::Error PollImpl(CudaStream stream, ffi::Token, Number number,
+                    ffi::Result<ffi::Token>,
+                    ffi::Result<ffi::BufferR0<ffi::PRED>> ended,
+                    ffi::Dictionary) {
+  constexpr const char* kName = "poll";
+  Found found;
+  JFOG_RETURN_IF_ERROR(found.Find(stream, number, /*take=*/false, kName));
+  // One that has failed has ended: a wait for it says how.
+  const bool has_ended =
+      RefusalOf(*found.started).failure() || found.started->ended->HasPassed();
+  return Check(Cuda().copy_to_device(
+                   reinterpret_cast<DevicePointer>(ended->untyped_data()),
+                   found.device->bits() + (has_ended ? 1 : 0), 1, stream),
+               "cuMemcpyHtoDAsync", kName);
+}
+
+}  // namespace
+
+Started::~Started() {
+  for (Buffer& buffer : buffers) {
+    if (last_use == nullptr) {
+      buffer.Bury();
+    } else {
+      buffer.UsedUntil(last_use);
+    }
+  }
+}
+
+std::uint32_t Keep(std::shared_ptr<Started> started) {
+  Handles& handles = TheHandles();
+  std::lock_guard<std::mutex> lock(handles.mutex);
+  if (handles.open.size() >= kManyHandles && !handles.warned) {
+    handles.warned = true;
+    std::fprintf(stderr,
+                 "jfog: %zu operations were started and not waited on; each "
+                 "keeps a copy of its leaves until jfog.wait\n",
+                 handles.open.size());
+  }
+  const std::uint32_t handle = handles.next++;
+  handles.open.emplace(handle, std::move(started));
+  return handle;
+}
+
+int ForgetHandles(const Communicator& comm) {
+  Handles& handles = TheHandles();
+  std::lock_guard<std::mutex> lock(handles.mutex);
+  int forgotten = 0;
+  for (auto it = handles.open.begin(); it != handles.open.end();) {
+    const Started& started = *it->second;
+    const bool is_on_it =
+        started.comm.get() == &comm ||
+        std::any_of(started.operations.begin(), started.operations.end(),
+                    [&](const std::shared_ptr<Operation>& operation) {
+                      return &operation->comm() == &comm;
+                    });
+    if (is_on_it) {
+      it = handles.open.erase(it);
+      ++forgotten;
+    } else {
+      ++it;
+    }
+  }
+  return forgotten;
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclWait, WaitImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CudaStream>>()
+                                  .Arg<ffi::Token>()  // order in
+                                  .Arg<Number>()      // handle
+                                  .RemainingArgs()    // those of its start
+                                  .Ret<ffi::Token>()  // order out
+                                  .RemainingRets()    // its results
+                                  .Attrs());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclPoll, PollImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<CudaStream>>()
+                                  .Arg<ffi::Token>()                // order in
+                                  .Arg<Number>()                    // handle
+                                  .Ret<ffi::Token>()                // order out
+                                  .Ret<ffi::BufferR0<ffi::PRED>>()  // ended
+                                  .Attrs());
+
+}  // namespace jfog::nccl

@@ -1,0 +1,43 @@
+// Started operations: kept by a number until they are waited on.
+#ifndef JFOG_XLA_OPS_NCCL_HANDLES_H_
+#define JFOG_XLA_OPS_NCCL_HANDLES_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "nccl/operation.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jfog::nccl {
+
+// What a call has started, in its own memory.
+struct Started {
+  struct Received {
+    DevicePointer address;
+    std::size_t bytes;
+  };
+
+  ~Started();
+
+  std::shared_ptr<Communicator> comm;
+  std::vector<std::shared_ptr<Operation>> operations;
+  std::vector<Received> received;
+  std::vector<Buffer> buffers;
+  std::shared_ptr<Event> ended;
+  std::shared_ptr<Event> last_use;  // of the memory; null: nobody knows
+};
+
+// Keeps it, and returns its number.
+std::uint32_t Keep(std::shared_ptr<Started> started);
+
+// Forgets what was started on a communicator; returns how many were open.
+int ForgetHandles(const Communicator& comm);
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclWait);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclPoll);
+
+}  // namespace jfog::nccl
+
+#endif  // JFOG_XLA_OPS_NCCL_HANDLES_H_

@@ -1,0 +1,394 @@
+// One operation on the device: its identity, its headers, its clock, its end.
+#include "nccl/operation.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <iterator>
+#include <set>
+#include <thread>
+
+namespace jfog::nccl {
+namespace {
+
+constexpr std::uint64_t kMagic = 0x6a666f6731303033u;
+// Headers of an operation that stands still are looked at after this time.
+constexpr std::chrono::milliseconds kStalledAfter{50};
+constexpr std::chrono::milliseconds kPeekWithin{20};
+constexpr std::chrono::microseconds kNap{100};
+
+// The names that a collective can tell of, which is all that is left of names
+// where all ranks reduce their headers to one.
+constexpr const char* kNames[] = {
+    "another operation",
+    "allreduce",
+    "broadcast",
+    "allgather",
+    "barrier",
+    "neighbor_allreduce",
+    "neighbor_allgather",
+    "hierarchical_neighbor_allreduce",
+    "finite_time_average",
+    "pair_gossip",
+};
+
+std::uint64_t NumberOf(const std::string& name) {
+  const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+  return found == std::end(kNames) ? 0 : found - std::begin(kNames);
+}
+
+// What a collective reduces: the maximum over all ranks of every word and of
+// its complement. They are equal on all ranks if both are one's own.
+struct Words {
+  enum { kIdentity, kName, kSequence, kSignature, kVariant, kCount };
+  std::uint64_t words[2 * kCount];
+};
+static_assert(sizeof(Words) <= sizeof(Header), "takes a header's place");
+constexpr std::size_t kWords = 2 * Words::kCount;
+
+std::uint64_t HashOf(const std::string& text) {
+  std::uint64_t hash = text.size();
+  for (const char c : text) hash = Mix(hash, static_cast<unsigned char>(c));
+  return hash;
+}
+
+std::uint64_t CheckOf(Header header) {
+  header.check = 0;
+  std::uint64_t words[sizeof(Header) / 8];
+  std::memcpy(words, &header, sizeof(header));
+  std::uint64_t hash = 0;
+  for (const std::uint64_t word : words) hash = Mix(hash, word);
+  return hash;
+}
+
+Words WordsOf(const std::string& name, const Header& header) {
+  const std::uint64_t values[] = {
+      Mix(Mix(Mix(HashOf(name), header.sequence), header.signature),
+          header.variant),
+      NumberOf(name), header.sequence, header.signature, header.variant};
+  Words words;
+  for (std::size_t i = 0; i < Words::kCount; ++i) {
+    words.words[2 * i] = values[i];
+    words.words[2 * i + 1] = ~values[i];
+  }
+  return words;
+}
+
+}  // namespace
+
+Operation::Operation(std::shared_ptr<Communicator> comm, Intent intent)
+    : comm_(std::move(comm)),
+      intent_(std::move(intent)),
+      next_peek_(kStalledAfter) {
+  if (intent_.is_collective) {
+    peers_ = comm_->Others();
+    outgoing_ = incoming_ = 1;
+    return;
+  }
+  std::set<int> ranks;
+  for (const Edge& edge : intent_.sources) ranks.insert(edge.rank);
+  for (const Edge& edge : intent_.destinations) ranks.insert(edge.rank);
+  peers_.assign(ranks.begin(), ranks.end());
+  outgoing_ = intent_.destinations.size();
+  incoming_ = intent_.sources.size();
+}
+
+std::string Operation::Title() const {
+  return intent_.name + " #" + std::to_string(sequence_) + " on rank " +
+         std::to_string(comm_->rank());
+}
+
+ffi::Error Operation::Fail(ffi::ErrorCode code, const std::string& text) {
+  // With several operations under way another one may have failed before.
+  comm_->Fail(code, Title() + " " + text);
+  return comm_->Refusal();
+}
+
+void Operation::Report(ffi::ErrorCode code, const std::string& text) {
+  if (!comm_->Fail(code, Title() + " " + text)) return;
+  std::fprintf(stderr, "jfog: %s %s\n", Title().c_str(), text.c_str());
+  std::fflush(stderr);
+}
+
+ffi::Error Operation::Check(int code, const char* function) {
+  if (code == kCudaSuccess) return ffi::Error::Success();
+  return Fail(ffi::ErrorCode::kInternal, std::string("failed in ") + function +
+                                             ": " + CudaErrorText(code));
+}
+
+ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
+                             const nccl::Post& post) {
+  std::lock_guard<std::mutex> order(comm_->order());
+  JFOG_RETURN_IF_ERROR(comm_->CheckReady(intent_.name));
+  comm_->Look(Clock::now(), /*all=*/false);
+  JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  sequence_ = comm_->NextSequence();
+  comm_->CountOperation();
+  ended_ = comm_->device().MakeEvent();
+  if (is_awaited) {
+    reached_ = comm_->device().MakeEvent();
+    is_awaited_ = true;
+    JFOG_RETURN_IF_ERROR(Check(reached_->Record(stream), "cuEventRecord"));
+  }
+  ffi::Error error = Post(stream, post);
+  if (error.failure()) {
+    // Nobody knows what the device still does with them.
+    device_headers_.Bury();
+    host_headers_.Bury();
+    return error;
+  }
+  if (intent_.is_collective) return error;
+  for (const Edge& edge : intent_.destinations) {
+    comm_->CountSent(edge.rank, edge.bytes);
+  }
+  for (const Edge& edge : intent_.sources) {
+    comm_->CountReceived(edge.rank, edge.bytes);
+  }
+  return error;
+}
+
+ffi::Error Operation::Post(CudaStream stream, const nccl::Post& post) {
+  const bool meets = intent_.is_collective || !peers_.empty();
+  if (meets) {
+    JFOG_RETURN_IF_ERROR(Stage(stream));
+    JFOG_RETURN_IF_ERROR(comm_->Run(*this, stream, [&](Group& group) {
+      PostHeaders(group);
+      post(group);
+    }));
+    if (incoming_ > 0) {
+      JFOG_RETURN_IF_ERROR(Check(
+          Cuda().copy_to_host(
+              host_headers_.host() + (outgoing_ + incoming_) * sizeof(Header),
+              device_headers_.device() + outgoing_ * sizeof(Header),
+              incoming_ * sizeof(Header), stream),
+          "cuMemcpyDtoHAsync"));
+    }
+  }
+  JFOG_RETURN_IF_ERROR(Check(ended_->Record(stream), "cuEventRecord"));
+  comm_->Enter(shared_from_this());
+  return ffi::Error::Success();
+}
+
+ffi::Error Operation::Stage(CudaStream stream) {
+  Device& device = comm_->device();
+  const std::size_t count = outgoing_ + incoming_;
+  const std::size_t bytes = count * sizeof(Header);
+  JFOG_RETURN_IF_ERROR(
+      Check(device.pinned().Take((count + 2 * incoming_) * sizeof(Header),
+                                 stream, &host_headers_),
+            "cuMemAllocHost"));
+  JFOG_RETURN_IF_ERROR(Check(
+      device.memory().Take(bytes, stream, &device_headers_), "cuMemAlloc"));
+  // Zeroed, so that a look in between tells what has come.
+  std::memset(host_headers_.host(), 0,
+              (count + 2 * incoming_) * sizeof(Header));
+  Header header;
+  header.magic = kMagic;
+  header.sequence = sequence_;
+  header.signature = intent_.signature;
+  header.variant = intent_.variant;
+  std::strncpy(header.operation, intent_.name.c_str(),
+               sizeof(header.operation) - 1);
+  if (intent_.is_collective) {
+    const Words words = WordsOf(intent_.name, header);
+    std::memcpy(host_headers_.host(), &words, sizeof(words));
+  } else {
+    for (std::size_t k = 0; k < outgoing_; ++k) {
+      header.bytes = intent_.destinations[k].bytes;
+      header.check = CheckOf(header);
+      std::memcpy(host_headers_.host() + k * sizeof(Header), &header,
+                  sizeof(header));
+    }
+  }
+  return Check(Cuda().copy_to_device(device_headers_.device(),
+                                     host_headers_.host(), bytes, stream),
+               "cuMemcpyHtoDAsync");
+}
+
+void Operation::PostHeaders(Group& group) const {
+  const DevicePointer out = device_headers_.device();
+  const DevicePointer in = out + outgoing_ * sizeof(Header);
+  if (intent_.is_collective) {
+    return group.AllReduce(out, in, kWords, kUint64, kMax);
+  }
+  for (std::size_t k = 0; k < outgoing_; ++k) {
+    group.Send(out + k * sizeof(Header), sizeof(Header),
+               intent_.destinations[k].rank);
+  }
+  for (std::size_t k = 0; k < incoming_; ++k) {
+    group.Receive(in + k * sizeof(Header), sizeof(Header),
+                  intent_.sources[k].rank);
+  }
+}
+
+void Operation::Await(std::shared_ptr<Event> reached) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (is_awaited_) return;
+  reached_ = std::move(reached);
+  is_awaited_ = true;
+}
+
+void Operation::Await() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  reached_ = nullptr;
+  is_awaited_ = true;
+}
+
+bool Operation::Look(Clock::time_point now) {
+  const int code = ended_->Query();
+  if (code == kCudaSuccess) {
+    if (!comm_->failed() && incoming_ > 0) {
+      const auto* headers = reinterpret_cast<const Header*>(
+          host_headers_.host() + (outgoing_ + incoming_) * sizeof(Header));
+      if (const auto mismatch = FindMismatch(headers, /*partly=*/false)) {
+        Report(ffi::ErrorCode::kFailedPrecondition, *mismatch);
+      }
+    }
+    Release();
+    return true;
+  }
+  if (code != kCudaNotReady) {
+    Report(ffi::ErrorCode::kInternal,
+           "failed on the device: " + CudaErrorText(code));
+    device_headers_.Bury();
+    host_headers_.Bury();
+    return true;
+  }
+  // The device is still to be drained by an abort.
+  if (comm_->failed()) return false;
+  if (!reached_at_) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!is_awaited_) return false;
+    if (reached_ != nullptr && !reached_->HasPassed()) return false;
+    if (before_ != nullptr && !before_->HasEnded()) return false;
+    reached_at_ = now;
+    before_ = nullptr;
+  }
+  const Clock::duration waited = now - *reached_at_;
+  if (waited > next_peek_ || Seconds(waited) > comm_->timeout()) {
+    next_peek_ = 2 * waited;
+    Peek();
+    if (comm_->failed()) return false;
+  }
+  if (CheckPatience(waited).failure()) {
+    const ffi::Error error = comm_->Refusal();
+    std::fprintf(stderr, "%s\n", error.message().c_str());
+    std::fflush(stderr);
+  }
+  return false;
+}
+
+ffi::Error Operation::CheckPatience(Clock::duration waited) {
+  const double limit = comm_->timeout();
+  if (!warned_ && Seconds(waited) > 0.1 * limit) {
+    warned_ = true;
+    std::fprintf(stderr, "jfog: %s has waited %s for %s\n", Title().c_str(),
+                 Format(waited).c_str(), Peers().c_str());
+    std::fflush(stderr);
+  }
+  if (Seconds(waited) <= limit) return ffi::Error::Success();
+  return Fail(ffi::ErrorCode::kDeadlineExceeded,
+              "waited " + Format(waited) + " for " + Peers() +
+                  "; is it dead, slow, or in another operation? (" +
+                  intent_.leaves + "; the limit is jfog.init(timeout=...))");
+}
+
+std::optional<std::string> Operation::FindMismatch(const Header* headers,
+                                                   bool partly) {
+  if (intent_.is_collective) return FindMismatchOfAll(*headers, partly);
+  const Identity mine{intent_.name, sequence_, intent_.signature,
+                      intent_.variant, 0};
+  for (std::size_t k = 0; k < incoming_; ++k) {
+    const Header& theirs = headers[k];
+    const bool is_ours =
+        theirs.magic == kMagic && theirs.check == CheckOf(theirs);
+    if (!is_ours && partly) continue;
+    const Edge& source = intent_.sources[k];
+    std::string difference = "not a message of jfog";
+    if (is_ours) {
+      const std::string name(
+          theirs.operation,
+          strnlen(theirs.operation, sizeof(theirs.operation)));
+      difference = Difference(mine, {name, theirs.sequence, theirs.signature,
+                                     theirs.variant, theirs.bytes});
+      if (difference.empty() && theirs.bytes != source.bytes) {
+        difference = "it sent other dtypes or shapes (" +
+                     std::to_string(theirs.bytes) + " bytes)";
+      }
+    }
+    if (difference.empty()) continue;
+    return "(" + intent_.leaves + ") does not match rank " +
+           std::to_string(source.rank) + ": " + difference;
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
+                                                        bool partly) {
+  Words all;
+  std::memcpy(&all, &header, sizeof(all));
+  Header own;
+  own.sequence = sequence_;
+  own.signature = intent_.signature;
+  own.variant = intent_.variant;
+  const Words mine = WordsOf(intent_.name, own);
+  if (std::memcmp(&all, &mine, sizeof(all)) == 0) return std::nullopt;
+  // What has come is a maximum, and no less than what is one's own.
+  for (std::size_t i = 0; i < kWords && partly; ++i) {
+    if (all.words[i] < mine.words[i]) return std::nullopt;
+  }
+  // Of a word that differs, either the greatest or the least is another's.
+  const auto others = [&](std::size_t i) {
+    return all.words[2 * i] != mine.words[2 * i] ? all.words[2 * i]
+                                                 : ~all.words[2 * i + 1];
+  };
+  const std::uint64_t name = others(Words::kName);
+  std::string difference = Difference(
+      {intent_.name, sequence_, intent_.signature, intent_.variant, 0},
+      {name == NumberOf(intent_.name) ? intent_.name
+       : name < std::size(kNames)     ? kNames[name]
+                                      : kNames[0],
+       others(Words::kSequence), others(Words::kSignature),
+       others(Words::kVariant), 0});
+  // Nobody sent so many bytes.
+  const std::size_t bytes = difference.find(" (0 bytes)");
+  if (bytes != std::string::npos) difference.resize(bytes);
+  if (difference.empty()) difference = "it is in another operation";
+  return "(" + intent_.leaves + ") does not match " +
+         (peers_.size() == 1 ? RankList(peers_) : "another rank") + ": " +
+         difference;
+}
+
+// A second stream copies beside the kernel that waits for its peers.
+void Operation::Peek() {
+  if (incoming_ == 0) return;
+  if (peeked_ != nullptr && !peeked_->HasPassed()) return;
+  Device& device = comm_->device();
+  std::byte* const to =
+      host_headers_.host() + (outgoing_ + 2 * incoming_) * sizeof(Header);
+  if (peeked_ == nullptr) peeked_ = device.MakeEvent();
+  if (Cuda().copy_to_host(
+          to, device_headers_.device() + outgoing_ * sizeof(Header),
+          incoming_ * sizeof(Header), device.aside()) != kCudaSuccess ||
+      peeked_->Record(device.aside()) != kCudaSuccess) {
+    return;
+  }
+  const Clock::time_point limit = Clock::now() + kPeekWithin;
+  while (!peeked_->HasPassed()) {
+    if (Clock::now() > limit) return;
+    std::this_thread::sleep_for(kNap);
+  }
+  if (const auto mismatch =
+          FindMismatch(reinterpret_cast<const Header*>(to), /*partly=*/true)) {
+    Report(ffi::ErrorCode::kFailedPrecondition, *mismatch);
+  }
+}
+
+void Operation::Release() {
+  device_headers_.UsedUntil(peeked_);
+  host_headers_.UsedUntil(peeked_);
+  device_headers_.Release();
+  host_headers_.Release();
+}
+
+}  // namespace jfog::nccl

@@ -1,0 +1,75 @@
+// The watchdog: looks after operations while no call does.
+#include "nccl/watchdog.h"
+
+#include <chrono>
+
+#include "nccl/communicator.h"
+
+namespace jfog::nccl {
+namespace {
+
+constexpr std::chrono::milliseconds kTick{2};
+
+}  // namespace
+
+// Never destroyed: its thread may run while the process ends.
+Watchdog& Watchdog::Get() {
+  static Watchdog* watchdog = new Watchdog;
+  return *watchdog;
+}
+
+void Watchdog::Watch(const std::shared_ptr<Communicator>& comm) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  watched_.push_back(comm);
+  if (thread_.joinable()) return;
+  stopped_ = false;
+  thread_ = std::thread([this] { Run(); });
+}
+
+void Watchdog::Wake() {
+  if (awake_.exchange(true)) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  changed_.notify_all();
+}
+
+void Watchdog::Stop() {
+  std::thread thread;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+    changed_.notify_all();
+    thread.swap(thread_);
+  }
+  if (thread.joinable()) thread.join();
+}
+
+void Watchdog::Run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!stopped_) {
+    // Before it looks: who wakes it later finds it asleep.
+    awake_.store(false);
+    std::vector<std::shared_ptr<Communicator>> comms;
+    std::vector<std::weak_ptr<Communicator>> left;
+    for (const auto& watched : watched_) {
+      if (std::shared_ptr<Communicator> comm = watched.lock()) {
+        comms.push_back(std::move(comm));
+        left.push_back(watched);
+      }
+    }
+    watched_ = std::move(left);
+    lock.unlock();
+    bool is_busy = false;
+    for (const auto& comm : comms) {
+      is_busy |= comm->Look(Clock::now(), /*all=*/true);
+    }
+    comms.clear();
+    lock.lock();
+    if (is_busy) {
+      changed_.wait_for(lock, kTick, [this] { return stopped_; });
+    } else {
+      changed_.wait(lock, [this] { return stopped_ || awake_.load(); });
+    }
+  }
+}
+
+}  // namespace jfog::nccl
