@@ -15,6 +15,8 @@ namespace {
 // A call waits for NCCL without a pause first, and then with short ones.
 constexpr int kPolls = 1000;
 constexpr std::chrono::microseconds kNap{50};
+// What an operation that has failed here still moves may tell others the same.
+constexpr std::chrono::milliseconds kGrace{200};
 // A rank that ends waits so long for others to end, too.
 constexpr double kLeaveWithin = 10;
 
@@ -270,19 +272,24 @@ void Communicator::CheckAsyncError() {
     if (state == kSuccess || state == kInProgress) return;
     text = Explain(state);
   }
-  std::shared_ptr<Operation> oldest;
+  std::deque<std::shared_ptr<Operation>> operations;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!under_way_.empty()) oldest = under_way_.front();
+    operations = under_way_;
   }
-  if (oldest == nullptr) return;
+  if (operations.empty()) return;
+  // A rank that has found a mismatch ends: this one may know why.
+  for (const auto& operation : operations) operation->Peek();
+  const std::shared_ptr<Operation>& oldest = operations.front();
   oldest->Report(
       ffi::ErrorCode::kAborted,
       "failed in NCCL: " + text + "; it exchanges with " + oldest->Peers());
 }
 
-// On a thread of its own: freeing the memory of one communicator can wait for
-// the kernels of another, which the watchdog then has to abort as well.
+// Not at once, so that peers that have found the same say so, and not that this
+// rank has ended. On a thread of its own: freeing the memory of one
+// communicator can wait for the kernels of another, which the watchdog then has
+// to abort as well.
 void Communicator::Abort() {
   Comm comm;
   {
@@ -295,6 +302,7 @@ void Communicator::Abort() {
     aborting_ = true;
   }
   std::thread([self = shared_from_this(), comm] {
+    std::this_thread::sleep_for(kGrace);
     {
       const ContextGuard guard(self->device_->context());
       Nccl().comm_abort(comm);

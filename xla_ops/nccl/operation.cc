@@ -361,7 +361,7 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
 
 // A second stream copies beside the kernel that waits for its peers.
 void Operation::Peek() {
-  if (incoming_ == 0) return;
+  if (incoming_ == 0 || !host_headers_) return;
   if (peeked_ != nullptr && !peeked_->HasPassed()) return;
   Device& device = comm_->device();
   std::byte* const to =

@@ -71,6 +71,8 @@ class Operation : public std::enable_shared_from_this<Operation> {
   // Ends it or fails the communicator, where there is reason to; whether it is
   // over. By one thread at a time.
   bool Look(Clock::time_point now);
+  // Looks at the headers that have come while it is under way.
+  void Peek();
   // Warns of a long wait, and fails a longer one.
   ffi::Error CheckPatience(Clock::duration waited);
 
@@ -95,7 +97,6 @@ class Operation : public std::enable_shared_from_this<Operation> {
   std::optional<std::string> FindMismatch(const Header* headers, bool partly);
   std::optional<std::string> FindMismatchOfAll(const Header& header,
                                                bool partly);
-  void Peek();
   void Release();
 
   const std::shared_ptr<Communicator> comm_;
