@@ -140,7 +140,7 @@ Intent Call::MakeIntent() const {
   Intent intent;
   intent.name = plan_.operation;
   intent.variant = plan_.variant;
-  intent.signature = leaves_.size();
+  intent.signature = Mix(plan_.signature, leaves_.size());
   std::vector<Shape> shapes;
   for (const Leaf& leaf : leaves_) {
     intent.signature =

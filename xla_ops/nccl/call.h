@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/status.h"
 #include "nccl/handles.h"
 #include "nccl/operation.h"
@@ -26,7 +27,7 @@ struct Leaf {
   DevicePointer output;
   std::size_t output_bytes;
 
-  std::size_t width() const { return count == 0 ? 1 : bytes / count; }
+  std::size_t width() const { return ffi::ByteWidth(type); }
 };
 
 // One call. In a start it works on copies of the leaves and on the

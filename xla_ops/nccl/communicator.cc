@@ -222,16 +222,17 @@ void Communicator::Enter(std::shared_ptr<Operation> operation) {
   Watchdog::Get().Wake();
 }
 
+std::deque<std::shared_ptr<Operation>> Communicator::UnderWay() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return under_way_;
+}
+
 bool Communicator::Look(Clock::time_point now, bool all) {
   const ContextGuard guard(device_->context());
   std::unique_lock<std::mutex> looking(looking_, std::try_to_lock);
   if (!looking.owns_lock()) return true;
-  std::deque<std::shared_ptr<Operation>> operations;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (all) operations = under_way_;
-  }
   if (all) {
+    const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
     std::vector<const Operation*> over;
     for (const auto& operation : operations) {
       if (operation->Look(now)) over.push_back(operation.get());
@@ -272,11 +273,7 @@ void Communicator::CheckAsyncError() {
     if (state == kSuccess || state == kInProgress) return;
     text = Explain(state);
   }
-  std::deque<std::shared_ptr<Operation>> operations;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    operations = under_way_;
-  }
+  const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
   if (operations.empty()) return;
   // A rank that has found a mismatch ends: this one may know why.
   for (const auto& operation : operations) operation->Peek();
@@ -320,10 +317,7 @@ void Communicator::AwaitAbort(Clock::time_point until) {
 
 void Communicator::Drain() {
   while (!failed() && Look(Clock::now(), /*all=*/true)) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (const auto& operation : under_way_) operation->Await();
-    }
+    for (const auto& operation : UnderWay()) operation->Await();
     std::this_thread::sleep_for(kNap);
   }
 }

@@ -104,6 +104,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Looks at operations under way, which it ends or fails; only at the oldest
   // ones unless `all`. Returns whether any is left.
   bool Look(Clock::time_point now, bool all);
+  // Those under way, in the order in which NCCL lets them run.
+  std::deque<std::shared_ptr<Operation>> UnderWay();
 
   // Waits for operations under way, each within its deadline.
   void Drain();

@@ -127,16 +127,13 @@ ffi::Error CopyOwn(const Plan& plan, Call& call, std::vector<Parcel>* outgoing,
   return ffi::Error::Success();
 }
 
-// What every rank's leaves must have in common: where they have slices of
-// their own, ends of an edge compare its bytes instead of the elements.
+// What every rank's leaves must have in common. Of slices the two ends of an
+// edge compare the bytes.
 std::uint64_t SignatureOf(const ExchangePlan& plan,
                           const std::vector<Leaf>& leaves) {
-  std::uint64_t signature = leaves.size();
+  std::uint64_t signature = Mix(plan.signature, leaves.size());
   for (const Leaf& leaf : leaves) {
     signature = Mix(signature, static_cast<std::uint64_t>(leaf.type));
-    if (!plan.apart && plan.receive_counts.empty()) {
-      signature = Mix(signature, leaf.count);
-    }
   }
   return signature;
 }

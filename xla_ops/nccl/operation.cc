@@ -265,14 +265,23 @@ bool Operation::Look(Clock::time_point now) {
     before_ = nullptr;
   }
   const Clock::duration waited = now - *reached_at_;
-  if (waited > next_peek_ || Seconds(waited) > comm_->timeout()) {
+  const bool is_overdue = Seconds(waited) > comm_->timeout();
+  if (waited > next_peek_ || is_overdue) {
     next_peek_ = 2 * waited;
-    Peek();
+    // One that nobody waits for may hold up this one.
+    for (const auto& operation : comm_->UnderWay()) operation->Peek();
     if (comm_->failed()) return false;
   }
-  if (CheckPatience(waited).failure()) {
-    const ffi::Error error = comm_->Refusal();
-    std::fprintf(stderr, "%s\n", error.message().c_str());
+  std::shared_ptr<Operation> first = shared_from_this();
+  if (is_overdue) {
+    for (const auto& operation : comm_->UnderWay()) {
+      if (operation->HasEnded()) continue;
+      first = operation;
+      break;
+    }
+  }
+  if (first->CheckPatience(waited).failure()) {
+    std::fprintf(stderr, "%s\n", comm_->Refusal().message().c_str());
     std::fflush(stderr);
   }
   return false;

@@ -43,6 +43,8 @@ ffi::Error ReadCommon(const ffi::Dictionary& attributes, Plan* plan) {
   plan->comm = *comm;
   plan->mode = Read(attributes, "mode", kWhole);
   plan->variant = static_cast<std::uint64_t>(Read(attributes, "variant", 0));
+  plan->signature =
+      static_cast<std::uint64_t>(Read(attributes, "signature", 0));
   plan->received_bytes = ReadLongs(attributes, "received_bytes");
   return ffi::Error::Success();
 }

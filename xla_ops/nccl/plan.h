@@ -29,6 +29,7 @@ struct Plan {
   std::int64_t mode = kWhole;
   std::string operation;
   std::uint64_t variant = 0;
+  std::uint64_t signature = 0;  // of the program's leaves, before any packing
   // Of each received buffer; in a start nothing else says it.
   std::vector<std::int64_t> received_bytes;
 };
