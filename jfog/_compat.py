@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import core, effects, xla_bridge
+from jax._src import core, dispatch, effects, xla_bridge
 from jax.interpreters import mlir
 
 
@@ -129,6 +129,15 @@ def backends_are_started() -> bool:
 def visible_cuda_devices() -> str:
   """The option `jax_cuda_visible_devices`: `"all"`, or numbers and commas."""
   return xla_bridge.CUDA_VISIBLE_DEVICES.value
+
+
+def begin_order_anew() -> None:
+  """Lets the operations to come in this thread not depend on those before.
+
+  After one has failed all later ones would fail with its error, for the token
+  that they pass on is part of its results.
+  """
+  dispatch.runtime_tokens.clear()
 
 
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

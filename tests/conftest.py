@@ -187,12 +187,9 @@ def _open_world(size: int, local_size: int) -> None:
   if local_size != _opened_local_size:
     jfog.shutdown()
     _opened_local_size = local_size
-  world = jfog.init(
-    backend="mpi" if _BACKEND == "mpi" else "nccl",
-    timeout=60,
-    local_size=local_size or None,
-  )
+  world = jfog.init(timeout=60, local_size=local_size or None)
   assert world.size == _RANKS == size
+  assert world.backend == ("mpi" if _BACKEND == "mpi" else "nccl")
 
 
 @pytest.fixture
@@ -258,9 +255,11 @@ _STARTING_JOBS = {
   "test_asynchrony.py",
   "test_examples.py",
   "test_failures.py",
+  "test_gpu_benchmark.py",
   "test_hierarchical.py",
   "test_launch.py",
   "test_mpi4jax.py",
+  "test_nccl.py",
   "test_runtime.py",
 }
 
@@ -393,6 +392,8 @@ def _run_job(size: int, nodeids: list[str], soak: bool, backend: str) -> _Job:
       "JFOG_TEST_BACKEND": backend,
     }
     environment.pop("XLA_FLAGS", None)
+    if backend == "mpi":
+      environment["JAX_PLATFORMS"] = "cpu"
     command = [
       *jfog.launch.command_line(["-np", str(size)]),
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),

@@ -141,6 +141,7 @@ def test_equal_values_stay_bit_for_bit(place):
   np.testing.assert_array_equal(y, place.mine(x))
 
 
+@pytest.mark.host("with NCCL comm.local and comm.machines count it")
 @pytest.mark.places("mpi-4x2", "mpi-6x3", "mpi-8x4")
 def test_every_rank_sends_its_share_to_other_machines(place, rng):
   """`1 / local_size` of the vector to each neighboring machine."""

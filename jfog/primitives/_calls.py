@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
+from jfog import _compat
 from jfog.primitives import _leaves, _primitive
 
 
@@ -184,6 +185,12 @@ def wait(handle: Handle) -> Any:
     results = _primitive.wait_p.bind(
       handle._number, handle._weights, *results, **dict(handle._waiting)
     )
+    if _compat.at_top_level():
+      try:
+        jax.block_until_ready(results)
+      except jax.errors.JaxRuntimeError:
+        _compat.begin_order_anew()  # the others have nothing to do with it
+        raise
     results = [
       y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)
     ]

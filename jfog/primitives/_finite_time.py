@@ -220,6 +220,7 @@ def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
       values,
       rounds,
       variant=(repr(graph), t),
+      like=leaves,
     )
     return call(send, packing.avals(slots))
 

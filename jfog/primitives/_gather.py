@@ -338,6 +338,7 @@ def _send(
     leaves,
     rounds,
     variant=(fingerprint, first),
+    like=_rows(leaves),
     receive_counts=_counts(leaves, axis_sizes),
   )
 
@@ -354,9 +355,15 @@ def _send_back(
     leaves,
     [(to, sources) for sources, to in rounds],
     variant=(fingerprint, first, "transpose"),
+    like=_rows(leaves),
     apart=True,
     send_counts=_counts(leaves, axis_sizes),
   )
+
+
+def _rows(leaves):
+  """One row of each leaf: ranks have different numbers of them."""
+  return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
 
 
 def _counts(leaves, axis_sizes):

@@ -238,6 +238,7 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
       [x[theirs] for x in split],
       [(others, others)],
       graph,
+      like=leaves,
       apart=True,
     )
     received = call(send, _avals(split, size - 1))
@@ -248,7 +249,7 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
   if comm.machine_size > 1:
     rounds = _nccl.rounds_of(graph, comm.machine_rank)
     slots = _nccl.slots_of(rounds)
-    send = _exchange(comm.machines, fixed[0], parts, rounds, graph)
+    send = _exchange(comm.machines, fixed[0], parts, rounds, graph, like=leaves)
     row = _nccl.row_of_graph(graph, comm.machine_rank, fixed[0], slots)
     received = call(
       send, [jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in parts]
@@ -263,6 +264,7 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
       "mode": np.int64(_nccl.Mode.WHOLE),
       "operation": _NAME,
       "variant": np.int64(_nccl.fingerprint(_graphs.fingerprint(graph))),
+      "signature": np.int64(_nccl.signature(leaves)),
     }
     received = call(_nccl.Send("allgather", told, parts), _avals(split, size))
     parts = [
@@ -313,6 +315,7 @@ def _start_on_gpus(mode, fixed, leaves, *, graph, comm):
     [x.reshape(-1) for x in _wide_split(leaves, comm.local_size)],
     rounds,
     variant=_graphs.fingerprint(graph),
+    like=leaves,
     operation=_NAME,
   )
   send.attributes["local_context"] = np.int64(

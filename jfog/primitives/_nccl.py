@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -197,8 +198,7 @@ class Packing:
         self._groups.append(shared[x.dtype])
     self.dtypes = [leaves[group[0]].dtype for group in self._groups]
     self.sizes = [
-      sum(int(np.prod(self._shapes[i])) for i in group)
-      for group in self._groups
+      sum(math.prod(self._shapes[i]) for i in group) for group in self._groups
     ]
 
   def pack(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -215,7 +215,7 @@ class Packing:
     for group, x in zip(self._groups, packed, strict=True):
       begin = 0
       for i in group:
-        end = begin + int(np.prod(self._shapes[i]))
+        end = begin + math.prod(self._shapes[i])
         leaves[i] = x[begin:end].reshape(self._shapes[i])
         begin = end
     return leaves
@@ -261,6 +261,7 @@ def exchange(
   rounds: Rounds,
   *,
   variant: Any,
+  like: Sequence[Any],
   operation: str | None = None,
   slots: int | None = None,
   sources: int | None = None,
@@ -279,6 +280,8 @@ def exchange(
       to the k-th destination.
     rounds: who exchanges with whom.
     variant: what all ranks agree on.
+    like: the leaves as the user has them, of the same shapes on all ranks, or
+      with the axes left out in which they may differ.
     operation: what the user has called; by default the target.
     slots: those of what is received; by default as many as one round fills.
     sources: the number of sources that the selector names before it names
@@ -302,6 +305,7 @@ def exchange(
     "mode": np.int64(mode),
     "operation": operation or target,
     "variant": np.int64(fingerprint(variant)),
+    "signature": np.int64(signature(like)),
     "source_begin": np.array(begin, np.int32),
     "sources": np.array([*inward, -1], np.int32),
     "destination_begin": np.array(out_begin, np.int32),
@@ -326,6 +330,11 @@ def fingerprint(variant: Any) -> int:
   """A number that tells variants of an operation apart."""
   digest = hashlib.blake2b(repr(variant).encode(), digest_size=8).digest()
   return int.from_bytes(digest, "little", signed=True)
+
+
+def signature(leaves: Sequence[Any]) -> int:
+  """A number that tells trees of other leaves apart."""
+  return fingerprint([(x.dtype.name, math.prod(x.shape)) for x in leaves])
 
 
 class Row(NamedTuple):

@@ -381,6 +381,7 @@ def _send(mode, fixed, leaves, *, graph, weighting, comm):
     packed,
     rounds,
     variant=(_graphs.fingerprint(graph), int(weighting)),
+    like=leaves,
     apart=scales,
   )
 

@@ -402,6 +402,7 @@ def _send(mode, fixed, leaves, *, sources, scales, pair, comm, **params):
     packed,
     [([-1] * sources, [-1] * (len(ranks) - sources))],
     variant="peers",
+    like=leaves,
     operation="pair_gossip" if pair else "neighbor_allreduce",
     sources=sources,
     apart=scales,

@@ -102,6 +102,9 @@ def register_nccl(
 
   Windows, and what is waited for of them, run on the host's handlers.
   """
+  # While its backends are not started JAX keeps registrations, and then makes
+  # those of handlers before those of the types that they use.
+  jax.local_devices()
   for name, registration in module.types().items():
     jax.ffi.register_ffi_type(name, registration, platform=platform)
   host = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jfog import _compat
 from jfog.runtime import _devices, _native
 from jfog.runtime._communicator import (
   Axis,
@@ -202,7 +203,11 @@ def shutdown() -> None:
   world, _world = _world, None
   if isinstance(world, MpiCommunicator):
     parts = (world, world.local_part, world.machines_part)
-    jax.effects_barrier()
+    try:
+      jax.effects_barrier()
+    except jax.errors.JaxRuntimeError as error:
+      print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
+      _compat.begin_order_anew()
     forgotten = 0
     for part in parts:
       if isinstance(part, MpiCommunicator):
