@@ -63,7 +63,7 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
 ffi::Error AllreduceImpl(CudaStream stream, Plan* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  const auto& plan = As<CollectivePlan>(*state);
   std::vector<ElementType> types;
   const auto check = [&](const std::vector<Leaf>& leaves) {
     if (plan.reductions.size() != leaves.size()) return Malformed(plan);
@@ -90,7 +90,7 @@ ffi::Error AllreduceImpl(CudaStream stream, Plan* state, ffi::Token,
 ffi::Error BroadcastImpl(CudaStream stream, Plan* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  const auto& plan = As<CollectivePlan>(*state);
   const auto check = [&](const std::vector<Leaf>&) {
     const bool is_rank = plan.root >= 0 && plan.root < plan.comm->size();
     return is_rank ? ffi::Error::Success() : Malformed(plan);
@@ -109,7 +109,7 @@ ffi::Error BroadcastImpl(CudaStream stream, Plan* state, ffi::Token,
 ffi::Error AllgatherImpl(CudaStream stream, Plan* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = static_cast<const CollectivePlan&>(*state);
+  const auto& plan = As<CollectivePlan>(*state);
   const std::size_t size = plan.comm->size();
   const auto check = [](const std::vector<Leaf>&) {
     return ffi::Error::Success();
@@ -131,7 +131,8 @@ ffi::Error BarrierImpl(CudaStream stream, Plan* state, ffi::Token,
   };
   const auto post = [](Group&, std::size_t, const Leaf&) {};
   const auto share = [](const Leaf&) { return Share{0, 0}; };
-  return Collective(stream, *state, args, results, 1, check, post, share);
+  return Collective(stream, As<CollectivePlan>(*state), args, results, 1, check,
+                    post, share);
 }
 
 auto Binding() {

@@ -142,7 +142,7 @@ ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
                         ffi::AnyBuffer selector, ffi::RemainingArgs args,
                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
                         ffi::Dictionary) {
-  const auto& plan = static_cast<const ExchangePlan&>(*state);
+  const auto& plan = As<ExchangePlan>(*state);
   const int size = plan.comm->size();
   Call call(plan, stream);
   JFOG_RETURN_IF_ERROR(call.Check());

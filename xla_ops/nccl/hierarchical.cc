@@ -113,7 +113,7 @@ ffi::Error HierarchicalStartImpl(CudaStream stream, Plan* state, ffi::Token,
                                  ffi::RemainingArgs args,
                                  ffi::Result<ffi::Token>,
                                  ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = static_cast<const HierarchicalPlan&>(*state);
+  const auto& plan = As<HierarchicalPlan>(*state);
   Call call(plan, stream);
   JFOG_RETURN_IF_ERROR(call.Check());
   std::vector<std::int32_t> step{0};

@@ -88,6 +88,7 @@ MadePlan MakePlan(ffi::Dictionary attributes) {
   ffi::Error error = ReadCommon(attributes, plan.get());
   if (error.success()) error = kRead(attributes, plan.get());
   if (error.failure()) return ffi::Unexpected(std::move(error));
+  plan->is_made.store(true, std::memory_order_release);
   return std::unique_ptr<Plan>(std::move(plan));
 }
 

@@ -2,6 +2,7 @@
 #ifndef JFOG_XLA_OPS_NCCL_PLAN_H_
 #define JFOG_XLA_OPS_NCCL_PLAN_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -32,7 +33,17 @@ struct Plan {
   std::uint64_t signature = 0;  // of the program's leaves, before any packing
   // Of each received buffer; in a start nothing else says it.
   std::vector<std::int64_t> received_bytes;
+  // XLA passes it from one thread to another, and ThreadSanitizer knows nothing
+  // of how.
+  std::atomic<bool> is_made{false};
 };
+
+// The state of a call, as what it was made as.
+template <typename P>
+const P& As(const Plan& state) {
+  state.is_made.load(std::memory_order_acquire);
+  return static_cast<const P&>(state);
+}
 
 // Whom this rank exchanges with in one round of a graph.
 struct Round {
