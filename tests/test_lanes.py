@@ -18,7 +18,11 @@ GRAPHS = {
   "exponential": topology.exponential,
 }
 
-pytestmark = [pytest.mark.places("mpi"), pytest.mark.mpi(3, 4)]
+pytestmark = [
+  pytest.mark.places("mpi"),
+  pytest.mark.mpi(3, 4),
+  pytest.mark.host("lanes are MPI's"),
+]
 
 
 @pytest.fixture(params=["one machine", "small machines"])

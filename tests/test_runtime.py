@@ -313,6 +313,7 @@ def test_machines_of_different_sizes_are_refused_by_name():
     _ = world.machines
 
 
+@pytest.mark.host("of a world on CPUs")
 @pytest.mark.places("mpi")
 def test_an_mpi_world(place):
   jfog.shutdown()
