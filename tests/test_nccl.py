@@ -10,8 +10,8 @@ import textwrap
 import emulated
 import pytest
 
-import jfog.runtime
 from jfog import launch
+from jfog.runtime import _devices
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE = 300  # seconds; a quiet machine needs a tenth of it
@@ -146,7 +146,7 @@ def test_another_library_later_is_an_error(emulation, tmp_path):
 
 def test_a_world_on_gpus_needs_gpus():
   """All ranks get the same error before anything is sent by NCCL."""
-  if not jfog.runtime._devices.gpus().reason:
+  if not _devices.gpus().reason:
     pytest.skip("there is a GPU")
   output, code = run(
     """
@@ -173,7 +173,7 @@ def test_without_gpus_a_world_takes_mpi():
 
 
 def test_where_there_is_no_gpu_one_line_says_so():
-  if not jfog.runtime._devices.gpus().reason:
+  if not _devices.gpus().reason:
     pytest.skip("there is a GPU")
   done = subprocess.run(
     [

@@ -61,8 +61,14 @@ def calls(fun, *args):
   ]
 
 
+def _find(pattern, text):
+  found = re.search(pattern, text)
+  assert found, text
+  return found
+
+
 def _read(line):
-  types = re.search(r" : \((.*)\) -> (.*)$", line)
+  types = _find(r" : \((.*)\) -> (.*)$", line)
   operands, results = (
     [t.removeprefix("tensor<").removesuffix(">") for t in text.split(", ")]
     for text in (types[1], types[2].strip("()"))
@@ -71,7 +77,7 @@ def _read(line):
   pairs = re.findall(
     r"output_tuple_indices = \[(\d*)\], operand_index = (\d+)", line
   )
-  config = re.search(r"mhlo.backend_config = \{(.*?)\}", line)
+  config = _find(r"mhlo.backend_config = \{(.*?)\}", line)
   attributes = {}
   for name, value in re.findall(
     r"(\w+) = (\".*?\"|-?\d+ : i64|dense<.*?> : tensor<.*?>)", config[1]
@@ -79,12 +85,12 @@ def _read(line):
     if value.startswith("dense<"):
       literal = value[len("dense<") : value.index("> : ")]
       values = np.atleast_1d(ast.literal_eval(literal))
-      count = int(re.search(r"tensor<(\d+)x", value)[1])
+      count = int(_find(r"tensor<(\d+)x", value)[1])
       attributes[name] = np.broadcast_to(values, count).tolist()
     else:
       attributes[name] = ast.literal_eval(value.removesuffix(" : i64"))
   return Call(
-    re.search(r"@jfog_nccl_(\w+)", line)[1],
+    _find(r"@jfog_nccl_(\w+)", line)[1],
     operands[1:],
     results[1:],
     {int(operand) - 1: int(result) - 1 for result, operand in pairs},

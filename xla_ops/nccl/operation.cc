@@ -2,7 +2,6 @@
 #include "nccl/operation.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -157,12 +156,12 @@ ffi::Error Operation::Post(CudaStream stream, const nccl::Post& post) {
       post(group);
     }));
     if (incoming_ > 0) {
-      JFOG_RETURN_IF_ERROR(
-          Check(Cuda().copy_to_host(
-                    host_headers_.host() + staged() * sizeof(Header),
-                    device_headers_.device() + (outgoing_ + 1) * sizeof(Header),
-                    incoming_ * sizeof(Header), stream),
-                "cuMemcpyDtoHAsync"));
+      JFOG_RETURN_IF_ERROR(Check(
+          Cuda().copy_to_host(
+              host_headers_.host() + (outgoing_ + incoming_) * sizeof(Header),
+              device_headers_.device() + outgoing_ * sizeof(Header),
+              incoming_ * sizeof(Header), stream),
+          "cuMemcpyDtoHAsync"));
     }
   }
   JFOG_RETURN_IF_ERROR(Check(ended_->Record(stream), "cuEventRecord"));
@@ -172,19 +171,17 @@ ffi::Error Operation::Post(CudaStream stream, const nccl::Post& post) {
 
 ffi::Error Operation::Stage(CudaStream stream) {
   Device& device = comm_->device();
-  const std::size_t bytes = staged() * sizeof(Header);
-  const std::size_t on_host = (staged() + 2 * incoming_ + 1) * sizeof(Header);
-  JFOG_RETURN_IF_ERROR(Check(
-      device.pinned().Take(on_host, stream, &host_headers_), "cuMemAllocHost"));
+  const std::size_t count = outgoing_ + incoming_;
+  const std::size_t bytes = count * sizeof(Header);
+  JFOG_RETURN_IF_ERROR(
+      Check(device.pinned().Take((count + 2 * incoming_) * sizeof(Header),
+                                 stream, &host_headers_),
+            "cuMemAllocHost"));
   JFOG_RETURN_IF_ERROR(Check(
       device.memory().Take(bytes, stream, &device_headers_), "cuMemAlloc"));
-  // Zeroed, so that a look in between tells what has come; and marked, so that
-  // it tells whether the stream has come so far that this memory is zeroed.
-  std::memset(host_headers_.host(), 0, on_host);
-  static std::atomic<std::uint64_t> marks{0};
-  mark_ = ++marks;
-  std::memcpy(host_headers_.host() + outgoing_ * sizeof(Header), &mark_,
-              sizeof(mark_));
+  // Zeroed, so that a look in between tells what has come.
+  std::memset(host_headers_.host(), 0,
+              (count + 2 * incoming_) * sizeof(Header));
   Header header;
   header.magic = kMagic;
   header.sequence = sequence_;
@@ -203,14 +200,17 @@ ffi::Error Operation::Stage(CudaStream stream) {
                   sizeof(header));
     }
   }
-  return Check(Cuda().copy_to_device(device_headers_.device(),
-                                     host_headers_.host(), bytes, stream),
-               "cuMemcpyHtoDAsync");
+  JFOG_RETURN_IF_ERROR(
+      Check(Cuda().copy_to_device(device_headers_.device(),
+                                  host_headers_.host(), bytes, stream),
+            "cuMemcpyHtoDAsync"));
+  staged_ = device.MakeEvent();
+  return Check(staged_->Record(stream), "cuEventRecord");
 }
 
 void Operation::PostHeaders(Group& group) const {
   const DevicePointer out = device_headers_.device();
-  const DevicePointer in = out + (outgoing_ + 1) * sizeof(Header);
+  const DevicePointer in = out + outgoing_ * sizeof(Header);
   if (intent_.is_collective) {
     return group.AllReduce(out, in, kWords, kUint64, kMax);
   }
@@ -242,7 +242,7 @@ bool Operation::Look(Clock::time_point now) {
   if (code == kCudaSuccess) {
     if (!comm_->failed() && incoming_ > 0) {
       const auto* headers = reinterpret_cast<const Header*>(
-          host_headers_.host() + staged() * sizeof(Header));
+          host_headers_.host() + (outgoing_ + incoming_) * sizeof(Header));
       if (const auto mismatch = FindMismatch(headers, /*partly=*/false)) {
         Report(ffi::ErrorCode::kFailedPrecondition, *mismatch);
       }
@@ -374,14 +374,16 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
 // A second stream copies beside the kernel that waits for its peers.
 void Operation::Peek() {
   if (incoming_ == 0 || !host_headers_) return;
+  // Until then the memory holds the headers of an earlier operation.
+  if (!staged_->HasPassed()) return;
   if (peeked_ != nullptr && !peeked_->HasPassed()) return;
   Device& device = comm_->device();
   std::byte* const to =
-      host_headers_.host() + (staged() + incoming_) * sizeof(Header);
+      host_headers_.host() + (outgoing_ + 2 * incoming_) * sizeof(Header);
   if (peeked_ == nullptr) peeked_ = device.MakeEvent();
   if (Cuda().copy_to_host(
           to, device_headers_.device() + outgoing_ * sizeof(Header),
-          (1 + incoming_) * sizeof(Header), device.aside()) != kCudaSuccess ||
+          incoming_ * sizeof(Header), device.aside()) != kCudaSuccess ||
       peeked_->Record(device.aside()) != kCudaSuccess) {
     return;
   }
@@ -390,9 +392,8 @@ void Operation::Peek() {
     if (Clock::now() > limit) return;
     std::this_thread::sleep_for(kNap);
   }
-  if (std::memcmp(to, &mark_, sizeof(mark_)) != 0) return;
-  const auto* headers = reinterpret_cast<const Header*>(to) + 1;
-  if (const auto mismatch = FindMismatch(headers, /*partly=*/true)) {
+  if (const auto mismatch =
+          FindMismatch(reinterpret_cast<const Header*>(to), /*partly=*/true)) {
     Report(ffi::ErrorCode::kFailedPrecondition, *mismatch);
   }
 }

@@ -104,16 +104,14 @@ class Operation : public std::enable_shared_from_this<Operation> {
   std::vector<int> peers_;  // ascending
   std::uint64_t sequence_ = 0;
 
-  // Headers: on the device those that go out, a mark, and those that come in;
-  // on the host all of these, what came at the end, and mark and what came when
-  // somebody looked in between.
-  std::size_t staged() const { return outgoing_ + 1 + incoming_; }
-  std::uint64_t mark_ = 0;  // no other operation's
+  // Headers: on the device those that go out, and those that come in; on the
+  // host both, then twice what came, at the end and in between.
   std::size_t outgoing_ = 0;
   std::size_t incoming_ = 0;
   Buffer device_headers_;
   Buffer host_headers_;
 
+  std::shared_ptr<Event> staged_;
   std::shared_ptr<Event> ended_;
   std::shared_ptr<Event> peeked_;
   std::shared_ptr<Operation> before_;
