@@ -34,11 +34,14 @@ class Call:
 class Handle:
   """An operation that was started: a pytree, which may cross `jax.jit`.
 
-  `jfog.wait` returns the result, once. On MPI the operation goes on in the
-  background, on a copy of the leaves, from its start until it is complete; a
+  `jfog.wait` returns the result, once. Between processes the operation goes on in
+  the background, on a copy of the leaves, from its start until it is complete; a
   handle may be carried through loops, out of a jitted function and into the
   next training step. On a mesh and in simulation the result is part of the
   handle, and XLA schedules its computation.
+
+  It is a value of its operation and, for averages, of the largest number of
+  in-neighbors in a round: what a loop carries has to keep these.
 
   All ranks start the same operations in the same order. Where each of them
   waits is its own affair.
