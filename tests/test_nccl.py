@@ -10,6 +10,7 @@ import textwrap
 import emulated
 import pytest
 
+import jfog
 from jfog import launch
 from jfog.runtime import _devices
 
@@ -144,10 +145,11 @@ def test_another_library_later_is_an_error(emulation, tmp_path):
   assert "refused jfog: another NCCL" in output and str(emulation) in output
 
 
+@pytest.mark.skipif(not _devices.gpus().reason, reason="there is a GPU")
 def test_a_world_on_gpus_needs_gpus():
   """All ranks get the same error before anything is sent by NCCL."""
-  if not _devices.gpus().reason:
-    pytest.skip("there is a GPU")
+  with pytest.raises(RuntimeError, match=r"the ranks \[0\] have none: JAX"):
+    jfog.init(backend="nccl")
   output, code = run(
     """
     import jfog
@@ -172,9 +174,8 @@ def test_without_gpus_a_world_takes_mpi():
   assert (output.count("mpi;"), code) == (2, 0), output
 
 
+@pytest.mark.skipif(not _devices.gpus().reason, reason="there is a GPU")
 def test_where_there_is_no_gpu_one_line_says_so():
-  if not _devices.gpus().reason:
-    pytest.skip("there is a GPU")
   done = subprocess.run(
     [
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),

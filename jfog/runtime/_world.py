@@ -382,6 +382,9 @@ def reset_counters(comm: MpiCommunicator) -> None:
 
 def _mpi_world(backend, comm, launched, local_size, timeout) -> MpiCommunicator:
   """Starts MPI and opens the world on it."""
+  if backend == "nccl" and launched is None:
+    found = _devices.gpus()  # before MPI starts for nothing
+    _require_gpus([len(found.names)], found.reason)
   native = _native.mpi()
   # Open MPI reads its parameters at its start. Messages up to this size leave
   # without a handshake; its own limit of 4 KiB makes them several times dearer.
@@ -430,13 +433,7 @@ def _take_gpu(
   counts = [int(text) for text in _gathered(context, f"{count:8d}")]
   if backend is None and not any(counts):
     return None
-  if not all(counts):
-    without = [i for i, each in enumerate(counts) if not each]
-    raise RuntimeError(
-      f"backend='nccl' needs a GPU on every rank, and the ranks {without} have "
-      f"none{': ' + found.reason if found.reason else ''}. Use backend='mpi', "
-      f"for arrays on CPUs."
-    )
+  _require_gpus(counts, found.reason)
   machine = [i for i, leader in enumerate(leaders) if leader == leaders[rank]]
   place = machine.index(rank)
   mine = _devices.identity(_devices.chosen(place, count)).hex()
@@ -445,6 +442,17 @@ def _take_gpu(
   placement = _devices.place(place, len(machine), count, sharing=sharing)
   _devices.separate_hosts(placement, rank, _native.nccl().version())
   return placement.index
+
+
+def _require_gpus(counts: Sequence[int], reason: str) -> None:
+  """Refuses ranks without a GPU; this one's `reason` is that it has none."""
+  if not all(counts):
+    without = [i for i, count in enumerate(counts) if not count]
+    raise RuntimeError(
+      f"backend='nccl' needs a GPU on every rank, and the ranks {without} have "
+      f"none{': ' + reason if reason else ''}. Use backend='mpi', for arrays on "
+      f"CPUs."
+    )
 
 
 def _gathered(context: int, text: str) -> list[str]:
