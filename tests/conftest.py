@@ -61,7 +61,8 @@ import jfog.runtime._devices  # noqa: E402
 
 PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
 TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
-MPI_SIZES = (1, 2, 3, 4, 5)
+MPI_SIZES = (1, 2, 3, 4)
+MPI_SIZES_OF_SOAK = (5,)  # as well with --soak
 _JOB_DEADLINE = 900.0  # seconds; a quiet machine needs a tenth of it
 
 
@@ -165,6 +166,8 @@ def pytest_generate_tests(metafunc):
     return
   mpi = metafunc.definition.get_closest_marker("mpi")
   sizes = mpi.args if mpi else MPI_SIZES
+  if not mpi and metafunc.config.getoption("--soak"):
+    sizes += MPI_SIZES_OF_SOAK
   long = [f"mpi-{n}" for n in mpi.kwargs.get("soak", ())] if mpi else []
   names = [*PLACES, *(f"mpi-{n}" for n in sizes)]
   if metafunc.definition.get_closest_marker("two_axes"):
