@@ -413,7 +413,7 @@ def _wire_groups(leaves, op):
 def send_allreduce(mode, fixed, leaves, *, op, comm, operation="allreduce"):
   """The call that reduces leaves on GPUs."""
   del fixed
-  attributes = _told(mode, comm, operation, op, leaves)
+  attributes = _nccl.told(mode, comm, operation, op, leaves)
   if _gathers(leaves, op):
     return _nccl.Send("allgather", attributes, leaves)
   wires, operands, reductions = _wires(leaves, op), [], []
@@ -465,17 +465,6 @@ def finish_allreduce(own, weights, received, static):
   return results
 
 
-def _told(mode, comm, operation, variant, leaves) -> dict[str, Any]:
-  """The attributes that all collectives have on GPUs."""
-  return {
-    "context": np.int64(comm.context),
-    "mode": np.int64(mode),
-    "operation": operation,
-    "variant": np.int64(_nccl.fingerprint(variant)),
-    "signature": np.int64(_nccl.signature(leaves)),
-  }
-
-
 allreduce_p = _primitive.define(
   "allreduce",
   abstract_eval=_like_operands,
@@ -508,7 +497,10 @@ def _send_broadcast(mode, fixed, leaves, *, root, comm):
   del fixed
   return _nccl.Send(
     "broadcast",
-    {**_told(mode, comm, "broadcast", root, leaves), "root": np.int64(root)},
+    {
+      **_nccl.told(mode, comm, "broadcast", root, leaves),
+      "root": np.int64(root),
+    },
     _nccl.Packing(leaves).pack(leaves),
   )
 
@@ -589,7 +581,7 @@ def _send_allgather(mode, fixed, leaves, *, axis_sizes, comm):
   for x, sizes in zip(leaves, axis_sizes, strict=True):
     behind = max(sizes) - len(x)
     padded.append(jnp.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)))
-  told = _told(mode, comm, "allgather", axis_sizes, padded)
+  told = _nccl.told(mode, comm, "allgather", axis_sizes, padded)
   return _nccl.Send("allgather", told, padded)
 
 
@@ -633,7 +625,7 @@ barrier_p = _primitive.define(
   attributes=lambda mode, *leaves, comm: {"context": np.int64(comm.context)},
   on_gpus=_nccl.OnGpus(
     send=lambda mode, fixed, leaves, *, comm: _nccl.Send(
-      "barrier", _told(mode, comm, "barrier", None, leaves), []
+      "barrier", _nccl.told(mode, comm, "barrier", None, leaves), []
     ),
   ),
 )

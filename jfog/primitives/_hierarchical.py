@@ -259,13 +259,9 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
     row = _nccl.row_of_graph(graph, 0, fixed[0], 0)
     parts = _nccl.average(parts, row, [x[None][:0] for x in parts], 0)
   if size > 1:
-    told = {
-      "context": np.int64(comm.local.context),
-      "mode": np.int64(_nccl.Mode.WHOLE),
-      "operation": _NAME,
-      "variant": np.int64(_nccl.fingerprint(_graphs.fingerprint(graph))),
-      "signature": np.int64(_nccl.signature(leaves)),
-    }
+    told = _nccl.told(
+      _nccl.Mode.WHOLE, comm.local, _NAME, _graphs.fingerprint(graph), leaves
+    )
     received = call(_nccl.Send("allgather", told, parts), _avals(split, size))
     parts = [
       y.reshape(-1)[: len(x)] for x, y in zip(vectors, received, strict=True)

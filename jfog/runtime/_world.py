@@ -423,7 +423,7 @@ def _mpi_world(backend, comm, launched, local_size, timeout) -> MpiCommunicator:
 def _take_gpu(
   backend: str | None, context: int, rank: int, leaders: Sequence[int]
 ) -> int | None:
-  """Places this rank on a GPU and opens NCCL; returns CUDA's number of it.
+  """Places this rank on a GPU; returns CUDA's number of it.
 
   None if no rank has a GPU and no `backend` was asked for. Collective: what
   ranks find differs.
