@@ -63,7 +63,6 @@ PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
 TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
 MPI_SIZES = (1, 2, 3, 4)
 MPI_SIZES_OF_SOAK = (5,)  # as well with --soak
-_JOB_DEADLINE = 900.0  # seconds; a quiet machine needs a tenth of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +156,12 @@ def pytest_addoption(parser):
     choices=("mpi", "nccl", "emulated"),
     default="mpi",
     help="who carries the ranked tests: MPI, NCCL, or the emulation of NCCL",
+  )
+  parser.addoption(
+    "--job-deadline",
+    type=float,
+    default=900.0,  # a quiet machine needs a tenth of it
+    help="seconds, after which a job of ranked tests reports what it has",
   )
 
 
@@ -331,13 +336,14 @@ def pytest_runtestloop(session):
     return
   soak = session.config.getoption("--soak")
   backend = session.config.getoption("--backend")
+  deadline = session.config.getoption("--job-deadline")
   for size in sorted(_nodeids):
     _jobs[size] = concurrent.futures.Future()
 
   def run():
     for size, job in _jobs.items():
       try:
-        job.set_result(_run_job(size, _nodeids[size], soak, backend))
+        job.set_result(_run_job(size, _nodeids[size], soak, backend, deadline))
       except BaseException as error:  # told to whom it concerns
         job.set_exception(error)
 
@@ -381,7 +387,9 @@ def _machines(nodeid: str) -> str:
   return found[1] if found else ""
 
 
-def _run_job(size: int, nodeids: list[str], soak: bool, backend: str) -> _Job:
+def _run_job(
+  size: int, nodeids: list[str], soak: bool, backend: str, deadline: float
+) -> _Job:
   """Runs the tests on `size` ranks and collects their reports."""
   with tempfile.TemporaryDirectory() as folder:
     arguments = pathlib.Path(folder) / "tests"
@@ -411,12 +419,12 @@ def _run_job(size: int, nodeids: list[str], soak: bool, backend: str) -> _Job:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=_JOB_DEADLINE,
+        timeout=deadline,
       )
       output = done.stdout.decode(errors="replace")
     except subprocess.TimeoutExpired as error:
       output = (error.stdout or b"").decode(errors="replace")
-      output += f"\nthe job did not end within {_JOB_DEADLINE} s"
+      output += f"\nthe job did not end within {deadline:g} s"
     results: dict[str, dict[int, tuple[str, str]]] = {}
     for path in pathlib.Path(folder).glob("rank-*"):
       rank = int(path.name.removeprefix("rank-"))
