@@ -648,6 +648,11 @@ Result ncclCommInitRankConfig(Comm* comm, int size, UniqueId id, int rank,
   return blocking ? communicator->Poll() : kInProgress;
 }
 
+// Of the benchmarks' raw peers, not of jfog.
+Result ncclCommInitRank(Comm* comm, int size, UniqueId id, int rank) {
+  return ncclCommInitRankConfig(comm, size, id, rank, nullptr);
+}
+
 Result ncclCommGetAsyncError(Comm comm, Result* result) {
   JFOG_ENTER(Result);
   const auto communicator = Communicators().Find(comm);

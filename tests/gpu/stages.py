@@ -103,6 +103,18 @@ def stages(rehearsal: bool, emulation: str = "") -> list[Stage]:
     Stage(
       3, "two ranks on one GPU", [program("operations", "operations", 2, 75)]
     ),
+    Stage(
+      4,
+      "averages against raw NCCL and XLA",
+      [
+        program("averages", "averages", 2, 75),
+        job(
+          "XLA",
+          [PYTHON, str(FOLDER / "averages.py"), "--xla", "start"],
+          45,
+        ),
+      ],
+    ),
     Stage(5, "ranked tests", [ranked(2, 120), ranked(4, 60)]),
   ]
 
