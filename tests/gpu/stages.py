@@ -4,12 +4,18 @@ Deadlines are those of 16 cores and one GPU; a rehearsal on the emulation, at
 small sizes, gets several times as long.
 """
 
+import contextlib
+import dataclasses
+import datetime
+import lzma
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 
 from driver import Job, Stage
 
@@ -18,59 +24,110 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 WHEELS = ROOT / "gpu-wheels"
 PYTHON = sys.executable
 JFOG = str(pathlib.Path(sysconfig.get_path("scripts")) / "jfog")
+MPIRUN = str(pathlib.Path(sysconfig.get_path("scripts")) / "mpirun")
 # Ranked tests, the most basic ones first.
 RANKED = (
   *("neighbor", "collectives", "order", "handles", "neighbor_allgather"),
-  *("peers", "hierarchical", "finite_average", "windows", "mismatch"),
+  *("peers", "hierarchical", "finite_average", "windows"),
 )
+REHEARSED = ("order", "peers")
 
 
-def stages(rehearsal: bool, emulation: str = "") -> list[Stage]:
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """How ranks may share the GPU.
+
+  Attributes:
+    mps: the folder of a running MPS daemon's pipes; "" where there is none. Its
+      clients run at the same time; other processes on one GPU take turns of
+      about 2 ms, which hides all that is shorter.
+    nccl: a newer NCCL than the machine's, which lets ranks on one GPU exchange
+      within its memory; "" where none was carried.
+  """
+
+  mps: str = ""
+  nccl: str = ""
+
+  def __str__(self) -> str:
+    parts = ["MPS"] if self.mps else []
+    return ", ".join([*parts, "NCCL carried"] if self.nccl else parts)
+
+  def environment(self) -> dict[str, str]:
+    """The variables of a process that is to share it so."""
+    variables = {}
+    if self.mps:
+      variables["CUDA_MPS_PIPE_DIRECTORY"] = self.mps
+    if self.nccl:
+      variables["LD_PRELOAD"] = self.nccl
+    return variables
+
+
+ALONE = Gpu()
+
+
+def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
   """All stages.
 
   Args:
-    rehearsal: whether they run on the emulation and not on a GPU.
-    emulation: the folder in which stage 1 builds it, then.
+    gpu: the best way to share the GPU; the machine's own is tested as well.
+    emulation: for a rehearsal, the folder in which stage 1 builds the emulation
+      on which all stages run then, at small sizes.
   """
+  rehearsal = bool(emulation)
   slow = 6 if rehearsal else 1
-  library = str(pathlib.Path(emulation) / "libjfog_emulation.so")
   common = {
     "PYTHONUNBUFFERED": "1",
-    # Neither choosing the fastest kernels nor plugins are what is tested.
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     "NCCL_DEBUG": "WARN",
   }
   if rehearsal:
+    library = str(pathlib.Path(emulation) / "libjfog_emulation.so")
     common |= {"JAX_PLATFORMS": "cpu", "JFOG_GPU_EMULATION": library}
   else:
     common |= {
       "JAX_PLATFORMS": "cuda,cpu",
+      # The fastest kernels are not what is tested.
       "XLA_FLAGS": "--xla_gpu_autotune_level=0",
     }
 
-  def job(name, command, deadline, text=None, **environment):
-    return Job(name, command, slow * deadline, common | environment, text)
+  def job(name, command, deadline, text=None, sharing=ALONE, **environment):
+    variables = common | sharing.environment() | environment
+    if str(sharing):
+      name = f"{name} ({sharing})"
+    return Job(name, command, slow * deadline, variables, text)
 
-  def program(name, script, ranks, deadline, *arguments, **environment):
+  def program(name, script, ranks, deadline, *arguments, sharing=ALONE):
     limit = str(slow * deadline - 1)
     command = [JFOG, "run", "-np", str(ranks), "--timeout", limit]
     command += [PYTHON, str(FOLDER / f"{script}.py"), *arguments]
-    return job(name, command, deadline, **environment)
+    return job(name, command, deadline, sharing=sharing)
 
   def ranked(ranks, deadline):
     """Ranked tests, each of which is reported although the job is cut off."""
     backend = "emulated" if rehearsal else "nccl"
-    tests = [f"tests/test_{name}.py" for name in RANKED]
+    names = REHEARSED if rehearsal else RANKED
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["--backend", backend, "-k", f"mpi-{ranks}", "-rfE"]
-    command += ["--job-deadline", str(slow * deadline - 10), *tests]
-    shell = f'cd "{ROOT}" && exec "$@"'
+    command += ["--job-deadline", str(slow * deadline - 15)]
+    command += [f"tests/test_{name}.py" for name in names]
     return job(
       f"ranked tests on {ranks} ranks",
-      ["sh", "-c", shell, "sh", *command],
+      ["sh", "-c", f'cd "{ROOT}" && exec "$@"', "sh", *command],
       deadline,
       _pytest_counts,
+      sharing=gpu,
     )
+
+  def scene(name, deadline=25, sharing=ALONE):
+    """A failure; where a rank dies, the others are to go on."""
+    script = [PYTHON, str(FOLDER / "faults.py"), name]
+    if "killed" in name:
+      command = [MPIRUN, "--allow-run-as-root", "--oversubscribe"]
+      command += ["--with-ft", "ulfm", "-np", "2", *script]
+    else:
+      limit = str(slow * deadline - 1)
+      command = [JFOG, "run", "-np", "2", "--timeout", limit, *script]
+    return job(name, command, deadline, sharing=sharing)
 
   # MPI comes first: a build without isolation finds the one that is installed.
   pip = f'"{PYTHON}" -m pip install -q --no-index'
@@ -85,46 +142,111 @@ def stages(rehearsal: bool, emulation: str = "") -> list[Stage]:
   ]
   if rehearsal:
     build = f"import emulated; emulated.build({emulation!r})"
+    command = [PYTHON, "-c", build]
     first.append(
-      job(
-        "emulation",
-        [PYTHON, "-c", build],
-        30,
-        PYTHONPATH=str(ROOT / "tests"),
-      )
+      job("emulation", command, 30, PYTHONPATH=str(ROOT / "tests"))
     )
   elif smi := shutil.which("nvidia-smi"):
     query = "name,driver_version,memory.total,compute_mode,mig.mode.current"
     command = [smi, f"--query-gpu={query}", "--format=csv,noheader"]
     first.insert(0, job("GPU", command, 10, lambda text: {"gpu": text.strip()}))
+  ways = [ALONE, gpu] if gpu != ALONE else [ALONE]
+  xla = [PYTHON, str(FOLDER / "averages.py"), "--xla", "start"]
   return [
     Stage(1, "install, versions, doctor", first),
     Stage(2, "one rank", [program("operations", "operations", 1, 60)]),
     Stage(
-      3, "two ranks on one GPU", [program("operations", "operations", 2, 75)]
+      3,
+      "two ranks on one GPU",
+      [program("operations", "operations", 2, 75, sharing=w) for w in ways],
     ),
     Stage(
       4,
       "averages against raw NCCL and XLA",
       [
-        program("averages", "averages", 2, 75),
-        job(
-          "XLA",
-          [PYTHON, str(FOLDER / "averages.py"), "--xla", "start"],
-          45,
-        ),
+        program("averages", "averages", 2, 75, sharing=gpu),
+        job("XLA", xla, 45, sharing=gpu),
       ],
     ),
     Stage(5, "ranked tests", [ranked(2, 120), ranked(4, 60)]),
+    Stage(
+      6,
+      "overlap, training steps",
+      [
+        program(name, "overlap", 2, deadline, name, sharing=gpu)
+        for name, deadline in (
+          *(("products", 35), ("optimizers", 35), ("training", 75)),
+        )
+      ],
+    ),
+    Stage(
+      7, "questions", [program("questions", "questions", 2, 75, sharing=gpu)]
+    ),
+    Stage(
+      8,
+      "failures",
+      [
+        scene("other operations"),
+        scene("other shapes"),
+        scene("a rank that does not come", 35),
+        scene("a rank that is killed"),
+        *([scene("a rank that is killed", sharing=gpu)] if gpu.nccl else []),
+      ],
+    ),
   ]
+
+
+@contextlib.contextmanager
+def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
+  """The best way in which ranks can share this machine's GPU.
+
+  Starts an MPS daemon where there is one, which changes no setting of the GPU,
+  and ends it; and unpacks the carried NCCL where it suits the GPU.
+  """
+  mps, nccl = "", ""
+  environment = dict(os.environ)
+  if control := shutil.which("nvidia-cuda-mps-control"):
+    mps = str(folder / "mps")
+    environment |= {
+      "CUDA_MPS_PIPE_DIRECTORY": mps,
+      "CUDA_MPS_LOG_DIRECTORY": mps,
+    }
+    (folder / "mps").mkdir()
+    started = subprocess.run(
+      [control, "-d"], env=environment, stdin=subprocess.DEVNULL, timeout=20
+    )
+    mps = mps if started.returncode == 0 else ""
+  packed = WHEELS / "libnccl.so.2.xz"
+  if packed.exists() and capability() == "9.0":
+    nccl = str(folder / "libnccl.so.2")
+    with lzma.open(packed) as source, open(nccl, "wb") as target:
+      shutil.copyfileobj(source, target, 2**24)
+  try:
+    yield Gpu(mps, nccl)
+  finally:
+    if mps:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+          [control], env=environment, input=b"quit\n", timeout=20
+        )
+
+
+def capability() -> str:
+  """The compute capability of the first GPU, e.g. "9.0"; "" without one."""
+  smi = shutil.which("nvidia-smi")
+  if not smi:
+    return ""
+  command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+  return (done.stdout.split() or [""])[0]
 
 
 def environment_facts() -> dict:
   """What is known before anything is installed."""
   return {
+    "date": datetime.date.today().isoformat(),
     "Python": sys.version.split()[0],
     "cores": len(os.sched_getaffinity(0)),
-    "MPS": shutil.which("nvidia-cuda-mps-control") or "not installed",
   }
 
 

@@ -14,6 +14,7 @@
 #include "nccl/plan.h"
 #include "nccl/process.h"
 #include "nccl/staged.h"
+#include "nccl/watchdog.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;
@@ -61,6 +62,10 @@ PYBIND11_MODULE(_nccl, m) {
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
+  m.def(
+      "set_interval",
+      [](double seconds) { Watchdog::Get().SetInterval(seconds); },
+      py::arg("seconds"));
   m.def("registrations", [] {
     const py::dict exchange = Stages(NcclMakeExchange, NcclExchange);
     py::dict targets;

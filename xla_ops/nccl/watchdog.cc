@@ -2,15 +2,21 @@
 #include "nccl/watchdog.h"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
 
 #include "nccl/communicator.h"
 
 namespace jfog::nccl {
-namespace {
 
-constexpr std::chrono::milliseconds kTick{2};
-
-}  // namespace
+void Watchdog::SetInterval(double seconds) {
+  if (!(seconds > 0 && seconds < 3600)) {
+    throw std::invalid_argument("jfog: the watchdog's interval is " +
+                                std::to_string(seconds) +
+                                " s; take a positive one below an hour");
+  }
+  interval_ns_ = static_cast<std::int64_t>(seconds * 1e9);
+}
 
 // Never destroyed: its thread may run while the process ends.
 Watchdog& Watchdog::Get() {
@@ -65,7 +71,8 @@ void Watchdog::Run() {
     comms.clear();
     lock.lock();
     if (is_busy) {
-      changed_.wait_for(lock, kTick, [this] { return stopped_; });
+      changed_.wait_for(lock, std::chrono::nanoseconds(interval_ns_.load()),
+                        [this] { return stopped_; });
     } else {
       changed_.wait(lock, [this] { return stopped_ || awake_.load(); });
     }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -22,6 +23,8 @@ class Watchdog {
   // An operation is under way.
   void Wake();
   void Stop();
+  // The time between two looks; for measurements.
+  void SetInterval(double seconds);
 
  private:
   void Run();
@@ -31,6 +34,7 @@ class Watchdog {
   std::vector<std::weak_ptr<Communicator>> watched_;
   std::thread thread_;
   std::atomic<bool> awake_{false};
+  std::atomic<std::int64_t> interval_ns_{2'000'000};
   bool stopped_ = false;
 };
 
