@@ -22,6 +22,7 @@ from jfog.runtime._communicator import (
 )
 
 _BACKENDS = (None, "mpi", "nccl", "single")
+_UNIQUE_IDS = 256  # bytes that the ranks of an NCCL communicator share
 # How a launcher tells a process the number of ranks that it has started.
 _LAUNCHED_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Signs of a launcher that does not tell the number.
@@ -465,9 +466,9 @@ def _open_nccl(context: int, device: int, timeout: float) -> None:
   """Connects the ranks of a communicator by NCCL. Collective."""
   mpi, nccl = _native.mpi(), _native.nccl()
   rank, size = mpi.rank(context), mpi.size(context)
-  unique_id = nccl.unique_id() if rank == 0 else bytes(128)
-  (unique_id, *_) = mpi.gather(context, unique_id)
-  nccl.create(context, unique_id, rank, size, device, timeout)
+  unique_ids = nccl.unique_ids() if rank == 0 else bytes(_UNIQUE_IDS)
+  (unique_ids, *_) = mpi.gather(context, unique_ids)
+  nccl.create(context, unique_ids, rank, size, device, timeout)
 
 
 def _with_parts(

@@ -15,6 +15,8 @@ namespace {
 // A call waits for NCCL without a pause first, and then with short ones.
 constexpr int kPolls = 1000;
 constexpr std::chrono::microseconds kNap{50};
+// A thread that is inside NCCL gets so long to come out before an abort.
+constexpr std::chrono::seconds kInsideWithin{2};
 // What an operation that has failed here still moves may tell others the same.
 constexpr std::chrono::milliseconds kGrace{200};
 // A rank that ends waits so long for others to end, too.
@@ -48,7 +50,7 @@ Communicator::Communicator(std::shared_ptr<Device> device, int rank, int size,
       bytes_received_(size),
       messages_sent_(size) {}
 
-std::shared_ptr<Communicator> Communicator::Make(const UniqueId& id, int rank,
+std::shared_ptr<Communicator> Communicator::Make(const UniqueIds& ids, int rank,
                                                  int size, int device,
                                                  double timeout) {
   const std::string who = "NCCL's communicator of " + std::to_string(size) +
@@ -61,18 +63,43 @@ std::shared_ptr<Communicator> Communicator::Make(const UniqueId& id, int rank,
   std::shared_ptr<Communicator> comm(
       new Communicator(opened, rank, size, timeout));
   const ContextGuard guard(opened->context());
-  Config config;
-  config.blocking = 0;
-  Result code;
-  {
-    std::lock_guard<std::mutex> lock(comm->handle_);
-    code = Nccl().comm_init_rank_config(&comm->comm_, size, id, rank, &config);
-    if (code != kSuccess && code != kInProgress) text = comm->Explain(code);
-  }
   const Clock::time_point begin = Clock::now();
   const Clock::time_point limit = After(timeout);
-  if (code == kSuccess || code == kInProgress) {
-    code = comm->Settle([&] { return Clock::now() < limit; }, &text);
+  const GoesOn goes_on = [limit] { return Clock::now() < limit; };
+  Result code = kSuccess;
+  if (size > 1) {
+    // Waits for all ranks, within the deadline.
+    Config config;
+    config.blocking = 0;
+    config.min_ctas = config.max_ctas = 1;
+    {
+      std::lock_guard<std::timed_mutex> lock(comm->handle_);
+      code = Nccl().comm_init_rank_config(&comm->meeting_, size, ids.meeting,
+                                          rank, &config);
+      if (code != kSuccess && code != kInProgress) {
+        text = Explain(comm->meeting_, code);
+      }
+    }
+    if (code == kSuccess || code == kInProgress) {
+      code = comm->Settle(goes_on, &text);
+    }
+  }
+  if (code == kSuccess) {
+    const auto made = comm->Aside(
+        [self = comm.get(), ids, rank, size](Called& called) {
+          Config config;
+          config.blocking = 1;
+          Comm made = nullptr;
+          called.code = Nccl().comm_init_rank_config(&made, size, ids.steady,
+                                                     rank, &config);
+          if (called.code != kSuccess) {
+            called.text = Explain(nullptr, called.code);
+          }
+          self->comm_ = made;
+        },
+        goes_on);
+    code = made->ended ? made->code : kInProgress;
+    if (made->ended) text = made->text;
   }
   if (code == kSuccess) {
     Watchdog::Get().Watch(comm);
@@ -92,9 +119,10 @@ std::shared_ptr<Communicator> Communicator::Make(const UniqueId& id, int rank,
 }
 
 Communicator::~Communicator() {
-  if (second_ == nullptr) return;
   const ContextGuard guard(device_->context());
-  Cuda().stream_destroy(second_);
+  for (CudaStream stream : {second_, meetings_}) {
+    if (stream != nullptr) Cuda().stream_destroy(stream);
+  }
 }
 
 std::vector<int> Communicator::Others() const {
@@ -140,28 +168,29 @@ bool Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
   return true;
 }
 
-std::string Communicator::Explain(Result code) {
+std::string Communicator::Explain(Comm comm, Result code) {
   std::string text = Nccl().get_error_string(code);
-  const char* last = comm_ == nullptr ? nullptr : Nccl().get_last_error(comm_);
+  const char* last = comm == nullptr ? nullptr : Nccl().get_last_error(comm);
   if (last != nullptr && *last != 0) text += std::string(" (") + last + ")";
   return text;
 }
 
 Result Communicator::State(std::string* text) {
-  std::lock_guard<std::mutex> lock(handle_);
-  if (comm_ == nullptr) {
+  std::lock_guard<std::timed_mutex> lock(handle_);
+  if (meeting_ == nullptr) {
     *text = "it was aborted";
     return kInternalError;
   }
   Result state = kSuccess;
-  const Result code = Nccl().comm_get_async_error(comm_, &state);
+  const Result code = Nccl().comm_get_async_error(meeting_, &state);
   if (code != kSuccess) state = code;
-  if (state != kSuccess && state != kInProgress) *text = Explain(state);
+  if (state != kSuccess && state != kInProgress) {
+    *text = Explain(meeting_, state);
+  }
   return state;
 }
 
-Result Communicator::Settle(const std::function<bool()>& goes_on,
-                            std::string* text) {
+Result Communicator::Settle(const GoesOn& goes_on, std::string* text) {
   for (int polls = 0;; ++polls) {
     const Result state = State(text);
     if (state != kInProgress || !goes_on()) return state;
@@ -173,45 +202,168 @@ Result Communicator::Settle(const std::function<bool()>& goes_on,
   }
 }
 
-ffi::Error Communicator::Run(Operation& operation, CudaStream stream,
-                             const Post& post) {
-  Result code;
-  const char* function;
-  std::string text;
-  {
-    std::lock_guard<std::mutex> lock(handle_);
-    if (comm_ == nullptr) return Refusal();
-    function = "ncclGroupStart";
-    code = Nccl().group_start();
-    if (code == kSuccess) {
-      Group group(comm_, stream);
-      post(group);
-      const Result ended = Nccl().group_end();
-      code = group.code();
-      function = group.function();
-      if (code == kSuccess) {
-        code = ended;
-        function = "ncclGroupEnd";
-      }
+std::shared_ptr<Communicator::Called> Communicator::Aside(
+    std::function<void(Called&)> call, const GoesOn& goes_on) {
+  auto called = std::make_shared<Called>();
+  // Owns what it uses: if NCCL does not return, nobody waits for it.
+  std::thread([self = shared_from_this(), called, call = std::move(call)] {
+    {
+      const ContextGuard guard(self->device_->context());
+      std::lock_guard<std::timed_mutex> lock(self->handle_);
+      call(*called);
     }
-    if (code != kSuccess && code != kInProgress) text = Explain(code);
+    called->ended.store(true, std::memory_order_release);
+  }).detach();
+  while (!called->ended.load(std::memory_order_acquire) && goes_on()) {
+    std::this_thread::sleep_for(kNap);
   }
-  if (code == kSuccess) return ffi::Error::Success();
-  if (code == kInProgress) {
-    // Where peers meet for the first time, NCCL waits for them here.
-    const Clock::time_point begin = Clock::now();
-    code = Settle(
-        [&] {
-          return operation.CheckPatience(Clock::now() - begin).success() &&
-                 !failed();
-        },
-        &text);
-    if (code == kSuccess) return ffi::Error::Success();
-    JFOG_RETURN_IF_ERROR(Refusal());
+  return called;
+}
+
+void Communicator::PostGroup(CudaStream stream, const Post& post,
+                             Called& called) {
+  if (comm_ == nullptr) {
+    called.code = kInternalError;
+    called.function = "ncclGroupStart";
+    called.text = "it was aborted";
+    return;
   }
+  called.function = "ncclGroupStart";
+  called.code = Nccl().group_start();
+  if (called.code == kSuccess) {
+    Group group(comm_, stream);
+    post(group);
+    const Result ended = Nccl().group_end();
+    called.code = group.code();
+    called.function = group.function();
+    if (called.code == kSuccess) {
+      called.code = ended;
+      called.function = "ncclGroupEnd";
+    }
+  }
+  if (called.code != kSuccess && !failed()) {
+    called.text = Explain(comm_, called.code);
+  }
+}
+
+std::vector<Communicator::Use> Communicator::FirstUses(
+    const Intent& intent) const {
+  std::vector<Use> uses;
+  const auto add = [&](const Edge& edge, bool receives) {
+    const Use use{edge.rank, receives};
+    if (used_.count(use) == 0) uses.push_back(use);
+  };
+  // Collectives are connected when the communicator is made.
+  if (intent.is_collective) return uses;
+  for (const Edge& edge : intent.sources) {
+    add(edge, /*receives=*/true);
+  }
+  for (const Edge& edge : intent.destinations) {
+    add(edge, /*receives=*/false);
+  }
+  return uses;
+}
+
+ffi::Error Communicator::FailIn(Operation& operation, const char* function,
+                                const std::string& text) {
+  JFOG_RETURN_IF_ERROR(Refusal());
   return operation.Fail(ffi::ErrorCode::kAborted,
                         std::string("failed in ") + function + ": " + text +
                             "; it exchanges with " + operation.Peers());
+}
+
+ffi::Error Communicator::Meet(Operation& operation,
+                              const std::vector<Use>& uses) {
+  const Clock::time_point begin = Clock::now();
+  const GoesOn goes_on = [&] {
+    return operation.CheckPatience(Clock::now() - begin).success() && !failed();
+  };
+  if (meetings_ == nullptr) {
+    JFOG_RETURN_IF_ERROR(operation.Check(
+        Cuda().stream_create(&meetings_, kStreamNonBlocking),
+        "cuStreamCreate"));
+  }
+  // One byte that goes out, and room for what comes in.
+  Buffer bytes;
+  JFOG_RETURN_IF_ERROR(operation.Check(
+      device_->memory().Take(1 + size_, meetings_, &bytes), "cuMemAlloc"));
+  JFOG_RETURN_IF_ERROR(operation.Check(
+      Cuda().set_bytes(bytes.device(), 0, 1 + size_, meetings_),
+      "cuMemsetD8Async"));
+  std::string text;
+  const char* function = "ncclGroupEnd";
+  Result code;
+  {
+    std::lock_guard<std::timed_mutex> lock(handle_);
+    if (meeting_ == nullptr) return Refusal();
+    code = Nccl().group_start();
+    Group group(meeting_, meetings_);
+    for (const Use& use : uses) {
+      if (use.receives) {
+        group.Receive(bytes.device() + 1 + use.peer, 1, use.peer);
+      } else {
+        group.Send(bytes.device(), 1, use.peer);
+      }
+    }
+    const Result ended = Nccl().group_end();
+    if (code == kSuccess && group.code() != kSuccess) {
+      code = group.code();
+      function = group.function();
+    }
+    if (code == kSuccess) code = ended;
+    if (code != kSuccess && code != kInProgress) {
+      text = Explain(meeting_, code);
+    }
+  }
+  if (code == kInProgress) code = Settle(goes_on, &text);
+  const std::shared_ptr<Event> met = device_->MakeEvent();
+  ffi::Error error = ffi::Error::Success();
+  if (code != kSuccess) {
+    error = FailIn(operation, function, text);
+  } else {
+    error = operation.Check(met->Record(meetings_), "cuEventRecord");
+  }
+  while (error.success() && !met->HasPassed()) {
+    // A peer that dies shows in the state.
+    code = State(&text);
+    if (code != kSuccess && code != kInProgress) {
+      error = FailIn(operation, "a first exchange", text);
+    } else if (!goes_on()) {
+      error = Refusal();
+    }
+    std::this_thread::yield();
+  }
+  // Otherwise the kernel may still write it.
+  if (error.failure()) bytes.Bury();
+  return error;
+}
+
+ffi::Error Communicator::Run(Operation& operation, const Intent& intent,
+                             CudaStream stream, const Post& post) {
+  const std::vector<Use> uses = FirstUses(intent);
+  if (uses.empty()) {
+    Called called;
+    {
+      std::lock_guard<std::timed_mutex> lock(handle_);
+      PostGroup(stream, post, called);
+    }
+    if (called.code == kSuccess) return ffi::Error::Success();
+    return FailIn(operation, called.function, called.text);
+  }
+  JFOG_RETURN_IF_ERROR(Meet(operation, uses));
+  const Clock::time_point begin = Clock::now();
+  const auto called = Aside(
+      [this, stream, post](Called& called) { PostGroup(stream, post, called); },
+      [&] {
+        return operation.CheckPatience(Clock::now() - begin).success() &&
+               !failed();
+      });
+  JFOG_RETURN_IF_ERROR(Refusal());
+  if (called->code != kSuccess) {
+    return FailIn(operation, called->function, called->text);
+  }
+  used_.insert(uses.begin(), uses.end());
+  return ffi::Error::Success();
 }
 
 void Communicator::Enter(std::shared_ptr<Operation> operation) {
@@ -266,12 +418,12 @@ void Communicator::CheckAsyncError() {
   Result state = kSuccess;
   std::string text;
   {
-    std::unique_lock<std::mutex> lock(handle_, std::try_to_lock);
+    std::unique_lock<std::timed_mutex> lock(handle_, std::try_to_lock);
     if (!lock.owns_lock() || comm_ == nullptr) return;
     const Result code = Nccl().comm_get_async_error(comm_, &state);
     if (code != kSuccess) state = code;
     if (state == kSuccess || state == kInProgress) return;
-    text = Explain(state);
+    text = Explain(comm_, state);
   }
   const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
   if (operations.empty()) return;
@@ -288,21 +440,25 @@ void Communicator::CheckAsyncError() {
 // communicator can wait for the kernels of another, which the watchdog then has
 // to abort as well.
 void Communicator::Abort() {
-  Comm comm;
-  {
-    std::lock_guard<std::mutex> lock(handle_);
-    comm = std::exchange(comm_, nullptr);
-  }
-  if (comm == nullptr) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    aborting_ = true;
+    if (aborting_ || aborted_once_) return;
+    aborting_ = aborted_once_ = true;
   }
-  std::thread([self = shared_from_this(), comm] {
-    std::this_thread::sleep_for(kGrace);
+  std::thread([self = shared_from_this()] {
+    if (self->failed()) std::this_thread::sleep_for(kGrace);
+    // A thread stays inside NCCL for long only if it waits for the device or for
+    // peers. Then nothing but the abort lets it go on, which NCCL permits from
+    // another thread since 2.19.
+    std::unique_lock<std::timed_mutex> inside(self->handle_, kInsideWithin);
+    const Comm comms[] = {std::exchange(self->meeting_, nullptr),
+                          std::exchange(self->comm_, nullptr)};
+    if (inside.owns_lock()) inside.unlock();
     {
       const ContextGuard guard(self->device_->context());
-      Nccl().comm_abort(comm);
+      for (const Comm comm : comms) {
+        if (comm != nullptr) Nccl().comm_abort(comm);
+      }
     }
     std::lock_guard<std::mutex> lock(self->mutex_);
     self->aborting_ = false;
@@ -334,23 +490,22 @@ void Communicator::Close() {
 
 void Communicator::Finalize() {
   const Clock::time_point limit = After(std::min(timeout_, kLeaveWithin));
-  std::string text;
-  Result code;
-  {
-    std::lock_guard<std::mutex> lock(handle_);
-    if (comm_ == nullptr) return;
-    code = Nccl().comm_finalize(comm_);
-  }
-  if (code == kInProgress) {
-    code = Settle([&] { return Clock::now() < limit; }, &text);
-  }
-  if (code != kSuccess) return;
-  Comm comm;
-  {
-    std::lock_guard<std::mutex> lock(handle_);
-    comm = std::exchange(comm_, nullptr);
-  }
-  if (comm != nullptr) Nccl().comm_destroy(comm);
+  Aside(
+      [this](Called& called) {
+        for (Comm* comm : {&comm_, &meeting_}) {
+          if (*comm == nullptr) continue;
+          called.code = Nccl().comm_finalize(*comm);
+          while (called.code == kInProgress && !failed()) {
+            std::this_thread::sleep_for(kNap);
+            Result state = kSuccess;
+            called.code = Nccl().comm_get_async_error(*comm, &state);
+            if (called.code == kSuccess) called.code = state;
+          }
+          if (called.code != kSuccess) return;
+          Nccl().comm_destroy(std::exchange(*comm, nullptr));
+        }
+      },
+      [limit] { return Clock::now() < limit; });
 }
 
 void Communicator::CountSent(int peer, std::size_t bytes) {

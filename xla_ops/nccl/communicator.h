@@ -11,7 +11,9 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,6 +24,13 @@
 namespace jfog::nccl {
 
 class Operation;
+struct Intent;
+
+// The ids of the two communicators of NCCL that one of jfog's has.
+struct UniqueIds {
+  UniqueId meeting;
+  UniqueId steady;
+};
 
 // What is posted as one, on one stream. After a call that fails it does
 // nothing more.
@@ -60,17 +69,25 @@ struct Counters {
   std::int64_t operations = 0;
 };
 
-// One of NCCL's communicators, in non-blocking mode, with what jfog knows about
-// it. After its first failure it refuses all further work with that failure's
+// Two of NCCL's communicators over the same ranks, with what jfog knows about
+// them. After its first failure it refuses all further work with that failure's
 // text, and NCCL's part of it is aborted.
 //
+// The steady one carries the operations. It is in blocking mode, because since
+// NCCL 2.2x every group of a non-blocking one starts a thread, which takes 0.15
+// ms. A blocking call waits on the host where ranks connect. Collectives are
+// connected at the start (NCCL_RUNTIME_CONNECT=0). Edges are at their first use,
+// and ranks meet before that: they exchange one byte by the other communicator,
+// which is in non-blocking mode and has one channel, and for which they wait
+// within the deadline. The blocking call then waits for ranks that are at the
+// same call.
+//
 // Of its locks, `order` is held while an operation is launched, which may take
-// as long as its peers take to come; `handle_` for single calls of NCCL, so
-// that the watchdog can abort between them.
+// as long as its peers take to come; `handle_` while a thread is inside NCCL.
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   // Collective over all ranks of an id. Throws what Python raises.
-  static std::shared_ptr<Communicator> Make(const UniqueId& id, int rank,
+  static std::shared_ptr<Communicator> Make(const UniqueIds& ids, int rank,
                                             int size, int device,
                                             double timeout);
   ~Communicator();
@@ -98,7 +115,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // Posts a group for an operation, and waits until NCCL has launched it; under
   // `order`.
-  ffi::Error Run(Operation& operation, CudaStream stream, const Post& post);
+  ffi::Error Run(Operation& operation, const Intent& intent, CudaStream stream,
+                 const Post& post);
   // From now on looks after a launched operation.
   void Enter(std::shared_ptr<Operation> operation);
   // Looks at operations under way, which it ends or fails; only at the oldest
@@ -127,14 +145,44 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Communicator(std::shared_ptr<Device> device, int rank, int size,
                double timeout);
 
-  // NCCL's state; the text of an error. kInternalError where it is gone.
+  // What a call of NCCL came to.
+  struct Called {
+    std::atomic<bool> ended{false};
+    Result code = kInProgress;
+    const char* function = "";
+    std::string text;
+  };
+  using GoesOn = std::function<bool()>;
+  // One direction between this rank and another.
+  struct Use {
+    int peer;
+    bool receives;
+    bool operator<(const Use& other) const {
+      return std::tie(peer, receives) < std::tie(other.peer, other.receives);
+    }
+  };
+
+  // The non-blocking communicator's state; the text of an error.
+  // kInternalError where it is gone.
   Result State(std::string* text);
-  // Waits, with pauses, while NCCL is in progress and `goes_on`.
-  Result Settle(const std::function<bool()>& goes_on, std::string* text);
+  // Waits, with pauses, while it is in progress and `goes_on`.
+  Result Settle(const GoesOn& goes_on, std::string* text);
+  // Makes a call of NCCL that may block, with `handle_` held, on a thread of its
+  // own, and waits for it while `goes_on`: kInProgress if it does not end.
+  std::shared_ptr<Called> Aside(std::function<void(Called&)> call,
+                                const GoesOn& goes_on);
+  // Posts a group on the steady communicator, with `handle_` held.
+  void PostGroup(CudaStream stream, const Post& post, Called& called);
+  // The edges that an operation is the first to use.
+  std::vector<Use> FirstUses(const Intent& intent) const;
+  // Waits for the ranks at the other ends of edges.
+  ffi::Error Meet(Operation& operation, const std::vector<Use>& uses);
+  ffi::Error FailIn(Operation& operation, const char* function,
+                    const std::string& text);
   void Abort();
   void Finalize();
   void CheckAsyncError();
-  std::string Explain(Result code);  // under handle_
+  static std::string Explain(Comm comm, Result code);
 
   const std::shared_ptr<Device> device_;
   const int rank_;
@@ -143,10 +191,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::mutex order_;
   std::uint64_t sequence_ = 0;
   CudaStream second_ = nullptr;
+  CudaStream meetings_ = nullptr;
+  std::set<Use> used_;  // which are connected; under `order`
   std::atomic<bool> failed_{false};
   std::atomic<bool> closed_{false};
-  std::mutex handle_;
-  Comm comm_ = nullptr;  // null once it is aborted or destroyed
+  std::timed_mutex handle_;
+  // Null once they are aborted or destroyed, or if there is one rank only.
+  Comm meeting_ = nullptr;
+  Comm comm_ = nullptr;
   std::mutex looking_;
   Counts bytes_sent_, bytes_received_, messages_sent_;
   std::atomic<std::int64_t> operations_{0};
@@ -154,6 +206,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::mutex mutex_;  // guards all below
   std::condition_variable aborted_;
   bool aborting_ = false;
+  bool aborted_once_ = false;
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
   std::deque<std::shared_ptr<Operation>> under_way_;
 };

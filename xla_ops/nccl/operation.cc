@@ -151,7 +151,7 @@ ffi::Error Operation::Post(CudaStream stream, const nccl::Post& post) {
   const bool meets = intent_.is_collective || !peers_.empty();
   if (meets) {
     JFOG_RETURN_IF_ERROR(Stage(stream));
-    JFOG_RETURN_IF_ERROR(comm_->Run(*this, stream, [&](Group& group) {
+    JFOG_RETURN_IF_ERROR(comm_->Run(*this, intent_, stream, [&](Group& group) {
       PostHeaders(group);
       post(group);
     }));

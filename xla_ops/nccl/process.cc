@@ -35,25 +35,27 @@ std::shared_ptr<Communicator> Get(std::int64_t context) {
 
 }  // namespace
 
-std::string MakeUniqueId() {
+std::string MakeUniqueIds() {
   ThrowUnlessOpen();
-  UniqueId id;
-  const Result code = Nccl().get_unique_id(&id);
-  if (code != kSuccess) {
-    throw std::runtime_error("jfog: ncclGetUniqueId failed: " +
-                             std::string(Nccl().get_error_string(code)));
+  UniqueIds ids;
+  for (UniqueId* id : {&ids.meeting, &ids.steady}) {
+    const Result code = Nccl().get_unique_id(id);
+    if (code != kSuccess) {
+      throw std::runtime_error("jfog: ncclGetUniqueId failed: " +
+                               std::string(Nccl().get_error_string(code)));
+    }
   }
-  return std::string(id.bytes, sizeof(id.bytes));
+  return std::string(reinterpret_cast<const char*>(&ids), sizeof(ids));
 }
 
-void Create(std::int64_t context, const std::string& unique_id, int rank,
+void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout) {
   ThrowUnlessOpen();
-  UniqueId id;
-  if (unique_id.size() != sizeof(id.bytes)) {
-    throw std::runtime_error("jfog: a unique id has " +
-                             std::to_string(sizeof(id.bytes)) + " bytes, not " +
-                             std::to_string(unique_id.size()));
+  UniqueIds ids;
+  if (unique_ids.size() != sizeof(ids)) {
+    throw std::runtime_error("jfog: unique ids have " +
+                             std::to_string(sizeof(ids)) + " bytes, not " +
+                             std::to_string(unique_ids.size()));
   }
   if (rank < 0 || rank >= size) {
     throw std::runtime_error("jfog: no rank " + std::to_string(rank) + " of " +
@@ -63,8 +65,8 @@ void Create(std::int64_t context, const std::string& unique_id, int rank,
     throw std::runtime_error("jfog: there is a communicator of NCCL " +
                              std::to_string(context) + " already");
   }
-  std::memcpy(id.bytes, unique_id.data(), sizeof(id.bytes));
-  Register(context, Communicator::Make(id, rank, size, device, timeout));
+  std::memcpy(&ids, unique_ids.data(), sizeof(ids));
+  Register(context, Communicator::Make(ids, rank, size, device, timeout));
 }
 
 int Close(std::int64_t context) {

@@ -8,13 +8,14 @@
 
 namespace jfog::nccl {
 
-// What one rank makes and all ranks of a communicator are created with.
-std::string MakeUniqueId();
+// The bytes of `UniqueIds`, which one rank makes and all ranks of a communicator
+// are created with.
+std::string MakeUniqueIds();
 
-// Collective over the ranks of an id. Operations name the communicator by
+// Collective over the ranks of the ids. Operations name the communicator by
 // `context`, and use the CUDA device of that ordinal. Throws what Python
 // raises, also when the others do not come in `timeout` seconds.
-void Create(std::int64_t context, const std::string& unique_id, int rank,
+void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout);
 
 // Ends the use of a communicator on this rank; returns how many of its
