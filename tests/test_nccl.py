@@ -334,9 +334,9 @@ SCENES = {
 }
 
 
-@pytest.fixture(scope="module")
-def said(emulation):
-  """What both ranks say in every scene."""
+@pytest.fixture(scope="module", params=["0", "1"], ids=["polled", "blocking"])
+def said(emulation, request):
+  """What both ranks say in every scene, in both modes of communicators."""
   play = HEAD
   for name, (deadline, scene) in SCENES.items():
     play += f"""
@@ -346,7 +346,9 @@ ring = jfog.topology.ring(2)
 {textwrap.dedent(scene)}
 jfog.shutdown()
 """
-  output, code = run(play, ranks=2, EMULATION=str(emulation))
+  output, code = run(
+    play, ranks=2, EMULATION=str(emulation), JFOG_NCCL_BLOCKING=request.param
+  )
   assert code == 0, output
   return {
     name: [
@@ -426,7 +428,8 @@ def test_nothing_is_left_behind(said):
     assert text == "0 faults, 0 communicators"
 
 
-def test_a_rank_that_never_connects(emulation):
+@pytest.mark.parametrize("blocking", ["0", "1"], ids=["polled", "blocking"])
+def test_a_rank_that_never_connects(emulation, blocking):
   program = """
     import emulated, os
     emulated.carry_jfog(os.environ["EMULATION"])
@@ -438,7 +441,11 @@ def test_a_rank_that_never_connects(emulation):
     os._exit(0)
   """
   output, _ = run(
-    program, ranks=2, EMULATION=str(emulation), JFOG_EMULATION_HANG_INIT="1"
+    program,
+    ranks=2,
+    EMULATION=str(emulation),
+    JFOG_EMULATION_HANG_INIT="1",
+    JFOG_NCCL_BLOCKING=blocking,
   )
   assert "DEADLINE_EXCEEDED" in output
   assert "communicator of 2 ranks on rank 0" in output

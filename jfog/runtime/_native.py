@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import pathlib
 import pkgutil
 import types
@@ -88,8 +87,6 @@ def nccl_library() -> tuple[str, str]:
 
 def open_nccl(path: str, driver: str = ""):
   """The extension `jfog._nccl` with the libraries at these paths open."""
-  # Connecting later waits on the host for all ranks; since NCCL 2.22.
-  os.environ.setdefault("NCCL_RUNTIME_CONNECT", "0")
   module = _nccl_extension()
   module.open_cuda(driver)
   module.open_nccl(path)

@@ -107,8 +107,10 @@ def on_jfog():
 
 def on_xla(ranks_of_job, process, coordinator):
   """XLA's `ppermute` and `psum`, if it runs two processes on one GPU."""
-  os.environ.setdefault("NCCL_HOSTID", f"xla-{process}")
-  os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+  if "libnccl" in os.environ.get("LD_PRELOAD", ""):  # 2.30 or later
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+  else:
+    os.environ.setdefault("NCCL_HOSTID", f"xla-{process}")
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.35")
   import _gpu_peers
   import _measure

@@ -31,6 +31,10 @@ RANKED = (
   *("peers", "hierarchical", "finite_average", "windows"),
 )
 REHEARSED = ("order", "peers")
+FAILURES = (
+  *("other operations", "other shapes", "a first exchange without a peer"),
+  *("a rank that does not come", "a rank that stops in a long program"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +47,20 @@ class Gpu:
       about 2 ms, which hides all that is shorter.
     nccl: a newer NCCL than the machine's, which lets ranks on one GPU exchange
       within its memory; "" where none was carried.
+    blocking: whether jfog's communicators are in blocking mode.
   """
 
   mps: str = ""
   nccl: str = ""
+  blocking: bool = False
 
   def __str__(self) -> str:
-    parts = ["MPS"] if self.mps else []
-    return ", ".join([*parts, "NCCL carried"] if self.nccl else parts)
+    parts = {
+      "MPS": self.mps,
+      "NCCL carried": self.nccl,
+      "blocking": self.blocking,
+    }
+    return ", ".join(name for name, used in parts.items() if used)
 
   def environment(self) -> dict[str, str]:
     """The variables of a process that is to share it so."""
@@ -59,6 +69,8 @@ class Gpu:
       variables["CUDA_MPS_PIPE_DIRECTORY"] = self.mps
     if self.nccl:
       variables["LD_PRELOAD"] = self.nccl
+    if self.blocking:
+      variables["JFOG_NCCL_BLOCKING"] = "1"
     return variables
 
 
@@ -118,16 +130,12 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
       sharing=gpu,
     )
 
-  def scene(name, deadline=25, sharing=ALONE):
-    """A failure; where a rank dies, the others are to go on."""
-    script = [PYTHON, str(FOLDER / "faults.py"), name]
-    if "killed" in name:
-      command = [MPIRUN, "--allow-run-as-root", "--oversubscribe"]
-      command += ["--with-ft", "ulfm", "-np", "2", *script]
-    else:
-      limit = str(slow * deadline - 1)
-      command = [JFOG, "run", "-np", "2", "--timeout", limit, *script]
-    return job(name, command, deadline, sharing=sharing)
+  def killed(sharing=ALONE):
+    """A rank dies, and the others are to go on: MPI must not end them."""
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe"]
+    command += ["--with-ft", "ulfm", "-np", "2"]
+    command += [PYTHON, str(FOLDER / "faults.py"), "a rank that is killed"]
+    return job("a rank that is killed", command, 25, sharing=sharing)
 
   # MPI comes first: a build without isolation finds the one that is installed.
   pip = f'"{PYTHON}" -m pip install -q --no-index'
@@ -150,7 +158,8 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
     query = "name,driver_version,memory.total,compute_mode,mig.mode.current"
     command = [smi, f"--query-gpu={query}", "--format=csv,noheader"]
     first.insert(0, job("GPU", command, 10, lambda text: {"gpu": text.strip()}))
-  ways = [ALONE, gpu] if gpu != ALONE else [ALONE]
+  blocking = dataclasses.replace(gpu, blocking=True)
+  ways = list(dict.fromkeys([ALONE, gpu]))
   xla = [PYTHON, str(FOLDER / "averages.py"), "--xla", "start"]
   return [
     Stage(1, "install, versions, doctor", first),
@@ -164,11 +173,11 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
       4,
       "averages against raw NCCL and XLA",
       [
-        program("averages", "averages", 2, 75, sharing=gpu),
-        job("XLA", xla, 45, sharing=gpu),
+        program("averages", "averages", 2, 60, sharing=gpu),
+        job("XLA", xla, 35, sharing=gpu),
       ],
     ),
-    Stage(5, "ranked tests", [ranked(2, 120), ranked(4, 60)]),
+    Stage(5, "ranked tests", [ranked(2, 90), ranked(4, 45)]),
     Stage(
       6,
       "overlap, training steps",
@@ -186,11 +195,18 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
       8,
       "failures",
       [
-        scene("other operations"),
-        scene("other shapes"),
-        scene("a rank that does not come", 35),
-        scene("a rank that is killed"),
-        *([scene("a rank that is killed", sharing=gpu)] if gpu.nccl else []),
+        program("failures", "faults", 2, 75, *FAILURES),
+        killed(),
+        *([killed(gpu)] if gpu.nccl else []),
+      ],
+    ),
+    Stage(
+      9,
+      "communicators in blocking mode",
+      [
+        program("operations", "operations", 2, 75, sharing=blocking),
+        program("averages", "averages", 2, 60, sharing=blocking),
+        program("failures", "faults", 2, 75, *FAILURES, sharing=blocking),
       ],
     ),
   ]

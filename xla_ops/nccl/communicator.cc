@@ -41,18 +41,19 @@ Clock::time_point After(double seconds) {
 }  // namespace
 
 Communicator::Communicator(std::shared_ptr<Device> device, int rank, int size,
-                           double timeout)
+                           double timeout, bool blocking)
     : device_(std::move(device)),
       rank_(rank),
       size_(size),
       timeout_(timeout),
+      blocking_(blocking),
       bytes_sent_(size),
       bytes_received_(size),
       messages_sent_(size) {}
 
-std::shared_ptr<Communicator> Communicator::Make(const UniqueIds& ids, int rank,
-                                                 int size, int device,
-                                                 double timeout) {
+std::shared_ptr<Communicator> Communicator::Make(
+    const std::vector<UniqueId>& ids, int rank, int size, int device,
+    double timeout) {
   const std::string who = "NCCL's communicator of " + std::to_string(size) +
                           " ranks on rank " + std::to_string(rank);
   std::string text;
@@ -60,42 +61,39 @@ std::shared_ptr<Communicator> Communicator::Make(const UniqueIds& ids, int rank,
   if (opened == nullptr) {
     throw std::runtime_error("jfog: INTERNAL: " + who + " " + text);
   }
+  const bool blocking = ids.size() > 1;
   std::shared_ptr<Communicator> comm(
-      new Communicator(opened, rank, size, timeout));
+      new Communicator(opened, rank, size, timeout, blocking));
   const ContextGuard guard(opened->context());
   const Clock::time_point begin = Clock::now();
   const Clock::time_point limit = After(timeout);
   const GoesOn goes_on = [limit] { return Clock::now() < limit; };
-  Result code = kSuccess;
-  if (size > 1) {
-    // Waits for all ranks, within the deadline.
+  Result code;
+  {
     Config config;
     config.blocking = 0;
-    config.min_ctas = config.max_ctas = 1;
-    {
-      std::lock_guard<std::timed_mutex> lock(comm->handle_);
-      code = Nccl().comm_init_rank_config(&comm->meeting_, size, ids.meeting,
-                                          rank, &config);
-      if (code != kSuccess && code != kInProgress) {
-        text = Explain(comm->meeting_, code);
-      }
-    }
-    if (code == kSuccess || code == kInProgress) {
-      code = comm->Settle(goes_on, &text);
+    if (blocking) config.min_ctas = config.max_ctas = 1;
+    std::lock_guard<std::timed_mutex> lock(comm->handle_);
+    code = Nccl().comm_init_rank_config(&comm->polled(), size, ids[0], rank,
+                                        &config);
+    if (code != kSuccess && code != kInProgress) {
+      text = Explain(comm->polled(), code);
     }
   }
-  if (code == kSuccess) {
+  if (code == kSuccess || code == kInProgress) {
+    code = comm->Settle(goes_on, &text);
+  }
+  if (code == kSuccess && blocking) {
+    // All ranks are at this point, so this does not wait for long.
     const auto made = comm->Aside(
-        [self = comm.get(), ids, rank, size](Called& called) {
+        [self = comm.get(), id = ids[1], rank, size](Called& called) {
           Config config;
           config.blocking = 1;
-          Comm made = nullptr;
-          called.code = Nccl().comm_init_rank_config(&made, size, ids.steady,
+          called.code = Nccl().comm_init_rank_config(&self->comm_, size, id,
                                                      rank, &config);
           if (called.code != kSuccess) {
             called.text = Explain(nullptr, called.code);
           }
-          self->comm_ = made;
         },
         goes_on);
     code = made->ended ? made->code : kInProgress;
@@ -177,16 +175,15 @@ std::string Communicator::Explain(Comm comm, Result code) {
 
 Result Communicator::State(std::string* text) {
   std::lock_guard<std::timed_mutex> lock(handle_);
-  if (meeting_ == nullptr) {
+  const Comm comm = polled();
+  if (comm == nullptr) {
     *text = "it was aborted";
     return kInternalError;
   }
   Result state = kSuccess;
-  const Result code = Nccl().comm_get_async_error(meeting_, &state);
+  const Result code = Nccl().comm_get_async_error(comm, &state);
   if (code != kSuccess) state = code;
-  if (state != kSuccess && state != kInProgress) {
-    *text = Explain(meeting_, state);
-  }
+  if (state != kSuccess && state != kInProgress) *text = Explain(comm, state);
   return state;
 }
 
@@ -241,7 +238,7 @@ void Communicator::PostGroup(CudaStream stream, const Post& post,
       called.function = "ncclGroupEnd";
     }
   }
-  if (called.code != kSuccess && !failed()) {
+  if (called.code != kSuccess && called.code != kInProgress && !failed()) {
     called.text = Explain(comm_, called.code);
   }
 }
@@ -253,8 +250,7 @@ std::vector<Communicator::Use> Communicator::FirstUses(
     const Use use{edge.rank, receives};
     if (used_.count(use) == 0) uses.push_back(use);
   };
-  // Collectives are connected when the communicator is made.
-  if (intent.is_collective) return uses;
+  if (!blocking_ || intent.is_collective) return uses;
   for (const Edge& edge : intent.sources) {
     add(edge, /*receives=*/true);
   }
@@ -340,6 +336,10 @@ ffi::Error Communicator::Meet(Operation& operation,
 
 ffi::Error Communicator::Run(Operation& operation, const Intent& intent,
                              CudaStream stream, const Post& post) {
+  const Clock::time_point begin = Clock::now();
+  const GoesOn goes_on = [&] {
+    return operation.CheckPatience(Clock::now() - begin).success() && !failed();
+  };
   const std::vector<Use> uses = FirstUses(intent);
   if (uses.empty()) {
     Called called;
@@ -347,17 +347,15 @@ ffi::Error Communicator::Run(Operation& operation, const Intent& intent,
       std::lock_guard<std::timed_mutex> lock(handle_);
       PostGroup(stream, post, called);
     }
+    // Where peers meet for the first time, NCCL waits for them here.
+    if (called.code == kInProgress) called.code = Settle(goes_on, &called.text);
     if (called.code == kSuccess) return ffi::Error::Success();
     return FailIn(operation, called.function, called.text);
   }
   JFOG_RETURN_IF_ERROR(Meet(operation, uses));
-  const Clock::time_point begin = Clock::now();
   const auto called = Aside(
       [this, stream, post](Called& called) { PostGroup(stream, post, called); },
-      [&] {
-        return operation.CheckPatience(Clock::now() - begin).success() &&
-               !failed();
-      });
+      goes_on);
   JFOG_RETURN_IF_ERROR(Refusal());
   if (called->code != kSuccess) {
     return FailIn(operation, called->function, called->text);
@@ -491,11 +489,11 @@ void Communicator::Close() {
 void Communicator::Finalize() {
   const Clock::time_point limit = After(std::min(timeout_, kLeaveWithin));
   Aside(
-      [this](Called& called) {
+      [this, limit](Called& called) {
         for (Comm* comm : {&comm_, &meeting_}) {
           if (*comm == nullptr) continue;
           called.code = Nccl().comm_finalize(*comm);
-          while (called.code == kInProgress && !failed()) {
+          while (called.code == kInProgress && Clock::now() < limit) {
             std::this_thread::sleep_for(kNap);
             Result state = kSuccess;
             called.code = Nccl().comm_get_async_error(*comm, &state);

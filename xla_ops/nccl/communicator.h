@@ -26,12 +26,6 @@ namespace jfog::nccl {
 class Operation;
 struct Intent;
 
-// The ids of the two communicators of NCCL that one of jfog's has.
-struct UniqueIds {
-  UniqueId meeting;
-  UniqueId steady;
-};
-
 // What is posted as one, on one stream. After a call that fails it does
 // nothing more.
 class Group {
@@ -69,26 +63,26 @@ struct Counters {
   std::int64_t operations = 0;
 };
 
-// Two of NCCL's communicators over the same ranks, with what jfog knows about
-// them. After its first failure it refuses all further work with that failure's
-// text, and NCCL's part of it is aborted.
+// One of NCCL's communicators with what jfog knows about it. After its first
+// failure it refuses all further work with that failure's text, and NCCL's part
+// of it is aborted.
 //
-// The steady one carries the operations. It is in blocking mode, because since
-// NCCL 2.2x every group of a non-blocking one starts a thread, which takes 0.15
-// ms. A blocking call waits on the host where ranks connect. Collectives are
-// connected at the start (NCCL_RUNTIME_CONNECT=0). Edges are at their first use,
-// and ranks meet before that: they exchange one byte by the other communicator,
-// which is in non-blocking mode and has one channel, and for which they wait
-// within the deadline. The blocking call then waits for ranks that are at the
-// same call.
+// NCCL's is in non-blocking mode, so that the host waits for peers within the
+// deadline. In recent versions each group of operations then starts a thread,
+// which takes 0.15 ms. So there is a second form, with two of NCCL's: one in
+// blocking mode carries the operations, whose calls wait on the host only where
+// ranks connect. Collectives connect at the start (NCCL_RUNTIME_CONNECT=0). Edges
+// connect at their first use, and ranks meet before that: they exchange one byte
+// by the other one, which is in non-blocking mode and has one channel. The
+// blocking call then waits for ranks that are at the same call.
 //
 // Of its locks, `order` is held while an operation is launched, which may take
 // as long as its peers take to come; `handle_` while a thread is inside NCCL.
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   // Collective over all ranks of an id. Throws what Python raises.
-  static std::shared_ptr<Communicator> Make(const UniqueIds& ids, int rank,
-                                            int size, int device,
+  static std::shared_ptr<Communicator> Make(const std::vector<UniqueId>& ids,
+                                            int rank, int size, int device,
                                             double timeout);
   ~Communicator();
   Communicator(const Communicator&) = delete;
@@ -143,7 +137,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   using Counts = std::vector<std::atomic<std::int64_t>>;
 
   Communicator(std::shared_ptr<Device> device, int rank, int size,
-               double timeout);
+               double timeout, bool blocking);
 
   // What a call of NCCL came to.
   struct Called {
@@ -162,8 +156,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     }
   };
 
-  // The non-blocking communicator's state; the text of an error.
-  // kInternalError where it is gone.
+  // The one of NCCL's that is in non-blocking mode.
+  Comm& polled() { return blocking_ ? meeting_ : comm_; }
+  // Its state; the text of an error. kInternalError where it is gone.
   Result State(std::string* text);
   // Waits, with pauses, while it is in progress and `goes_on`.
   Result Settle(const GoesOn& goes_on, std::string* text);
@@ -171,7 +166,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // own, and waits for it while `goes_on`: kInProgress if it does not end.
   std::shared_ptr<Called> Aside(std::function<void(Called&)> call,
                                 const GoesOn& goes_on);
-  // Posts a group on the steady communicator, with `handle_` held.
+  // Posts the group of an operation, with `handle_` held.
   void PostGroup(CudaStream stream, const Post& post, Called& called);
   // The edges that an operation is the first to use.
   std::vector<Use> FirstUses(const Intent& intent) const;
@@ -188,6 +183,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const int rank_;
   const int size_;
   const double timeout_;
+  const bool blocking_;
   std::mutex order_;
   std::uint64_t sequence_ = 0;
   CudaStream second_ = nullptr;
@@ -196,9 +192,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::atomic<bool> failed_{false};
   std::atomic<bool> closed_{false};
   std::timed_mutex handle_;
-  // Null once they are aborted or destroyed, or if there is one rank only.
-  Comm meeting_ = nullptr;
+  // Null once they are aborted or destroyed.
   Comm comm_ = nullptr;
+  Comm meeting_ = nullptr;  // in the blocking form
   std::mutex looking_;
   Counts bytes_sent_, bytes_received_, messages_sent_;
   std::atomic<std::int64_t> operations_{0};

@@ -53,7 +53,7 @@ PYBIND11_MODULE(_nccl, m) {
   m.def("open_cuda", &OpenCuda, py::arg("path"), NoGil());
   m.def("version", &NcclVersion);
   m.def("path", &NcclPath);
-  m.def("unique_ids", [] { return py::bytes(MakeUniqueIds()); });
+  m.def("unique_id", [] { return py::bytes(MakeUniqueId()); });
   m.def("create", &Create, py::arg("context"), py::arg("unique_ids"),
         py::arg("rank"), py::arg("size"), py::arg("device"), py::arg("timeout"),
         NoGil());

@@ -35,27 +35,27 @@ std::shared_ptr<Communicator> Get(std::int64_t context) {
 
 }  // namespace
 
-std::string MakeUniqueIds() {
+std::string MakeUniqueId() {
   ThrowUnlessOpen();
-  UniqueIds ids;
-  for (UniqueId* id : {&ids.meeting, &ids.steady}) {
-    const Result code = Nccl().get_unique_id(id);
-    if (code != kSuccess) {
-      throw std::runtime_error("jfog: ncclGetUniqueId failed: " +
-                               std::string(Nccl().get_error_string(code)));
-    }
+  UniqueId id;
+  const Result code = Nccl().get_unique_id(&id);
+  if (code != kSuccess) {
+    throw std::runtime_error("jfog: ncclGetUniqueId failed: " +
+                             std::string(Nccl().get_error_string(code)));
   }
-  return std::string(reinterpret_cast<const char*>(&ids), sizeof(ids));
+  return std::string(id.bytes, sizeof(id.bytes));
 }
 
 void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout) {
   ThrowUnlessOpen();
-  UniqueIds ids;
-  if (unique_ids.size() != sizeof(ids)) {
-    throw std::runtime_error("jfog: unique ids have " +
-                             std::to_string(sizeof(ids)) + " bytes, not " +
-                             std::to_string(unique_ids.size()));
+  std::vector<UniqueId> ids(unique_ids.size() / sizeof(UniqueId));
+  if (ids.empty() || ids.size() > 2 ||
+      ids.size() * sizeof(UniqueId) != unique_ids.size()) {
+    throw std::runtime_error("jfog: one or two unique ids have " +
+                             std::to_string(sizeof(UniqueId)) +
+                             " bytes each, not " +
+                             std::to_string(unique_ids.size()) + " in all");
   }
   if (rank < 0 || rank >= size) {
     throw std::runtime_error("jfog: no rank " + std::to_string(rank) + " of " +
@@ -65,7 +65,7 @@ void Create(std::int64_t context, const std::string& unique_ids, int rank,
     throw std::runtime_error("jfog: there is a communicator of NCCL " +
                              std::to_string(context) + " already");
   }
-  std::memcpy(&ids, unique_ids.data(), sizeof(ids));
+  std::memcpy(ids.data(), unique_ids.data(), unique_ids.size());
   Register(context, Communicator::Make(ids, rank, size, device, timeout));
 }
 
