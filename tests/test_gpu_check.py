@@ -107,8 +107,9 @@ def test_figures_and_failures_are_shown(check, tmp_path):
     {"case": "rate", "outcome": "measured", "GB/s": 12.345678, "seconds": 1},
     {"case": "sum", "outcome": "failed", "errors": {"rank 1": "a\nValueError"}},
   ]
-  text = "import os\nfile = open(os.environ['JFOG_GPU_FACTS'], 'w')\n" + "".join(
-    f"file.write({json.dumps(line)!r} + chr(10))\n" for line in lines
+  text = (
+    "import os\nfile = open(os.environ['JFOG_GPU_FACTS'], 'w')\n"
+    + "".join(f"file.write({json.dumps(line)!r} + chr(10))\n" for line in lines)
   )
   printed = driver.Job("words", program("print('x 1')"), 60, text=dict_of)
   job = driver.Job("figures", program(text + "raise SystemExit(1)"), 60)

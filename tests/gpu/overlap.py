@@ -69,7 +69,9 @@ def exchange_beside_products():
   x = jnp.ones(BYTES // 4)
   a = jnp.full((WIDTH, WIDTH), 1 / WIDTH, jnp.bfloat16)
   average = jax.jit(lambda x: jfog.neighbor_allreduce(x, RING))
-  alone = times_of({"exchange": (average, x), "ten": (jax.jit(products(10)), a)})
+  alone = times_of(
+    {"exchange": (average, x), "ten": (jax.jit(products(10)), a)}
+  )
   count = max(1, round(10 * alone["exchange"] / alone["ten"]))
   count = int(world.slowest(count))  # the same on all ranks
   multiply = products(count)

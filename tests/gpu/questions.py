@@ -141,9 +141,7 @@ def handles(size):
     {
       "fused": (scanned(lambda x, i: jfog.neighbor_allreduce(x, RING)), x),
       "split": (
-        scanned(
-          lambda x, i: jfog.wait(jfog.neighbor_allreduce_start(x, RING))
-        ),
+        scanned(lambda x, i: jfog.wait(jfog.neighbor_allreduce_start(x, RING))),
         x,
       ),
     }

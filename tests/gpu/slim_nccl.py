@@ -13,7 +13,8 @@ import collections
 import pathlib
 import struct
 
-_CONTAINER = struct.Struct("<IHHQ")  # magic, version, bytes of header, of entries
+# Magic number, version, bytes of the header and of the entries.
+_CONTAINER = struct.Struct("<IHHQ")
 _ENTRY = struct.Struct("<HHIQ")  # kind, attributes, bytes of header, of payload
 _MAGIC = 0xBA55ED50
 _ARCHITECTURE = 28  # offset in the header of an entry

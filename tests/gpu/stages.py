@@ -151,9 +151,7 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
   if rehearsal:
     build = f"import emulated; emulated.build({emulation!r})"
     command = [PYTHON, "-c", build]
-    first.append(
-      job("emulation", command, 30, PYTHONPATH=str(ROOT / "tests"))
-    )
+    first.append(job("emulation", command, 30, PYTHONPATH=str(ROOT / "tests")))
   elif smi := shutil.which("nvidia-smi"):
     query = "name,driver_version,memory.total,compute_mode,mig.mode.current"
     command = [smi, f"--query-gpu={query}", "--format=csv,noheader"]
@@ -242,9 +240,7 @@ def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
   finally:
     if mps:
       with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(
-          [control], env=environment, input=b"quit\n", timeout=20
-        )
+        subprocess.run([control], env=environment, input=b"quit\n", timeout=20)
 
 
 def capability() -> str:

@@ -275,17 +275,17 @@ ffi::Error Communicator::Meet(Operation& operation,
     return operation.CheckPatience(Clock::now() - begin).success() && !failed();
   };
   if (meetings_ == nullptr) {
-    JFOG_RETURN_IF_ERROR(operation.Check(
-        Cuda().stream_create(&meetings_, kStreamNonBlocking),
-        "cuStreamCreate"));
+    JFOG_RETURN_IF_ERROR(
+        operation.Check(Cuda().stream_create(&meetings_, kStreamNonBlocking),
+                        "cuStreamCreate"));
   }
   // One byte that goes out, and room for what comes in.
   Buffer bytes;
   JFOG_RETURN_IF_ERROR(operation.Check(
       device_->memory().Take(1 + size_, meetings_, &bytes), "cuMemAlloc"));
-  JFOG_RETURN_IF_ERROR(operation.Check(
-      Cuda().set_bytes(bytes.device(), 0, 1 + size_, meetings_),
-      "cuMemsetD8Async"));
+  JFOG_RETURN_IF_ERROR(
+      operation.Check(Cuda().set_bytes(bytes.device(), 0, 1 + size_, meetings_),
+                      "cuMemsetD8Async"));
   std::string text;
   const char* function = "ncclGroupEnd";
   Result code;
@@ -445,9 +445,9 @@ void Communicator::Abort() {
   }
   std::thread([self = shared_from_this()] {
     if (self->failed()) std::this_thread::sleep_for(kGrace);
-    // A thread stays inside NCCL for long only if it waits for the device or for
-    // peers. Then nothing but the abort lets it go on, which NCCL permits from
-    // another thread since 2.19.
+    // A thread stays inside NCCL for long only if it waits for the device or
+    // for peers. Then nothing but the abort lets it go on, which NCCL permits
+    // from another thread since 2.19.
     std::unique_lock<std::timed_mutex> inside(self->handle_, kInsideWithin);
     const Comm comms[] = {std::exchange(self->meeting_, nullptr),
                           std::exchange(self->comm_, nullptr)};

@@ -71,10 +71,10 @@ struct Counters {
 // deadline. In recent versions each group of operations then starts a thread,
 // which takes 0.15 ms. So there is a second form, with two of NCCL's: one in
 // blocking mode carries the operations, whose calls wait on the host only where
-// ranks connect. Collectives connect at the start (NCCL_RUNTIME_CONNECT=0). Edges
-// connect at their first use, and ranks meet before that: they exchange one byte
-// by the other one, which is in non-blocking mode and has one channel. The
-// blocking call then waits for ranks that are at the same call.
+// ranks connect. Collectives connect at the start (NCCL_RUNTIME_CONNECT=0).
+// Edges connect at their first use, and ranks meet before that: they exchange
+// one byte by the other one, which is in non-blocking mode and has one channel.
+// The blocking call then waits for ranks that are at the same call.
 //
 // Of its locks, `order` is held while an operation is launched, which may take
 // as long as its peers take to come; `handle_` while a thread is inside NCCL.
@@ -162,8 +162,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Result State(std::string* text);
   // Waits, with pauses, while it is in progress and `goes_on`.
   Result Settle(const GoesOn& goes_on, std::string* text);
-  // Makes a call of NCCL that may block, with `handle_` held, on a thread of its
-  // own, and waits for it while `goes_on`: kInProgress if it does not end.
+  // Makes a call of NCCL that may block, with `handle_` held, on a thread of
+  // its own, and waits for it while `goes_on`: kInProgress if it does not end.
   std::shared_ptr<Called> Aside(std::function<void(Called&)> call,
                                 const GoesOn& goes_on);
   // Posts the group of an operation, with `handle_` held.

@@ -52,10 +52,9 @@ void Create(std::int64_t context, const std::string& unique_ids, int rank,
   std::vector<UniqueId> ids(unique_ids.size() / sizeof(UniqueId));
   if (ids.empty() || ids.size() > 2 ||
       ids.size() * sizeof(UniqueId) != unique_ids.size()) {
-    throw std::runtime_error("jfog: one or two unique ids have " +
-                             std::to_string(sizeof(UniqueId)) +
-                             " bytes each, not " +
-                             std::to_string(unique_ids.size()) + " in all");
+    throw std::runtime_error(
+        "jfog: one or two unique ids have " + std::to_string(sizeof(UniqueId)) +
+        " bytes each, not " + std::to_string(unique_ids.size()) + " in all");
   }
   if (rank < 0 || rank >= size) {
     throw std::runtime_error("jfog: no rank " + std::to_string(rank) + " of " +

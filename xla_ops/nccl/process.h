@@ -12,9 +12,10 @@ namespace jfog::nccl {
 std::string MakeUniqueId();
 
 // Collective over the ranks of the ids: with one id the communicator is in
-// non-blocking mode, with two in blocking mode (see Communicator). Operations name the communicator by
-// `context`, and use the CUDA device of that ordinal. Throws what Python
-// raises, also when the others do not come in `timeout` seconds.
+// non-blocking mode, with two in blocking mode (see Communicator). Operations
+// name the communicator by `context`, and use the CUDA device of that ordinal.
+// Throws what Python raises, also when the others do not come in `timeout`
+// seconds.
 void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout);
 
