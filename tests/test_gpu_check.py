@@ -142,6 +142,25 @@ def test_numbers_of_stages(tmp_path):
     assert said in done.stderr
 
 
+def test_without_a_gpu_it_says_so(tmp_path):
+  command = [
+    sys.executable,
+    str(FOLDER / "check"),
+    "--out",
+    str(tmp_path / "x"),
+  ]
+  done = subprocess.run(
+    command,
+    env={"PATH": str(tmp_path)},  # without nvidia-smi
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 2
+  assert "no GPU here" in done.stderr and "--rehearse" in done.stderr
+  assert not (tmp_path / "x").exists()
+
+
 def fat_binary(*architectures):
   """A container with an entry for each architecture, of 32 bytes."""
   entries = b""

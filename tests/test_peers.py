@@ -112,6 +112,7 @@ def test_a_traced_peer_that_is_no_rank(place):
       jax.block_until_ready(gossip(jnp.ones(3), jnp.int32(peer)))
   # Nothing was sent, so nothing is spoiled.
   np.testing.assert_allclose(jfog.allreduce(jnp.ones(2)), 1)
+  jfog.shutdown()
 
 
 @pytest.mark.places(*ON_MPI)

@@ -248,6 +248,59 @@ def test_a_second_init_with_other_arguments():
     jfog.init(backend="mpi")
 
 
+def test_a_second_init_with_another_timeout():
+  """The default of a later call asks for nothing, a number does."""
+  jfog.init(backend="single", timeout=60)
+  assert jfog.init() is jfog.init(timeout=60)
+  with pytest.raises(ValueError, match=r"timeout=60 and not 30"):
+    jfog.init(timeout=30)
+  with pytest.raises(ValueError, match=r"timeout=60 and not 300\.0"):
+    jfog.init(timeout=300.0 + 0 * len("x"))
+  jfog.shutdown()
+  jfog.init()
+  with pytest.raises(ValueError, match=r"timeout=300\.0 and not 60"):
+    jfog.init(timeout=60)
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
+    {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+    {"WORLD_SIZE": "2", "RANK": "1"},
+    {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "0"},
+  ],
+  ids=lambda variables: next(iter(variables)),
+)
+@pytest.mark.parametrize("backend", [None, "mpi"])
+def test_copies_that_mpi_knows_nothing_about(monkeypatch, variables, backend):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  size = next(iter(variables))
+  text = rf"one of 2 copies \({size}=2, .*jfog run -np 2.*backend='single'"
+  with pytest.raises(RuntimeError, match=text):
+    jfog.init(backend=backend)
+  assert jfog.init(backend="single").size == 1
+  jfog.shutdown()
+
+
+@pytest.mark.parametrize(
+  "variables",
+  [
+    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # a batch script
+    {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
+    {"WORLD_SIZE": "1", "RANK": "0"},
+    {"WORLD_SIZE": "2"},
+  ],
+  ids=str,
+)
+def test_one_copy_is_a_world_of_one(monkeypatch, variables):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  assert jfog.init().size == 1
+
+
 def test_local_size_from_the_environment(monkeypatch):
   monkeypatch.setenv("JFOG_LOCAL_SIZE", "two")
   with pytest.raises(ValueError, match="JFOG_LOCAL_SIZE='two'"):

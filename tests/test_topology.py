@@ -389,6 +389,25 @@ def test_networkx_round_trip_and_transpose(edges, seed):
   reference.assert_close(reference.mixing(graph), matrix)
 
 
+def test_the_weights_of_bluefog():
+  """`set_topology(G)` averages evenly over a rank and its in-neighbors."""
+  star = nx.DiGraph(nx.star_graph(3))
+  x = np.arange(4.0)
+  graph = jt.from_networkx(star, "uniform_in")
+  np.testing.assert_allclose(graph.mixing_matrix @ x, [1.5, 0.5, 1, 1.5])
+
+
+@pytest.mark.parametrize("make", [jt.from_networkx, jt.Topology.from_networkx])
+def test_weights_that_the_default_rule_does_not_read(make):
+  graph = nx.path_graph(3)
+  assert make(graph) == make(graph, "metropolis_hastings")
+  graph.edges[0, 1]["weight"] = 0.25
+  with pytest.warns(UserWarning, match="weights='given'") as caught:
+    default = make(graph)
+  assert caught[0].filename == __file__
+  assert default == make(graph, "metropolis_hastings")  # said, so no warning
+
+
 def test_self_loops_and_weights_do_not_matter_to_rules():
   plain = nx.path_graph(4)
   marked = nx.path_graph(4)

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,18 @@ _UNIQUE_ID = 128  # bytes, of NCCL
 _LAUNCHED_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Signs of a launcher that does not tell the number.
 _LAUNCHED = ("PMIX_RANK", "PMI_RANK")
+# Launchers that start several copies of a program without MPI: the variables of
+# the number of copies and of this copy's number, and what launches so.
+_OTHER_LAUNCHERS = (
+  ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+  ("SLURM_NTASKS", "SLURM_PROCID", "srun"),
+  ("WORLD_SIZE", "RANK", "torchrun or accelerate"),
+  ("HOROVOD_SIZE", "HOROVOD_RANK", "horovodrun"),
+  ("FLUX_JOB_SIZE", "FLUX_TASK_RANK", "flux run"),
+  ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "jsrun"),
+  ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "another MPI"),
+)
+_DEFAULT_TIMEOUT = 300.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +124,7 @@ def init(
   backend: str | None = None,
   comm: Any = None,
   local_size: int | None = None,
-  timeout: float = 300.0,
+  timeout: float = _DEFAULT_TIMEOUT,
 ) -> Communicator:
   """Makes the world communicator, and returns it.
 
@@ -134,6 +146,7 @@ def init(
       variable `JFOG_LOCAL_SIZE` stands in for the argument.
     timeout: seconds that an operation waits for other ranks before it fails
       with `DEADLINE_EXCEEDED`; a tenth of it into a wait a warning is printed.
+      A world of one waits for nobody.
 
   Returns:
     The world, an `MpiCommunicator` or a world of one.
@@ -141,8 +154,10 @@ def init(
   Raises:
     ValueError: for a bad argument, a `local_size` that does not divide the
       number of ranks, or arguments that differ from those of the first call.
-    RuntimeError: if the job was launched as N ranks and MPI sees another
-      number, if jfog was built without MPI but the job has several ranks, if
+    RuntimeError: if this process is one of several copies that something other
+      than MPI has launched (`srun` without PMI, torchrun), each of which would
+      be a world of its own; if the job was launched as N ranks and MPI sees
+      another number, if jfog was built without MPI but the job has several ranks, if
       MPI runs without full thread support; or with NCCL, if there is no GPU or no
       NCCL from 2.18 on, or it cannot connect the ranks in time.
 
@@ -153,11 +168,15 @@ def init(
   """
   global _world, _arguments
   arguments = {"backend": backend, "comm": comm, "local_size": local_size}
+  arguments["timeout"] = timeout
   if _world is not None:
     changed = [
       name
       for name, value in arguments.items()
-      if value is not None and value != _arguments[name]
+      # The default of a later call, the object itself, asks for nothing.
+      if value is not None
+      and value is not _DEFAULT_TIMEOUT
+      and value != _arguments[name]
     ]
     if changed:
       raise ValueError(
@@ -170,6 +189,8 @@ def init(
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _launched_size()
+  if launched is None and comm is None and backend != "single":
+    _refuse_other_launchers(os.environ)
   if (
     backend in ("mpi", "nccl")
     or comm is not None
@@ -360,6 +381,27 @@ def _launched_size() -> int | None:
     if os.environ.get(name, "").isdigit():
       return int(os.environ[name])
   return 0 if any(name in os.environ for name in _LAUNCHED) else None
+
+
+def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
+  """Raises where this is one of several copies that MPI knows nothing about."""
+  for size, rank, launcher in _OTHER_LAUNCHERS:
+    if rank not in environ or not environ.get(size, "").isdigit():
+      continue
+    if int(environ[size]) < 2:
+      continue
+    if size == "SLURM_NTASKS" and not (
+      "SLURM_STEP_ID" in environ or environ[rank] != "0"
+    ):
+      continue  # a batch script, which is started once
+    raise RuntimeError(
+      f"this process is one of {environ[size]} copies ({size}={environ[size]}, "
+      f"{rank}={environ[rank]}) that {launcher} has started without jfog's MPI, "
+      f"and each of them would be a world of its own. Start the job with `jfog "
+      f"run -np {environ[size]} ...` or `srun --mpi=pmix ...`, or pass "
+      f"backend='single' for worlds of one (jfog.simulate and jfog.spmd need no "
+      f"init at all)."
+    )
 
 
 def counters(comm: MpiCommunicator) -> list[list[int]]:

@@ -8,7 +8,7 @@ import networkx as nx
 import numpy as np
 
 from . import _validation, _weights
-from ._topology import Topology
+from ._topology import Topology, matrix_of
 
 _DRAWS = 100  # of a random graph, until one is connected
 
@@ -364,9 +364,7 @@ def random_regular(size: int, degree: int, seed: int) -> Topology:
   return Topology((edges + np.eye(size)) / (1 + degree))
 
 
-def from_networkx(
-  graph: nx.Graph, weights: Any = "metropolis_hastings"
-) -> Topology:
+def from_networkx(graph: nx.Graph, weights: Any = None) -> Topology:
   """Makes a topology of a networkx graph, data flowing along its edges.
 
   An edge `(j, i)` means that `i` receives from `j`; in an undirected graph
@@ -378,7 +376,9 @@ def from_networkx(
       `"max_degree"`, `"uniform_in"`, `"uniform_out"`); or `"given"`:
       `W[i, j]` is the attribute `weight` of the edge `(j, i)`; or a matrix
       `W` whose nonzero entries are edges (an edge of weight 0 is dropped); or
-      a function from the graph to a matrix.
+      a function from the graph to a matrix. By default
+      `"metropolis_hastings"`, with a `UserWarning` if edges carry weights,
+      which it does not read.
 
   Returns:
     The `Topology`.
@@ -394,9 +394,10 @@ def from_networkx(
     >>> from_networkx(ring(5).to_networkx(), "given") == ring(5)
     True
 
-  Source: `set_topology` of BlueFog, which reads the attribute `weight` too.
+  Source: `set_topology` of BlueFog: `"uniform_in"` are the weights of its
+  `is_weighted=False`, and `"given"` those of `is_weighted=True`.
   """
-  return Topology.from_networkx(graph, weights)
+  return Topology(matrix_of(graph, weights, stacklevel=3))
 
 
 def circulant(size: int, shifts: Mapping[int, float]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,21 +91,14 @@ class Topology:
     return cls(matrix, check=check)
 
   @classmethod
-  def from_networkx(
-    cls, graph: nx.Graph, weights: Any = "metropolis_hastings"
-  ) -> "Topology":
+  def from_networkx(cls, graph: nx.Graph, weights: Any = None) -> "Topology":
     """Makes a topology of a networkx graph: see `from_networkx`.
 
     Example:
       >>> Topology.from_networkx(nx.cycle_graph(5)).degree
       2
     """
-    if not isinstance(graph, nx.Graph):
-      raise TypeError(
-        f"expected a networkx graph, got {type(graph).__name__}; use "
-        "Topology.from_matrix for an array."
-      )
-    return cls(_matrix_of(graph, weights))
+    return cls(matrix_of(graph, weights, stacklevel=3))
 
   @property
   def size(self) -> int:
@@ -454,7 +448,25 @@ def _restore(matrix: np.ndarray) -> Topology:
   return Topology(matrix, check=False, connected=False)
 
 
-def _matrix_of(graph: nx.Graph, weights: Any) -> np.ndarray:
+def matrix_of(graph: nx.Graph, weights: Any, stacklevel: int) -> np.ndarray:
+  """The matrix of a networkx graph; see `from_networkx`.
+
+  A warning points to the caller `stacklevel` frames above, this one included.
+  """
+  if not isinstance(graph, nx.Graph):
+    raise TypeError(
+      f"expected a networkx graph, got {type(graph).__name__}; use "
+      "Topology.from_matrix for an array."
+    )
+  if weights is None:
+    if any(w is not None for *_, w in graph.edges(data="weight")):
+      warnings.warn(
+        "the edges of this graph carry weights, which the default "
+        "'metropolis_hastings' does not read; pass weights='given' to use them, "
+        "or the name of a rule.",
+        stacklevel=stacklevel,
+      )
+    weights = "metropolis_hastings"
   if isinstance(weights, str):
     if weights == "given":
       return _weights.given(graph)

