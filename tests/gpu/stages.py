@@ -1,7 +1,7 @@
 """The stages of the GPU check, in the order of their worth.
 
 Deadlines are those of 16 cores and one GPU; a rehearsal on the emulation, at
-small sizes, gets several times as long.
+small sizes, gets many times as long.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
       on which all stages run then, at small sizes.
   """
   rehearsal = bool(emulation)
-  slow = 6 if rehearsal else 1
+  slow = 12 if rehearsal else 1
   common = {
     "PYTHONUNBUFFERED": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
