@@ -74,11 +74,9 @@ def test_a_bad_job_costs_only_its_own_result(check, tmp_path, name):
     assert len(logs.namelist()) == 3
     log = logs.read("stage-1-bad.log").decode()
   if name == "leaves a process":
-    pid = log.split()[1]
-    assert not pathlib.Path(f"/proc/{pid}").exists() or (
-      f"({pid}" not in log
-      and pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    )
+    child = pathlib.Path("/proc", log.split()[1], "stat")
+    # Nobody may have waited for what is left of it.
+    assert not child.exists() or child.read_text().split()[2] in "ZX"
 
 
 def test_a_command_that_does_not_exist(check, tmp_path):

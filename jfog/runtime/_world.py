@@ -157,9 +157,9 @@ def init(
     RuntimeError: if this process is one of several copies that something other
       than MPI has launched (`srun` without PMI, torchrun), each of which would
       be a world of its own; if the job was launched as N ranks and MPI sees
-      another number, if jfog was built without MPI but the job has several ranks, if
-      MPI runs without full thread support; or with NCCL, if there is no GPU or no
-      NCCL from 2.18 on, or it cannot connect the ranks in time.
+      another number, if jfog was built without MPI but the job has several
+      ranks, if MPI runs without full thread support; or with NCCL, if there is
+      no GPU or no NCCL from 2.18 on, or it cannot connect the ranks in time.
 
   Example:
     >>> import jfog
@@ -508,8 +508,8 @@ def _open_nccl(context: int, device: int, timeout: float) -> None:
   """Connects the ranks of a communicator by NCCL. Collective."""
   mpi, nccl = _native.mpi(), _native.nccl()
   rank, size = mpi.rank(context), mpi.size(context)
-  # Two ids make a communicator in blocking mode, which takes a tenth of the time
-  # to launch an operation; not the default until it has been seen on a GPU.
+  # Two ids make a communicator in blocking mode, which launches operations from
+  # the calling thread; not the default until it has been measured on a GPU.
   blocking = os.environ.get("JFOG_NCCL_BLOCKING") == "1"
   count = 2 if blocking else 1
   if blocking:

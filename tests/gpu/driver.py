@@ -6,6 +6,7 @@ Whatever a job does, it costs only its own result: it runs in a session of its o
 and at its end or its deadline all processes that it has started are killed.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -145,7 +146,9 @@ def _run_job(job: Job, left: float) -> dict:
         except subprocess.TimeoutExpired:
           outcome = f"timed out after {deadline:.0f} s"
         _kill(mark)
-        process.wait()
+        # What hangs in the driver of a stuck GPU cannot be killed.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(5)
     seconds = time.monotonic() - begin
     text = log.read_text(errors="replace")
     cases = []

@@ -226,15 +226,26 @@ def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
       "CUDA_MPS_LOG_DIRECTORY": mps,
     }
     (folder / "mps").mkdir()
-    started = subprocess.run(
-      [control, "-d"], env=environment, stdin=subprocess.DEVNULL, timeout=20
-    )
-    mps = mps if started.returncode == 0 else ""
+    try:
+      subprocess.run(
+        [control, "-d"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=20,
+        check=True,
+      )
+    except (OSError, subprocess.SubprocessError) as error:
+      print(f"without MPS: {error}", flush=True)
+      mps = ""
   packed = WHEELS / "libnccl.so.2.xz"
   if packed.exists() and capability() == "9.0":
     nccl = str(folder / "libnccl.so.2")
-    with lzma.open(packed) as source, open(nccl, "wb") as target:
-      shutil.copyfileobj(source, target, 2**24)
+    try:
+      with lzma.open(packed) as source, open(nccl, "wb") as target:
+        shutil.copyfileobj(source, target, 2**24)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+      print(f"without the carried NCCL: {error}", flush=True)
+      nccl = ""
   try:
     yield Gpu(mps, nccl)
   finally:
@@ -261,8 +272,11 @@ def capability() -> str:
   if not smi:
     return ""
   command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-  return (done.stdout.split() or [""])[0]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+  except (OSError, subprocess.SubprocessError):
+    return ""
+  return (done.stdout.split() or [""])[0] if done.returncode == 0 else ""
 
 
 def environment_facts() -> dict:
