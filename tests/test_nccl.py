@@ -334,7 +334,9 @@ SCENES = {
 }
 
 
-@pytest.fixture(scope="module", params=["0", "1"], ids=["polled", "blocking"])
+@pytest.fixture(
+  scope="module", params=["0", "1"], ids=["non-blocking", "blocking"]
+)
 def said(emulation, request):
   """What both ranks say in every scene, in both modes of communicators."""
   play = HEAD
@@ -428,7 +430,9 @@ def test_nothing_is_left_behind(said):
     assert text == "0 faults, 0 communicators"
 
 
-@pytest.mark.parametrize("blocking", ["0", "1"], ids=["polled", "blocking"])
+@pytest.mark.parametrize(
+  "blocking", ["0", "1"], ids=["non-blocking", "blocking"]
+)
 def test_a_rank_that_never_connects(emulation, blocking):
   program = """
     import emulated, os

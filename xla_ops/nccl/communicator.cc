@@ -67,26 +67,26 @@ std::shared_ptr<Communicator> Communicator::Make(
   const ContextGuard guard(opened->context());
   const Clock::time_point begin = Clock::now();
   const Clock::time_point limit = After(timeout);
-  const GoesOn goes_on = [limit] { return Clock::now() < limit; };
+  const KeepsWaiting keeps_waiting = [limit] { return Clock::now() < limit; };
   Result code;
   {
     Config config;
     config.blocking = 0;
     if (blocking) config.min_ctas = config.max_ctas = 1;
     std::lock_guard<std::timed_mutex> lock(comm->handle_);
-    code = Nccl().comm_init_rank_config(&comm->polled(), size, ids[0], rank,
-                                        &config);
+    code = Nccl().comm_init_rank_config(&comm->non_blocking(), size, ids[0],
+                                        rank, &config);
     if (code != kSuccess && code != kInProgress) {
-      text = Explain(comm->polled(), code);
+      text = Explain(comm->non_blocking(), code);
     }
   }
   if (code == kSuccess || code == kInProgress) {
-    code = comm->Settle(goes_on, &text);
+    code = comm->Settle(keeps_waiting, &text);
   }
   if (code == kSuccess && blocking) {
     // All ranks are at this point, so this does not wait for long.
-    const auto made = comm->Aside(
-        [self = comm.get(), id = ids[1], rank, size](Called& called) {
+    const auto made = comm->RunOnThread(
+        [self = comm.get(), id = ids[1], rank, size](NcclCall& called) {
           Config config;
           config.blocking = 1;
           called.code = Nccl().comm_init_rank_config(&self->comm_, size, id,
@@ -95,7 +95,7 @@ std::shared_ptr<Communicator> Communicator::Make(
             called.text = Explain(nullptr, called.code);
           }
         },
-        goes_on);
+        keeps_waiting);
     code = made->ended ? made->code : kInProgress;
     if (made->ended) text = made->text;
   }
@@ -118,7 +118,7 @@ std::shared_ptr<Communicator> Communicator::Make(
 
 Communicator::~Communicator() {
   const ContextGuard guard(device_->context());
-  for (CudaStream stream : {second_, meetings_}) {
+  for (CudaStream stream : {second_, rendezvous_stream_}) {
     if (stream != nullptr) Cuda().stream_destroy(stream);
   }
 }
@@ -175,7 +175,7 @@ std::string Communicator::Explain(Comm comm, Result code) {
 
 Result Communicator::State(std::string* text) {
   std::lock_guard<std::timed_mutex> lock(handle_);
-  const Comm comm = polled();
+  const Comm comm = non_blocking();
   if (comm == nullptr) {
     *text = "it was aborted";
     return kInternalError;
@@ -187,10 +187,11 @@ Result Communicator::State(std::string* text) {
   return state;
 }
 
-Result Communicator::Settle(const GoesOn& goes_on, std::string* text) {
+Result Communicator::Settle(const KeepsWaiting& keeps_waiting,
+                            std::string* text) {
   for (int polls = 0;; ++polls) {
     const Result state = State(text);
-    if (state != kInProgress || !goes_on()) return state;
+    if (state != kInProgress || !keeps_waiting()) return state;
     if (polls < kPolls) {
       std::this_thread::yield();
     } else {
@@ -199,9 +200,9 @@ Result Communicator::Settle(const GoesOn& goes_on, std::string* text) {
   }
 }
 
-std::shared_ptr<Communicator::Called> Communicator::Aside(
-    std::function<void(Called&)> call, const GoesOn& goes_on) {
-  auto called = std::make_shared<Called>();
+std::shared_ptr<Communicator::NcclCall> Communicator::RunOnThread(
+    std::function<void(NcclCall&)> call, const KeepsWaiting& keeps_waiting) {
+  auto called = std::make_shared<NcclCall>();
   // Owns what it uses: if NCCL does not return, nobody waits for it.
   std::thread([self = shared_from_this(), called, call = std::move(call)] {
     {
@@ -211,15 +212,15 @@ std::shared_ptr<Communicator::Called> Communicator::Aside(
     }
     called->ended.store(true, std::memory_order_release);
   }).detach();
-  while (!called->ended.load(std::memory_order_acquire) && goes_on()) {
+  while (!called->ended.load(std::memory_order_acquire) && keeps_waiting()) {
     std::this_thread::sleep_for(kNap);
   }
   return called;
 }
 
-void Communicator::PostGroup(CudaStream stream, const Post& post,
-                             Called& called) {
-  if (comm_ == nullptr) {
+void Communicator::PostGroup(Comm comm, CudaStream stream, const Post& post,
+                             NcclCall& called) {
+  if (comm == nullptr) {
     called.code = kInternalError;
     called.function = "ncclGroupStart";
     called.text = "it was aborted";
@@ -228,7 +229,7 @@ void Communicator::PostGroup(CudaStream stream, const Post& post,
   called.function = "ncclGroupStart";
   called.code = Nccl().group_start();
   if (called.code == kSuccess) {
-    Group group(comm_, stream);
+    Group group(comm, stream);
     post(group);
     const Result ended = Nccl().group_end();
     called.code = group.code();
@@ -239,25 +240,35 @@ void Communicator::PostGroup(CudaStream stream, const Post& post,
     }
   }
   if (called.code != kSuccess && called.code != kInProgress && !failed()) {
-    called.text = Explain(comm_, called.code);
+    called.text = Explain(comm, called.code);
   }
 }
 
-std::vector<Communicator::Use> Communicator::FirstUses(
+ffi::Error Communicator::EndLaunch(Operation& operation, NcclCall& called,
+                                   const KeepsWaiting& keeps_waiting) {
+  // Where peers connect, a non-blocking communicator waits for them here.
+  if (called.code == kInProgress) {
+    called.code = Settle(keeps_waiting, &called.text);
+  }
+  if (called.code == kSuccess) return ffi::Error::Success();
+  return FailIn(operation, called.function, called.text);
+}
+
+std::set<Communicator::Connection> Communicator::NewConnections(
     const Intent& intent) const {
-  std::vector<Use> uses;
+  std::set<Connection> connections;
   const auto add = [&](const Edge& edge, bool receives) {
-    const Use use{edge.rank, receives};
-    if (used_.count(use) == 0) uses.push_back(use);
+    const Connection connection{edge.rank, receives};
+    if (connected_.count(connection) == 0) connections.insert(connection);
   };
-  if (!blocking_ || intent.is_collective) return uses;
+  if (!blocking_ || intent.is_collective) return connections;
   for (const Edge& edge : intent.sources) {
     add(edge, /*receives=*/true);
   }
   for (const Edge& edge : intent.destinations) {
     add(edge, /*receives=*/false);
   }
-  return uses;
+  return connections;
 }
 
 ffi::Error Communicator::FailIn(Operation& operation, const char* function,
@@ -268,63 +279,54 @@ ffi::Error Communicator::FailIn(Operation& operation, const char* function,
                             "; it exchanges with " + operation.Peers());
 }
 
-ffi::Error Communicator::Meet(Operation& operation,
-                              const std::vector<Use>& uses) {
+ffi::Error Communicator::Rendezvous(Operation& operation,
+                                    const std::set<Connection>& connections) {
   const Clock::time_point begin = Clock::now();
-  const GoesOn goes_on = [&] {
+  const KeepsWaiting keeps_waiting = [&] {
     return operation.CheckPatience(Clock::now() - begin).success() && !failed();
   };
-  if (meetings_ == nullptr) {
-    JFOG_RETURN_IF_ERROR(
-        operation.Check(Cuda().stream_create(&meetings_, kStreamNonBlocking),
-                        "cuStreamCreate"));
+  if (rendezvous_stream_ == nullptr) {
+    JFOG_RETURN_IF_ERROR(operation.Check(
+        Cuda().stream_create(&rendezvous_stream_, kStreamNonBlocking),
+        "cuStreamCreate"));
   }
   // One byte that goes out, and room for what comes in.
   Buffer bytes;
   JFOG_RETURN_IF_ERROR(operation.Check(
-      device_->memory().Take(1 + size_, meetings_, &bytes), "cuMemAlloc"));
-  JFOG_RETURN_IF_ERROR(
-      operation.Check(Cuda().set_bytes(bytes.device(), 0, 1 + size_, meetings_),
-                      "cuMemsetD8Async"));
-  std::string text;
-  const char* function = "ncclGroupEnd";
-  Result code;
+      device_->memory().Take(1 + size_, rendezvous_stream_, &bytes),
+      "cuMemAlloc"));
+  JFOG_RETURN_IF_ERROR(operation.Check(
+      Cuda().set_bytes(bytes.device(), 0, 1 + size_, rendezvous_stream_),
+      "cuMemsetD8Async"));
+  NcclCall called;
   {
     std::lock_guard<std::timed_mutex> lock(handle_);
-    if (meeting_ == nullptr) return Refusal();
-    code = Nccl().group_start();
-    Group group(meeting_, meetings_);
-    for (const Use& use : uses) {
-      if (use.receives) {
-        group.Receive(bytes.device() + 1 + use.peer, 1, use.peer);
-      } else {
-        group.Send(bytes.device(), 1, use.peer);
-      }
-    }
-    const Result ended = Nccl().group_end();
-    if (code == kSuccess && group.code() != kSuccess) {
-      code = group.code();
-      function = group.function();
-    }
-    if (code == kSuccess) code = ended;
-    if (code != kSuccess && code != kInProgress) {
-      text = Explain(meeting_, code);
-    }
+    PostGroup(
+        rendezvous_, rendezvous_stream_,
+        [&](Group& group) {
+          for (const Connection& connection : connections) {
+            const int peer = connection.peer;
+            if (connection.receives) {
+              group.Receive(bytes.device() + 1 + peer, 1, peer);
+            } else {
+              group.Send(bytes.device(), 1, peer);
+            }
+          }
+        },
+        called);
   }
-  if (code == kInProgress) code = Settle(goes_on, &text);
-  const std::shared_ptr<Event> met = device_->MakeEvent();
-  ffi::Error error = ffi::Error::Success();
-  if (code != kSuccess) {
-    error = FailIn(operation, function, text);
-  } else {
-    error = operation.Check(met->Record(meetings_), "cuEventRecord");
+  ffi::Error error = EndLaunch(operation, called, keeps_waiting);
+  const std::shared_ptr<Event> passed = device_->MakeEvent();
+  if (error.success()) {
+    error =
+        operation.Check(passed->Record(rendezvous_stream_), "cuEventRecord");
   }
-  while (error.success() && !met->HasPassed()) {
+  while (error.success() && !passed->HasPassed()) {
     // A peer that dies shows in the state.
-    code = State(&text);
-    if (code != kSuccess && code != kInProgress) {
-      error = FailIn(operation, "a first exchange", text);
-    } else if (!goes_on()) {
+    const Result state = State(&called.text);
+    if (state != kSuccess && state != kInProgress) {
+      error = FailIn(operation, "a rendezvous", called.text);
+    } else if (!keeps_waiting()) {
       error = Refusal();
     }
     std::this_thread::yield();
@@ -337,30 +339,26 @@ ffi::Error Communicator::Meet(Operation& operation,
 ffi::Error Communicator::Run(Operation& operation, const Intent& intent,
                              CudaStream stream, const Post& post) {
   const Clock::time_point begin = Clock::now();
-  const GoesOn goes_on = [&] {
+  const KeepsWaiting keeps_waiting = [&] {
     return operation.CheckPatience(Clock::now() - begin).success() && !failed();
   };
-  const std::vector<Use> uses = FirstUses(intent);
-  if (uses.empty()) {
-    Called called;
+  const std::set<Connection> connections = NewConnections(intent);
+  if (connections.empty()) {
+    NcclCall called;
     {
       std::lock_guard<std::timed_mutex> lock(handle_);
-      PostGroup(stream, post, called);
+      PostGroup(comm_, stream, post, called);
     }
-    // Where peers meet for the first time, NCCL waits for them here.
-    if (called.code == kInProgress) called.code = Settle(goes_on, &called.text);
-    if (called.code == kSuccess) return ffi::Error::Success();
-    return FailIn(operation, called.function, called.text);
+    return EndLaunch(operation, called, keeps_waiting);
   }
-  JFOG_RETURN_IF_ERROR(Meet(operation, uses));
-  const auto called = Aside(
-      [this, stream, post](Called& called) { PostGroup(stream, post, called); },
-      goes_on);
+  JFOG_RETURN_IF_ERROR(Rendezvous(operation, connections));
+  const std::shared_ptr<NcclCall> called =
+      RunOnThread([this, stream, post](
+                      NcclCall& call) { PostGroup(comm_, stream, post, call); },
+                  keeps_waiting);
   JFOG_RETURN_IF_ERROR(Refusal());
-  if (called->code != kSuccess) {
-    return FailIn(operation, called->function, called->text);
-  }
-  used_.insert(uses.begin(), uses.end());
+  JFOG_RETURN_IF_ERROR(EndLaunch(operation, *called, keeps_waiting));
+  connected_.insert(connections.begin(), connections.end());
   return ffi::Error::Success();
 }
 
@@ -440,16 +438,16 @@ void Communicator::CheckAsyncError() {
 void Communicator::Abort() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (aborting_ || aborted_once_) return;
-    aborting_ = aborted_once_ = true;
+    if (abort_ != kNotAborted) return;
+    abort_ = kAborting;
   }
   std::thread([self = shared_from_this()] {
     if (self->failed()) std::this_thread::sleep_for(kGrace);
     // A thread stays inside NCCL for long only if it waits for the device or
-    // for peers. Then nothing but the abort lets it go on, which NCCL permits
-    // from another thread since 2.19.
+    // for peers. Then nothing but the abort lets it go on. NCCL's maintainers
+    // say that it may come from another thread since 2.19 (NVIDIA/nccl#992).
     std::unique_lock<std::timed_mutex> inside(self->handle_, kInsideWithin);
-    const Comm comms[] = {std::exchange(self->meeting_, nullptr),
+    const Comm comms[] = {std::exchange(self->rendezvous_, nullptr),
                           std::exchange(self->comm_, nullptr)};
     if (inside.owns_lock()) inside.unlock();
     {
@@ -459,14 +457,14 @@ void Communicator::Abort() {
       }
     }
     std::lock_guard<std::mutex> lock(self->mutex_);
-    self->aborting_ = false;
+    self->abort_ = kAborted;
     self->aborted_.notify_all();
   }).detach();
 }
 
 void Communicator::AwaitAbort(Clock::time_point until) {
   std::unique_lock<std::mutex> lock(mutex_);
-  aborted_.wait_until(lock, until, [this] { return !aborting_; });
+  aborted_.wait_until(lock, until, [this] { return abort_ != kAborting; });
 }
 
 void Communicator::Drain() {
@@ -488,9 +486,9 @@ void Communicator::Close() {
 
 void Communicator::Finalize() {
   const Clock::time_point limit = After(std::min(timeout_, kLeaveWithin));
-  Aside(
-      [this, limit](Called& called) {
-        for (Comm* comm : {&comm_, &meeting_}) {
+  RunOnThread(
+      [this, limit](NcclCall& called) {
+        for (Comm* comm : {&comm_, &rendezvous_}) {
           if (*comm == nullptr) continue;
           called.code = Nccl().comm_finalize(*comm);
           while (called.code == kInProgress && Clock::now() < limit) {

@@ -68,13 +68,13 @@ struct Counters {
 // of it is aborted.
 //
 // NCCL's is in non-blocking mode, so that the host waits for peers within the
-// deadline. In recent versions each group of operations then starts a thread,
-// which takes 0.15 ms. So there is a second form, with two of NCCL's: one in
-// blocking mode carries the operations, whose calls wait on the host only where
-// ranks connect. Collectives connect at the start (NCCL_RUNTIME_CONNECT=0).
-// Edges connect at their first use, and ranks meet before that: they exchange
-// one byte by the other one, which is in non-blocking mode and has one channel.
-// The blocking call then waits for ranks that are at the same call.
+// deadline. In recent versions each group of operations then starts a thread.
+// The second form has two of NCCL's. The one in blocking mode carries the
+// operations; its calls wait on the host where ranks connect. Collectives
+// connect at the start (NCCL_RUNTIME_CONNECT=0). Edges connect at their first
+// use, after a rendezvous: an exchange of one byte by the other one, which is
+// in non-blocking mode and has one channel. After it the peers are at the same
+// call, so the blocking one does not wait long.
 //
 // Of its locks, `order` is held while an operation is launched, which may take
 // as long as its peers take to come; `handle_` while a thread is inside NCCL.
@@ -139,39 +139,45 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Communicator(std::shared_ptr<Device> device, int rank, int size,
                double timeout, bool blocking);
 
-  // What a call of NCCL came to.
-  struct Called {
+  // The outcome of a call of NCCL.
+  struct NcclCall {
     std::atomic<bool> ended{false};
     Result code = kInProgress;
     const char* function = "";
     std::string text;
   };
-  using GoesOn = std::function<bool()>;
+  using KeepsWaiting = std::function<bool()>;
   // One direction between this rank and another.
-  struct Use {
+  struct Connection {
     int peer;
     bool receives;
-    bool operator<(const Use& other) const {
+    bool operator<(const Connection& other) const {
       return std::tie(peer, receives) < std::tie(other.peer, other.receives);
     }
   };
 
   // The one of NCCL's that is in non-blocking mode.
-  Comm& polled() { return blocking_ ? meeting_ : comm_; }
+  Comm& non_blocking() { return blocking_ ? rendezvous_ : comm_; }
   // Its state; the text of an error. kInternalError where it is gone.
   Result State(std::string* text);
-  // Waits, with pauses, while it is in progress and `goes_on`.
-  Result Settle(const GoesOn& goes_on, std::string* text);
+  // Waits, with pauses, while it is in progress and `keeps_waiting`.
+  Result Settle(const KeepsWaiting& keeps_waiting, std::string* text);
   // Makes a call of NCCL that may block, with `handle_` held, on a thread of
-  // its own, and waits for it while `goes_on`: kInProgress if it does not end.
-  std::shared_ptr<Called> Aside(std::function<void(Called&)> call,
-                                const GoesOn& goes_on);
-  // Posts the group of an operation, with `handle_` held.
-  void PostGroup(CudaStream stream, const Post& post, Called& called);
-  // The edges that an operation is the first to use.
-  std::vector<Use> FirstUses(const Intent& intent) const;
-  // Waits for the ranks at the other ends of edges.
-  ffi::Error Meet(Operation& operation, const std::vector<Use>& uses);
+  // its own, and waits for it while `keeps_waiting`: kInProgress if it does not
+  // end.
+  std::shared_ptr<NcclCall> RunOnThread(std::function<void(NcclCall&)> call,
+                                        const KeepsWaiting& keeps_waiting);
+  // Posts a group on one of NCCL's communicators, with `handle_` held.
+  void PostGroup(Comm comm, CudaStream stream, const Post& post,
+                 NcclCall& called);
+  // Waits until a group is launched, and turns its outcome into an error.
+  ffi::Error EndLaunch(Operation& operation, NcclCall& called,
+                       const KeepsWaiting& keeps_waiting);
+  // Those that an operation is the first to use.
+  std::set<Connection> NewConnections(const Intent& intent) const;
+  // Waits for the ranks at the other ends, within the deadline.
+  ffi::Error Rendezvous(Operation& operation,
+                        const std::set<Connection>& connections);
   ffi::Error FailIn(Operation& operation, const char* function,
                     const std::string& text);
   void Abort();
@@ -187,22 +193,21 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::mutex order_;
   std::uint64_t sequence_ = 0;
   CudaStream second_ = nullptr;
-  CudaStream meetings_ = nullptr;
-  std::set<Use> used_;  // which are connected; under `order`
+  CudaStream rendezvous_stream_ = nullptr;
+  std::set<Connection> connected_;  // in the blocking form; under `order`
   std::atomic<bool> failed_{false};
   std::atomic<bool> closed_{false};
   std::timed_mutex handle_;
   // Null once they are aborted or destroyed.
   Comm comm_ = nullptr;
-  Comm meeting_ = nullptr;  // in the blocking form
+  Comm rendezvous_ = nullptr;  // in the blocking form
   std::mutex looking_;
   Counts bytes_sent_, bytes_received_, messages_sent_;
   std::atomic<std::int64_t> operations_{0};
 
   std::mutex mutex_;  // guards all below
   std::condition_variable aborted_;
-  bool aborting_ = false;
-  bool aborted_once_ = false;
+  enum { kNotAborted, kAborting, kAborted } abort_ = kNotAborted;
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
   std::deque<std::shared_ptr<Operation>> under_way_;
 };
