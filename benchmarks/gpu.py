@@ -15,6 +15,7 @@ import numpy as np
 SCRIPT = pathlib.Path(__file__).resolve()
 # Bytes of the array, and the steps of one jitted scan or one row of launches.
 CHUNKS = {
+  8: 64,
   4 * 2**10: 64,
   64 * 2**10: 64,
   2**20: 64,
@@ -268,13 +269,34 @@ def times_of_training(job, case, comm, slowest):
   return count, times
 
 
+def share_gpu(process, ranks):
+  """Lets XLA's NCCL and memory pool share a GPU with other processes.
+
+  As `jfog.init` does for its own; before JAX starts.
+  """
+  from jfog import runtime
+
+  version = runtime.nccl_library()[0]
+  if tuple(map(int, version.split(".")[:2])) >= (2, 30):
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+  else:
+    os.environ.setdefault("NCCL_HOSTID", f"xla-{process}")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.7 / ranks:.2f}")
+
+
 def on_xla(job):
-  """One process of the job of XLA's own collectives, with a GPU of its own."""
+  """One process of the job of XLA's own collectives.
+
+  It has the GPU of its number, or the one that `devices` of the job names.
+  """
   import jax
 
   ranks, process = job["ranks"], job["process"]
+  devices = job.get("devices", range(ranks))  # of the processes
+  if len(set(devices)) < ranks:
+    share_gpu(process, ranks)
   jax.distributed.initialize(
-    job["coordinator"], ranks, process, local_device_ids=[process]
+    job["coordinator"], ranks, process, local_device_ids=[devices[process]]
   )
   import _gpu_peers
   import _peers

@@ -158,7 +158,7 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
     first.insert(0, job("GPU", command, 10, lambda text: {"gpu": text.strip()}))
   blocking = dataclasses.replace(gpu, blocking=True)
   ways = list(dict.fromkeys([ALONE, gpu]))
-  xla = [PYTHON, str(FOLDER / "averages.py"), "--xla", "start"]
+  xla = [PYTHON, str(FOLDER / "averages.py"), "--xla"]
   return [
     Stage(1, "install, versions, doctor", first),
     Stage(2, "one rank", [program("operations", "operations", 1, 60)]),
