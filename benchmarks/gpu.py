@@ -55,9 +55,9 @@ def main():
     return 0
   if min(options.ranks) < 2:
     parser.error("--ranks: an exchange needs two ranks.")
-  from jfog.runtime import _devices
+  from jfog.runtime import _gpu_placement
 
-  found = _devices.gpus()
+  found = _gpu_placement.gpus()
   if not found.names:
     print(f"benchmarks/gpu.py: no GPU here: {found.reason}", file=sys.stderr)
     return 2

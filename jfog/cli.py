@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from jfog import launch, runtime
-from jfog.runtime import _devices
+from jfog.runtime import _gpu_placement
 
 _EXCHANGE = """
 import jax.numpy as jnp, jfog
@@ -111,7 +111,7 @@ def _jax_devices() -> str:
 
 
 def _gpus() -> str:
-  found = _devices.gpus()
+  found = _gpu_placement.gpus()
   if not found.names:
     return f"none: {found.reason}"
   return f"{len(found.names)}: {', '.join(found.names)}"

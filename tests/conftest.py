@@ -48,16 +48,17 @@ os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]
 )
 
-import compilation  # noqa: E402  (after XLA_FLAGS)
-import emulated  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
+# Importing them starts JAX, which reads XLA_FLAGS.
+from support import compilation, emulated  # noqa: E402
+
 import jfog  # noqa: E402
 import jfog.launch  # noqa: E402
 import jfog.runtime  # noqa: E402
-import jfog.runtime._devices  # noqa: E402
+import jfog.runtime._gpu_placement  # noqa: E402
 
 PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
 TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
@@ -304,7 +305,7 @@ def pytest_collection_modifyitems(config, items):
 @functools.cache
 def _no_gpu() -> str:
   """Why there is no GPU; "" if there is one."""
-  return jfog.runtime._devices.gpus().reason
+  return jfog.runtime._gpu_placement.gpus().reason
 
 
 def pytest_terminal_summary(terminalreporter, config):

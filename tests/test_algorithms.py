@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import recursions
-import reference
-from algorithms import (
+from jax.sharding import Mesh, PartitionSpec
+from support import recursions, reference
+from support.algorithms import (
   CHANGING,
   SMALL,
   STATIC,
@@ -22,8 +22,7 @@ from algorithms import (
   pulling,
   pushing,
 )
-from jax.sharding import Mesh, PartitionSpec
-from problems import RATE, Quadratic, chords
+from support.problems import RATE, Quadratic, chords
 
 import jfog
 from jfog import optimizers, topology

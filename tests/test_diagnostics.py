@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import RATE, Quadratic, row, tree
+from support.problems import RATE, Quadratic, row, tree
 
 import jfog
 from jfog import optimizers, topology

@@ -107,6 +107,6 @@ def test_examples_run(test, no_world):
 def test_the_examples_are_found():
   """A finder that finds nothing would pass everything."""
   names = {test.name for test in examples()}
-  assert "jfog.topology._graphs.ring" in names
+  assert "jfog.topology._static.ring" in names
   assert "jfog.optimizers._combine.adapt_then_combine" in names
   assert "jfog.runtime._communicator.Axis" in names

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import textwrap
 
-import emulated
 import jax
 import numpy as np
 import pytest
+from support import emulated
 
 pytestmark = pytest.mark.skipif(
   sys.platform != "linux" or not emulated.compiler(),

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import lax
+from support import reference
 
 import jfog
 import jfog.runtime
@@ -275,7 +275,7 @@ def test_machines_of_different_sizes(place, rng, monkeypatch):
     **{name: getattr(native, name) for name in dir(native)}
   )
   uneven.machines = lambda context: [0, 0, 2]
-  monkeypatch.setattr("jfog.runtime._native.mpi", lambda: uneven)
+  monkeypatch.setattr("jfog.runtime._extensions.mpi", lambda: uneven)
   jfog.shutdown()
   try:
     world = jfog.init(timeout=60)

@@ -30,7 +30,7 @@ LAYERS["cli"] = set(LAYERS)
 
 # The root package itself is looked at in one place only.
 ROOT_IMPORTERS = {
-  "runtime/_native.py": "extends the package's path to the installed build",
+  "runtime/_extensions.py": "extends the package's path to the installed build",
 }
 
 
@@ -138,7 +138,7 @@ def test_init_is_a_list(path):
 
 @pytest.mark.parametrize(
   "path",
-  [*MODULES, *sorted(ROOT.glob("tests/*.py"))],
+  [*MODULES, *sorted(ROOT.glob("tests/**/*.py"))],
   ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_a_file_opens_with_a_line_that_says_what_it_holds(path):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from jfog import cli, launch, runtime
-from jfog.runtime import _devices
+from jfog.runtime import _gpu_placement
 
 DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
 ENDS_WITHIN = 10.0  # the promise about a job in which a rank died
@@ -413,7 +413,7 @@ def doctor(monkeypatch, capsys):
   monkeypatch.setattr(cli, "_exchange_problem", lambda: "")
 
   def rows(gpus, nccl_library):
-    monkeypatch.setattr(_devices, "gpus", lambda: gpus)
+    monkeypatch.setattr(_gpu_placement, "gpus", lambda: gpus)
     monkeypatch.setattr(runtime, "nccl_library", nccl_library)
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -423,7 +423,7 @@ def doctor(monkeypatch, capsys):
 
 
 def test_doctor_names_the_gpus_and_nccl(doctor):
-  gpus = _devices.Gpus(("NVIDIA H200", "NVIDIA A10"))
+  gpus = _gpu_placement.Gpus(("NVIDIA H200", "NVIDIA A10"))
   rows = doctor(gpus, lambda: ("2.28.3", "/lib/libnccl.so.2"))
   assert rows["GPUs"] == "2: NVIDIA H200, NVIDIA A10"
   assert rows["NCCL"] == "2.28.3 (/lib/libnccl.so.2)"
@@ -433,7 +433,9 @@ def test_doctor_says_why_there_are_no_gpus_and_no_nccl(doctor):
   def missing():
     raise RuntimeError("libnccl.so.2 is not here.")
 
-  rows = doctor(_devices.Gpus(reason="the CUDA driver finds no GPU"), missing)
+  rows = doctor(
+    _gpu_placement.Gpus(reason="the CUDA driver finds no GPU"), missing
+  )
   assert rows["GPUs"] == "none: the CUDA driver finds no GPU"
   assert rows["NCCL"] == "none: libnccl.so.2 is not here."
 

@@ -9,9 +9,9 @@ import itertools
 import networkx as nx
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
 from jfog import topology as jt
 from jfog.topology import _matchings

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import textwrap
 
-import emulated
 import pytest
+from support import emulated
 
 import jfog
 from jfog import launch
-from jfog.runtime import _devices
+from jfog.runtime import _gpu_placement
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEADLINE = 300  # seconds; a quiet machine needs a tenth of it
@@ -105,7 +105,7 @@ def test_no_library_at_all():
   """Where the loader finds none, the text says what would bring one."""
   output, _ = run(
     """
-    import jfog.runtime._native as native
+    import jfog.runtime._extensions as native
     native._nccl_path = lambda: ""
     try:
       print("found", native.nccl_library())
@@ -145,7 +145,7 @@ def test_another_library_later_is_an_error(emulation, tmp_path):
   assert "refused jfog: another NCCL" in output and str(emulation) in output
 
 
-@pytest.mark.skipif(not _devices.gpus().reason, reason="there is a GPU")
+@pytest.mark.skipif(not _gpu_placement.gpus().reason, reason="there is a GPU")
 def test_a_world_on_gpus_needs_gpus():
   """All ranks get the same error before anything is sent by NCCL."""
   with pytest.raises(RuntimeError, match=r"the ranks \[0\] have none: JAX"):
@@ -174,7 +174,7 @@ def test_without_gpus_a_world_takes_mpi():
   assert (output.count("mpi;"), code) == (2, 0), output
 
 
-@pytest.mark.skipif(not _devices.gpus().reason, reason="there is a GPU")
+@pytest.mark.skipif(not _gpu_placement.gpus().reason, reason="there is a GPU")
 def test_where_there_is_no_gpu_one_line_says_so():
   done = subprocess.run(
     [
@@ -195,7 +195,8 @@ def test_where_there_is_no_gpu_one_line_says_so():
 # One job plays all of them, each in a world of its own.
 
 HEAD = """
-import emulated, os, time, warnings
+import os, time, warnings
+from support import emulated
 library = emulated.carry_jfog(os.environ["EMULATION"])
 import jax, jax.numpy as jnp, jfog
 
@@ -435,7 +436,8 @@ def test_nothing_is_left_behind(said):
 )
 def test_a_rank_that_never_connects(emulation, blocking):
   program = """
-    import emulated, os
+    import os
+    from support import emulated
     emulated.carry_jfog(os.environ["EMULATION"])
     import jfog
     try:

@@ -10,9 +10,9 @@ import networkx as nx
 import numpy as np
 import optax
 import pytest
-import reference
 from jax.sharding import Mesh, PartitionSpec
-from problems import INNERS, RATE, WIDTH, Quadratic, chords, row, tree
+from support import reference
+from support.problems import INNERS, RATE, WIDTH, Quadratic, chords, row, tree
 
 import jfog
 from jfog import optimizers, topology

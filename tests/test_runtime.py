@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 import jfog
 import jfog.runtime
 from jfog import topology
-from jfog.runtime import _native, _world
+from jfog.runtime import _extensions, _world
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ def test_simulation_and_mesh_work_without_mpi():
 
 
 @pytest.mark.skipif(
-  not _native.build().MPI_FAMILY, reason="jfog was installed without MPI"
+  not _extensions.build().MPI_FAMILY, reason="jfog was installed without MPI"
 )
 def test_a_world_that_is_not_the_job_says_so():
   """A foreign mpirun starts N worlds of one."""
@@ -350,7 +350,7 @@ def test_a_world_that_is_not_the_job_says_so():
 
 
 def test_the_loaded_library_is_compared_with_the_built_one():
-  check = _native._check_library
+  check = _extensions._check_library
   check("Open MPI v5.0.11", "Open MPI v5.0.3, package: Debian")
   check("MPICH Version: 4.0.2", "MPICH Version:\t4.1\nMPICH Release date")
   for loaded in ("Open MPI v4.1.4, package: x", "MPICH Version: 5.0", ""):
@@ -390,7 +390,7 @@ def test_an_mpi_world(place):
 @pytest.mark.places("mpi-2", "mpi-3")
 def test_a_world_of_an_mpi4py_communicator(place):
   MPI = pytest.importorskip("mpi4py.MPI")
-  if MPI.Get_library_version() != _native.mpi().library_version():
+  if MPI.Get_library_version() != _extensions.mpi().library_version():
     pytest.skip("this mpi4py runs on another MPI than jfog")
   jfog.shutdown()
   jfog.init(timeout=60)

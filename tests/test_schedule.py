@@ -10,7 +10,7 @@ import math
 import networkx as nx
 import numpy as np
 import pytest
-import reference
+from support import reference
 
 from jfog import topology as jt
 

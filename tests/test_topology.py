@@ -11,9 +11,9 @@ import sys
 import networkx as nx
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 
 from jfog import topology as jt
 
@@ -128,9 +128,9 @@ def test_exponential_gap():
 def test_no_power_is_missed(size, base, shift):
   if size < 2000:
     assert size - shift in jt.exponential(size, base=base).in_neighbors(0)
-  from jfog.topology import _graphs
+  from jfog.topology import _static
 
-  assert shift in _graphs._powers_below(size, base)
+  assert shift in _static._powers_below(size, base)
 
 
 @pytest.mark.parametrize("base", [2, 3, 4])

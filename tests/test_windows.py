@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from support import reference
 
 import jfog
 from jfog import topology

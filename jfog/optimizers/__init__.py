@@ -1,9 +1,15 @@
 """Decentralized optimizers, as optax transformations."""
 
-from jfog.optimizers._allreduce import (
-  GradientAllreduceState as GradientAllreduceState,
+from jfog.optimizers._bias_corrected import D2State as D2State
+from jfog.optimizers._bias_corrected import (
+  ExactDiffusionState as ExactDiffusionState,
 )
-from jfog.optimizers._allreduce import gradient_allreduce as gradient_allreduce
+from jfog.optimizers._bias_corrected import ExtraState as ExtraState
+from jfog.optimizers._bias_corrected import NidsState as NidsState
+from jfog.optimizers._bias_corrected import d2 as d2
+from jfog.optimizers._bias_corrected import exact_diffusion as exact_diffusion
+from jfog.optimizers._bias_corrected import extra as extra
+from jfog.optimizers._bias_corrected import nids as nids
 from jfog.optimizers._combine import (
   AdaptThenCombineState as AdaptThenCombineState,
 )
@@ -12,10 +18,12 @@ from jfog.optimizers._combine import (
 )
 from jfog.optimizers._combine import adapt_then_combine as adapt_then_combine
 from jfog.optimizers._combine import adapt_with_combine as adapt_with_combine
-from jfog.optimizers._compressed import ChocoState as ChocoState
-from jfog.optimizers._compressed import DeepSqueezeState as DeepSqueezeState
-from jfog.optimizers._compressed import choco as choco
-from jfog.optimizers._compressed import deep_squeeze as deep_squeeze
+from jfog.optimizers._compressed_gossip import ChocoState as ChocoState
+from jfog.optimizers._compressed_gossip import (
+  DeepSqueezeState as DeepSqueezeState,
+)
+from jfog.optimizers._compressed_gossip import choco as choco
+from jfog.optimizers._compressed_gossip import deep_squeeze as deep_squeeze
 from jfog.optimizers._compressors import Compressor as Compressor
 from jfog.optimizers._compressors import identity as identity
 from jfog.optimizers._compressors import low_rank as low_rank
@@ -24,16 +32,20 @@ from jfog.optimizers._compressors import quantize as quantize
 from jfog.optimizers._compressors import random_k as random_k
 from jfog.optimizers._compressors import sign as sign
 from jfog.optimizers._compressors import top_k as top_k
-from jfog.optimizers._corrected import D2State as D2State
-from jfog.optimizers._corrected import (
-  ExactDiffusionState as ExactDiffusionState,
+from jfog.optimizers._gradient_allreduce import (
+  GradientAllreduceState as GradientAllreduceState,
 )
-from jfog.optimizers._corrected import ExtraState as ExtraState
-from jfog.optimizers._corrected import NidsState as NidsState
-from jfog.optimizers._corrected import d2 as d2
-from jfog.optimizers._corrected import exact_diffusion as exact_diffusion
-from jfog.optimizers._corrected import extra as extra
-from jfog.optimizers._corrected import nids as nids
+from jfog.optimizers._gradient_allreduce import (
+  gradient_allreduce as gradient_allreduce,
+)
+from jfog.optimizers._gradient_tracking import (
+  GradientTrackingState as GradientTrackingState,
+)
+from jfog.optimizers._gradient_tracking import PushPullState as PushPullState
+from jfog.optimizers._gradient_tracking import (
+  gradient_tracking as gradient_tracking,
+)
+from jfog.optimizers._gradient_tracking import push_pull as push_pull
 from jfog.optimizers._momentum import DecentlamState as DecentlamState
 from jfog.optimizers._momentum import DmsgdSyncState as DmsgdSyncState
 from jfog.optimizers._momentum import (
@@ -54,21 +66,17 @@ from jfog.optimizers._periodic import local_sgd as local_sgd
 from jfog.optimizers._periodic import slow_momentum as slow_momentum
 from jfog.optimizers._power_gossip import PowerGossipState as PowerGossipState
 from jfog.optimizers._power_gossip import power_gossip as power_gossip
-from jfog.optimizers._push import PushDigingState as PushDigingState
-from jfog.optimizers._push import PushSumState as PushSumState
-from jfog.optimizers._push import push_diging as push_diging
-from jfog.optimizers._push import push_sum as push_sum
-from jfog.optimizers._relay import RelaySumState as RelaySumState
-from jfog.optimizers._relay import relay_sum as relay_sum
-from jfog.optimizers._tracking import (
-  GradientTrackingState as GradientTrackingState,
+from jfog.optimizers._push_sum import PushDigingState as PushDigingState
+from jfog.optimizers._push_sum import PushSumState as PushSumState
+from jfog.optimizers._push_sum import push_diging as push_diging
+from jfog.optimizers._push_sum import push_sum as push_sum
+from jfog.optimizers._relay_sum import RelaySumState as RelaySumState
+from jfog.optimizers._relay_sum import relay_sum as relay_sum
+from jfog.optimizers._window_averaging import WindowGetState as WindowGetState
+from jfog.optimizers._window_averaging import (
+  WindowPushSumState as WindowPushSumState,
 )
-from jfog.optimizers._tracking import PushPullState as PushPullState
-from jfog.optimizers._tracking import gradient_tracking as gradient_tracking
-from jfog.optimizers._tracking import push_pull as push_pull
-from jfog.optimizers._windows import WindowGetState as WindowGetState
-from jfog.optimizers._windows import WindowPushSumState as WindowPushSumState
-from jfog.optimizers._windows import WindowPutState as WindowPutState
-from jfog.optimizers._windows import window_get as window_get
-from jfog.optimizers._windows import window_push_sum as window_push_sum
-from jfog.optimizers._windows import window_put as window_put
+from jfog.optimizers._window_averaging import WindowPutState as WindowPutState
+from jfog.optimizers._window_averaging import window_get as window_get
+from jfog.optimizers._window_averaging import window_push_sum as window_push_sum
+from jfog.optimizers._window_averaging import window_put as window_put

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from jfog.optimizers import _averaging
-from jfog.optimizers._edges import Edges, edges_of
+from jfog.optimizers._edge_exchange import Edges, edges_of
 from jfog.optimizers._transformation import around
 from jfog.primitives import neighbor_allreduce_start, uniform, wait
 from jfog.runtime import Communicator, resolve

@@ -13,16 +13,16 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _calls, _leaves, _mesh, _nccl, _primitive
-from jfog.primitives._calls import Call
+from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
 from jfog.primitives._nccl import Reduction
+from jfog.primitives._operation import Call
 from jfog.runtime import Communicator, resolve
 
 # In the order in which collectives.cc numbers them.
 _REDUCTIONS = ("sum", "mean", "min", "max", "prod")
 
 
-@_calls.operation
+@_operation.operation
 def allreduce(
   x: Any, op: str = "mean", *, comm: Communicator | None = None
 ) -> Any:
@@ -63,9 +63,9 @@ def allreduce(
   comm = resolve(comm)
   if op not in _REDUCTIONS:
     raise ValueError(f"allreduce: op={op!r} is none of {_REDUCTIONS}.")
-  leaves, names, structure = _leaves.flatten(x, "allreduce")
+  leaves, names, structure = _pytree.flatten(x, "allreduce")
   if op == "mean":
-    _leaves.require_inexact(leaves, names, "allreduce")
+    _pytree.require_inexact(leaves, names, "allreduce")
   if op in ("min", "max"):
     for leaf, name in zip(leaves, names, strict=True):
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -80,12 +80,12 @@ def allreduce(
     leaves,
     structure,
     primitive=allreduce_p,
-    operands=_leaves.to_native(leaves, names, "allreduce"),
+    operands=_pytree.to_native(leaves, names, "allreduce"),
     params={"op": op, "comm": comm},
   )
 
 
-@_calls.operation
+@_operation.operation
 def broadcast(
   x: Any, root: int = 0, *, comm: Communicator | None = None
 ) -> Any:
@@ -125,7 +125,7 @@ def broadcast(
       f"broadcast: root={root} is no rank of a communicator of {comm.size}; "
       f"take one from 0 to {comm.size - 1}."
     )
-  leaves, names, structure = _leaves.flatten(x, "broadcast")
+  leaves, names, structure = _pytree.flatten(x, "broadcast")
   if not leaves or comm.backend == "single":
     return Call(leaves, structure, leaves)
   if comm.backend == "mesh":
@@ -135,12 +135,12 @@ def broadcast(
     leaves,
     structure,
     primitive=broadcast_p,
-    operands=_leaves.to_native(leaves, names, "broadcast"),
+    operands=_pytree.to_native(leaves, names, "broadcast"),
     params={"root": int(root), "comm": comm},
   )
 
 
-@_calls.operation
+@_operation.operation
 def allgather(
   x: Any,
   *,
@@ -179,10 +179,10 @@ def allgather(
   Source: `allgather` of BlueFog; MPI 4.0, section 6.7.
   """
   comm = resolve(comm)
-  leaves, names, structure = _leaves.flatten(x, "allgather")
+  leaves, names, structure = _pytree.flatten(x, "allgather")
   leaves = [jnp.atleast_1d(leaf) for leaf in leaves]
   sizes = [
-    _leaves.axis_sizes(leaf, name, axis_sizes, comm, "allgather")
+    _pytree.axis_sizes(leaf, name, axis_sizes, comm, "allgather")
     for leaf, name in zip(leaves, names, strict=True)
   ]
   if not leaves or comm.backend == "single":
@@ -194,26 +194,26 @@ def allgather(
     leaves,
     structure,
     primitive=allgather_p,
-    operands=_leaves.to_native(leaves, names, "allgather"),
+    operands=_pytree.to_native(leaves, names, "allgather"),
     params={"axis_sizes": tuple(sizes), "comm": comm},
   )
 
 
-allreduce_start = _calls.start_of(
+allreduce_start = _operation.start_of(
   allreduce,
   """>>> total = lambda x: jfog.wait(jfog.allreduce_start(x, "sum"))
     >>> jfog.simulate(total, 2)(jnp.array([1.0, 3.0]))
     Array([4., 4.], dtype=float32)""",
 )
 
-broadcast_start = _calls.start_of(
+broadcast_start = _operation.start_of(
   broadcast,
   """>>> first = lambda x: jfog.wait(jfog.broadcast_start(x))
     >>> jfog.simulate(first, 2)(jnp.array([1.0, 3.0]))
     Array([1., 1.], dtype=float32)""",
 )
 
-allgather_start = _calls.start_of(
+allgather_start = _operation.start_of(
   allgather,
   """>>> all_of = lambda x: jfog.wait(jfog.allgather_start(x))
     >>> jfog.simulate(all_of, 2)(jnp.array([1.0, 3.0]))
@@ -260,7 +260,7 @@ def _mesh_allreduce(x, op, comm):
   if x.dtype == jnp.bool_:
     return _mesh_extremum(x, "max", comm)
   wide = _compat.varying(
-    x.astype(_leaves.accumulation_dtype(x.dtype)), comm.axes
+    x.astype(_pytree.accumulation_dtype(x.dtype)), comm.axes
   )
   total = lax.psum(wide, comm.axes)
   return (total / comm.size if op == "mean" else total).astype(x.dtype)
@@ -277,7 +277,7 @@ def _mesh_extremum(x, op, comm):
     return number.astype(jnp.bool_)
   x = _compat.varying(x, comm.axes)
   if op == "prod":
-    wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+    wide = x.astype(_pytree.accumulation_dtype(x.dtype))
     return jnp.prod(
       _mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype
     ).astype(x.dtype)
@@ -371,7 +371,7 @@ def _wires(leaves, op):
     elif x.dtype in (jnp.int16, jnp.uint16):
       wires.append(x.astype(x.dtype.name.replace("16", "32")))
     else:
-      wires.append(x.astype(_leaves.accumulation_dtype(x.dtype)))
+      wires.append(x.astype(_pytree.accumulation_dtype(x.dtype)))
   flags = [jnp.isnan(x).astype(jnp.uint8) for x in leaves if _flags(x, op)]
   return [*wires, *flags]
 
@@ -443,7 +443,7 @@ def finish_allreduce(own, weights, received, static):
   op, size = static
   if _gathers(own, op):
     return [
-      jnp.prod(x.astype(_leaves.accumulation_dtype(x.dtype)), axis=0).astype(
+      jnp.prod(x.astype(_pytree.accumulation_dtype(x.dtype)), axis=0).astype(
         x.dtype
       )
       for x in received

@@ -11,23 +11,23 @@ from jax import lax
 
 from jfog import _compat
 from jfog.primitives import (
-  _calls,
-  _graphs,
-  _leaves,
+  _ffi_attributes,
   _mesh,
   _nccl,
-  _neighbor,
+  _neighbor_allreduce,
+  _operation,
   _primitive,
+  _pytree,
   _weighted_sum,
 )
-from jfog.primitives._calls import Call
+from jfog.primitives._operation import Call
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Schedule, Topology
 
 _NAME = "hierarchical_neighbor_allreduce"
 
 
-@_calls.operation
+@_operation.operation
 def hierarchical_neighbor_allreduce(
   x: Any,
   machine_graph: Topology | Schedule,
@@ -87,12 +87,12 @@ def hierarchical_neighbor_allreduce(
   from one rank of each machine.
   """
   comm = resolve(comm)
-  leaves, names, structure = _leaves.flatten(x, _NAME)
-  _leaves.require_inexact(leaves, names, _NAME)
+  leaves, names, structure = _pytree.flatten(x, _NAME)
+  _pytree.require_inexact(leaves, names, _NAME)
   if comm.backend in ("mpi", "nccl"):
     comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
   graph = _check_machine_graph(machine_graph, comm)
-  index = _graphs.step_index(graph, step, _NAME)
+  index = _ffi_attributes.step_index(graph, step, _NAME)
   if not leaves or comm.backend in ("mesh", "single"):
     mixed = _on_mesh(leaves, graph, index, comm) if leaves else []
     return Call(leaves, structure, mixed)
@@ -102,12 +102,12 @@ def hierarchical_neighbor_allreduce(
     structure,
     primitive=hierarchical_neighbor_allreduce_p,
     fixed=(index,),
-    operands=_leaves.to_native(leaves, names, _NAME),
+    operands=_pytree.to_native(leaves, names, _NAME),
     params={"graph": graph, "comm": comm},
   )
 
 
-hierarchical_neighbor_allreduce_start = _calls.start_of(
+hierarchical_neighbor_allreduce_start = _operation.start_of(
   hierarchical_neighbor_allreduce,
   """>>> machines = jfog.topology.ring(2)
     >>> average = lambda x: jfog.wait(
@@ -127,7 +127,7 @@ def _check_machine_graph(graph: Any, comm: Communicator) -> Topology | Schedule:
       f"{machines} machines of {comm.local_size} ranks; make the graph with "
       f"size={machines}, or use neighbor_allreduce for a graph of ranks."
     )
-  return _graphs.check_graph(graph, machines, _NAME)
+  return _ffi_attributes.check_graph(graph, machines, _NAME)
 
 
 # The mesh: an all_to_all inside the machine, the average of neighbors between
@@ -142,7 +142,7 @@ def _on_mesh(leaves, graph, index, comm) -> list[jax.Array]:
   parts = [_mean_part(leaf, inside, comm) for leaf in leaves]
 
   def mix(topology, parts):
-    return _neighbor.mix_on_mesh(
+    return _neighbor_allreduce.mix_on_mesh(
       parts, topology, None, across, comm.machines.rank
     )
 
@@ -169,7 +169,7 @@ def _mean_part(x, inside, comm):
 
 def _mean(rows):
   """The mean over axis 0; equal values return bit for bit."""
-  wide = rows.astype(_leaves.accumulation_dtype(rows.dtype))
+  wide = rows.astype(_pytree.accumulation_dtype(rows.dtype))
   mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
   return mean.astype(rows.dtype)
 
@@ -195,7 +195,7 @@ def _transpose(cotangents, *operands, fixed, graph, comm):
     *operands,
     *cotangents,
     fixed=fixed,
-    graph=_neighbor.turned(graph),
+    graph=_neighbor_allreduce.turned(graph),
     comm=comm,
   )
 
@@ -204,14 +204,14 @@ def _attributes(mode, *leaves, graph, comm):
   del leaves
   members = comm.ranks_of(comm.machine_rank)
   place = members.index(comm.rank)
-  return _graphs.numbered(
+  return _ffi_attributes.numbered(
     _NAME,
     mode,
     {
       "context": np.int64(comm.context),
-      "graph": np.int64(_graphs.fingerprint(graph)),
+      "graph": np.int64(_ffi_attributes.fingerprint(graph)),
       "members": np.array(members, np.int32),
-      **_graphs.table(
+      **_ffi_attributes.table(
         graph,
         comm.machine_rank,
         lambda machine: comm.ranks_of(machine)[place],
@@ -260,7 +260,11 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
     parts = _nccl.average(parts, row, [x[None][:0] for x in parts], 0)
   if size > 1:
     told = _nccl.told(
-      _nccl.Mode.WHOLE, comm.local, _NAME, _graphs.fingerprint(graph), leaves
+      _nccl.Mode.WHOLE,
+      comm.local,
+      _NAME,
+      _ffi_attributes.fingerprint(graph),
+      leaves,
     )
     received = call(_nccl.Send("allgather", told, parts), _avals(split, size))
     parts = [
@@ -270,7 +274,7 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
 
 
 def _exchange(comm, step, parts, rounds, graph, **kwargs):
-  variant = (_graphs.fingerprint(graph), "hierarchical")
+  variant = (_ffi_attributes.fingerprint(graph), "hierarchical")
   return _nccl.exchange(
     _NAME,
     _nccl.Mode.WHOLE,
@@ -310,7 +314,7 @@ def _start_on_gpus(mode, fixed, leaves, *, graph, comm):
     fixed[0],
     [x.reshape(-1) for x in _wide_split(leaves, comm.local_size)],
     rounds,
-    variant=_graphs.fingerprint(graph),
+    variant=_ffi_attributes.fingerprint(graph),
     like=leaves,
     operation=_NAME,
   )
@@ -327,7 +331,7 @@ def _wide_split(leaves, size):
   for x in _nccl.Packing(leaves).pack(leaves):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
       x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
-    wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+    wide = x.astype(_pytree.accumulation_dtype(x.dtype))
     vectors.append(_split(wide, size))
   return vectors
 

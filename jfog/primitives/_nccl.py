@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jfog import _compat
-from jfog.primitives import _graphs, _weighted_sum
+from jfog.primitives import _ffi_attributes, _weighted_sum
 
 # Leaves of fewer bytes travel together, in one buffer for each dtype. Not
 # measured: to be chosen anew on a GPU.
@@ -237,7 +237,7 @@ Rounds = Sequence[tuple[Sequence[int], Sequence[int]]]
 def rounds_of(
   graph: Any, rank: int, peer: Callable[[int], int] = int
 ) -> list[tuple[list[int], list[int]]]:
-  """One rank's part of a graph; see `_graphs.table`."""
+  """One rank's part of a graph; see `_ffi_attributes.table`."""
   return [
     (
       [peer(s) for s in topology.in_neighbors(rank)],
@@ -384,7 +384,7 @@ def row_of_graph(
     neighbors = topology.src_weights(rank)
     count = len(neighbors)
     table[t, 0] = topology.self_weight(rank)
-    table[t, 1] = _graphs.difference_rows(topology)[rank]
+    table[t, 1] = _ffi_attributes.difference_rows(topology)[rank]
     table[t, 2 : 2 + count] = list(neighbors.values())
     table[t, 2 + slots : 2 + slots + count] = 1
     sources[t, :count] = list(neighbors)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from jfog.primitives import _calls, _leaves, _mesh, _nccl, _primitive
-from jfog.primitives._calls import Call
+from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
+from jfog.primitives._operation import Call
 from jfog.runtime import Axis, Communicator, resolve
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
@@ -179,7 +179,7 @@ def peers_call(
       np.array([*sources, *destinations], np.int32),
       _as_weights([*weights, *destinations.values()], "the weights of Peers"),
     ),
-    operands=_leaves.to_native(leaves, names, "neighbor_allreduce"),
+    operands=_pytree.to_native(leaves, names, "neighbor_allreduce"),
     params={
       "sources": len(sources),
       "scales": scales,
@@ -191,7 +191,7 @@ def peers_call(
   )
 
 
-@_calls.operation
+@_operation.operation
 def pair_gossip(
   x: Any,
   peer: Any,
@@ -242,8 +242,8 @@ def pair_gossip(
   2006.
   """
   comm = resolve(comm)
-  leaves, names, structure = _leaves.flatten(x, "pair_gossip")
-  _leaves.require_inexact(leaves, names, "pair_gossip")
+  leaves, names, structure = _pytree.flatten(x, "pair_gossip")
+  _pytree.require_inexact(leaves, names, "pair_gossip")
   peer = _peer(peer, comm)
   weights = [self_weight, pair_weight]
   difference = _sum_to_one(weights)
@@ -256,7 +256,7 @@ def pair_gossip(
         value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
       if not difference:
         return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)
-      wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+      wide = x.astype(_pytree.accumulation_dtype(x.dtype))
       return (wide + _scaled(other, value.astype(wide.dtype) - wide)).astype(
         x.dtype
       )
@@ -268,7 +268,7 @@ def pair_gossip(
     structure,
     primitive=peer_allreduce_p,
     fixed=(jnp.stack([peer, peer]), pair),
-    operands=_leaves.to_native(leaves, names, "pair_gossip"),
+    operands=_pytree.to_native(leaves, names, "pair_gossip"),
     params={
       "sources": 1,
       "scales": False,
@@ -280,7 +280,7 @@ def pair_gossip(
   )
 
 
-pair_gossip_start = _calls.start_of(
+pair_gossip_start = _operation.start_of(
   pair_gossip,
   """>>> swap = lambda x: jfog.wait(jfog.pair_gossip_start(x, jfog.rank() ^ 1))
     >>> jfog.simulate(swap, 2)(jnp.array([0.0, 2.0]))
@@ -332,7 +332,7 @@ def _as_weights(weights: list[Any], name: str) -> Any:
 
 
 def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
-  wide = x.astype(_leaves.accumulation_dtype(x.dtype))
+  wide = x.astype(_pytree.accumulation_dtype(x.dtype))
   scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
   return scaled.astype(x.dtype)
 

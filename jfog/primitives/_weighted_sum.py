@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog.primitives import _leaves, _mesh
+from jfog.primitives import _mesh, _pytree
 
 # A sum over more slots than this is a loop in the program.
 _UNROLLED = 16
@@ -51,7 +51,7 @@ def combine(
   else:
     for k in range(len(reads)):
       totals, _ = add(totals, ([x[k] for x in slots], row[k], reads[k]))
-  return _leaves.like(totals, values)
+  return _pytree.like(totals, values)
 
 
 def _choose(condition: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def times(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 def sum_dtype(x: jax.Array) -> np.dtype:
   """The dtype in which values like `x` are weighted and summed."""
-  return _leaves.accumulation_dtype(x.dtype)
+  return _pytree.accumulation_dtype(x.dtype)
 
 
 def along(values: Any, x: jax.Array) -> jax.Array:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog.primitives import _graphs, _mesh, _weighted_sum
-from jfog.primitives._permutations import permutations
+from jfog.primitives import _ffi_attributes, _mesh, _weighted_sum
 from jfog.runtime import Communicator
 from jfog.topology import Topology
+from jfog.topology._edge_coloring import permutations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,9 @@ def update(
   row = weights.values[sources]
   difference = False
   if defaults:
-    difference = jnp.asarray(_graphs.difference_rows(spec.topology))[rank]
+    difference = jnp.asarray(_ffi_attributes.difference_rows(spec.topology))[
+      rank
+    ]
   values = [_mesh.varying(x, spec.comm) for x in leaves]
   values = _pack(spec, values, associated_p(spec, state))
   results = _weighted_sum.combine(

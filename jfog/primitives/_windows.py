@@ -12,8 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfog import _compat
-from jfog.primitives import _calls, _graphs, _leaves, _primitive, _window_slots
-from jfog.primitives._calls import Call
+from jfog.primitives import (
+  _ffi_attributes,
+  _operation,
+  _primitive,
+  _pytree,
+  _window_slots,
+)
+from jfog.primitives._operation import Call
 from jfog.primitives._window_slots import EdgeWeights, Spec
 from jfog.runtime import Communicator, mpi, resolve
 from jfog.topology import Topology
@@ -79,7 +85,7 @@ class Window:
     return cls(spec, *children)
 
 
-@_calls.operation
+@_operation.operation
 def win_create(
   x: Any,
   topology: Topology,
@@ -148,15 +154,15 @@ def win_create(
       f"win_create: topology={topology!r} is {type(topology).__name__}; a window "
       f"keeps its neighbors, so pass a jfog.topology.Topology."
     )
-  _graphs.check_graph(topology, comm.size, "win_create")
-  leaves, names, structure = _leaves.flatten(x, "win_create")
+  _ffi_attributes.check_graph(topology, comm.size, "win_create")
+  leaves, names, structure = _pytree.flatten(x, "win_create")
   for leaf, name in zip(leaves, names, strict=True):
     if leaf.dtype == jnp.bool_:
       raise TypeError(
         f"win_create: the leaf {name} has dtype bool, which holds no sums; cast "
         f"it to int8."
       )
-  native = _leaves.to_native(leaves, names, "win_create")
+  native = _pytree.to_native(leaves, names, "win_create")
   spec = Spec(
     structure=structure,
     names=tuple(names),
@@ -180,7 +186,7 @@ def win_create(
   )
 
 
-@_calls.operation
+@_operation.operation
 def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
   """Writes `w x` into this rank's slot at each out-neighbor.
 
@@ -225,7 +231,7 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
   return _send(win, x, dst_weights, "win_put", accumulate=False)
 
 
-win_put_start = _calls.start_of(
+win_put_start = _operation.start_of(
   win_put,
   """>>> graph = jfog.topology.ring(3, "right")
     >>> def program(x):
@@ -237,7 +243,7 @@ win_put_start = _calls.start_of(
 )
 
 
-@_calls.operation
+@_operation.operation
 def win_accumulate(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
   """Adds `w x` to this rank's slot at each out-neighbor.
 
@@ -275,7 +281,7 @@ def win_accumulate(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
   return _send(win, x, dst_weights, "win_accumulate", accumulate=True)
 
 
-win_accumulate_start = _calls.start_of(
+win_accumulate_start = _operation.start_of(
   win_accumulate,
   """>>> graph = jfog.topology.ring(3, "right")
     >>> def program(x):
@@ -301,12 +307,12 @@ def _send(win, x, dst_weights, operation, *, accumulate) -> Any:
     jax.tree.structure(win),
     primitive=win_accumulate_p if accumulate else win_put_p,
     fixed=(win._state, row),
-    operands=_leaves.to_native(leaves, spec.names, operation),
+    operands=_pytree.to_native(leaves, spec.names, operation),
     params={"peers": peers, "comm": spec.comm},
   )
 
 
-@_calls.operation
+@_operation.operation
 def win_get(win: Window, *, src_weights: Any = None) -> Window:
   """Copies `w` times each in-neighbor's exposed value into its slot here.
 
@@ -357,7 +363,7 @@ def win_get(win: Window, *, src_weights: Any = None) -> Window:
   )
 
 
-win_get_start = _calls.start_of(
+win_get_start = _operation.start_of(
   win_get,
   """>>> graph = jfog.topology.ring(3, "right")
     >>> def program(x):
@@ -368,7 +374,7 @@ win_get_start = _calls.start_of(
 )
 
 
-@_calls.operation
+@_operation.operation
 def win_update(
   win: Window,
   x: Any,
@@ -431,7 +437,7 @@ def win_update(
   )
 
 
-@_calls.operation
+@_operation.operation
 def win_update_then_collect(win: Window, x: Any) -> tuple[Any, Window]:
   """Adds to `x` all that lies in the slots, and leaves them empty.
 
@@ -497,7 +503,7 @@ def _update(
   peers, row = _own_edges(spec.topology.in_neighbors(rank), weights)
   dtype = jnp.promote_types(own.dtype, row.dtype)
   structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
-  difference = defaults and _graphs.difference_rows(spec.topology)[rank]
+  difference = defaults and _ffi_attributes.difference_rows(spec.topology)[rank]
   return _call(
     [*leaves, win._state],
     structure,
@@ -506,7 +512,7 @@ def _update(
       win._state,
       _numpy_or_jax(own, row).append(own.astype(dtype), row.astype(dtype)),
     ),
-    operands=_leaves.to_native(leaves, spec.names, operation),
+    operands=_pytree.to_native(leaves, spec.names, operation),
     params={
       "peers": peers,
       "difference": bool(difference),
@@ -517,7 +523,7 @@ def _update(
   )
 
 
-@_calls.operation
+@_operation.operation
 def win_version(win: Window) -> jax.Array:
   """How often each slot was written since it was last read.
 
@@ -562,7 +568,7 @@ def win_version(win: Window) -> jax.Array:
   )
 
 
-@_calls.operation
+@_operation.operation
 def win_associated_p(win: Window) -> jax.Array:
   """This rank's scalar p, which undergoes the arithmetic of its value.
 
@@ -719,7 +725,7 @@ def _native_mutex(change: Callable, number: int, ranks: list[int]) -> None:
 
 
 def _call(*args: Any, **kwargs: Any) -> Any:
-  """A call, which `_calls.operation` makes the result that is annotated."""
+  """A call, which `_operation.operation` makes the result that is annotated."""
   return Call(*args, **kwargs)
 
 
@@ -747,7 +753,7 @@ def _require_window(win: Any, operation: str) -> Spec:
 
 def _require_like(spec: Spec, x: Any, operation: str) -> list[jax.Array]:
   """The leaves of `x`, if it is like the window's value."""
-  leaves, names, structure = _leaves.flatten(x, operation)
+  leaves, names, structure = _pytree.flatten(x, operation)
   if structure != spec.structure:
     raise ValueError(
       f"{operation}: x has the structure {structure}, the window "
@@ -917,7 +923,7 @@ def _create_attributes(mode, *leaves, spec):
     associated = _Associated[spec.p_dtype.name.upper()]
   return {
     "context": np.int64(spec.comm.context),
-    "graph": np.int64(_graphs.fingerprint(topology)),
+    "graph": np.int64(_ffi_attributes.fingerprint(topology)),
     "structure": np.int64(_fingerprint(str(spec.structure))),
     # An attribute may not be empty: one more element, which is never read.
     "sources": np.array([*topology.in_neighbors(rank), -1], np.int32),

@@ -8,11 +8,11 @@ from jfog.runtime._communicator import (
   NotInitializedError as NotInitializedError,
 )
 from jfog.runtime._communicator import Single as Single
-from jfog.runtime._native import build as build
-from jfog.runtime._native import mpi as mpi
-from jfog.runtime._native import nccl_library as nccl_library
-from jfog.runtime._places import simulate as simulate
-from jfog.runtime._places import spmd as spmd
+from jfog.runtime._extensions import build as build
+from jfog.runtime._extensions import mpi as mpi
+from jfog.runtime._extensions import nccl_library as nccl_library
+from jfog.runtime._simulate import simulate as simulate
+from jfog.runtime._simulate import spmd as spmd
 from jfog.runtime._world import MpiCommunicator as MpiCommunicator
 from jfog.runtime._world import counters as counters
 from jfog.runtime._world import init as init

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jfog import _compat
-from jfog.runtime import _devices, _native
+from jfog.runtime import _extensions, _gpu_placement
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -233,9 +233,9 @@ def shutdown() -> None:
     forgotten = 0
     for part in parts:
       if isinstance(part, MpiCommunicator):
-        forgotten += _native.mpi().close(part.context)
+        forgotten += _extensions.mpi().close(part.context)
         if part.backend == "nccl":
-          forgotten += _native.nccl().close(part.context)
+          forgotten += _extensions.nccl().close(part.context)
     if forgotten:
       warnings.warn(
         f"{forgotten} operations were started and never waited on.",
@@ -406,9 +406,9 @@ def _refuse_other_launchers(environ: Mapping[str, str]) -> None:
 
 def counters(comm: MpiCommunicator) -> list[list[int]]:
   """What the native side has counted; see `jfog.diagnostics.counters`."""
-  counted = _native.mpi().counters(comm.context)
+  counted = _extensions.mpi().counters(comm.context)
   if comm.backend == "nccl":
-    on_gpus = _native.nccl().counters(comm.context)
+    on_gpus = _extensions.nccl().counters(comm.context)
     counted = [
       [a + b for a, b in zip(*columns, strict=True)]
       for columns in zip(counted, on_gpus, strict=True)
@@ -418,17 +418,17 @@ def counters(comm: MpiCommunicator) -> list[list[int]]:
 
 def reset_counters(comm: MpiCommunicator) -> None:
   """Sets them to zero."""
-  _native.mpi().reset_counters(comm.context)
+  _extensions.mpi().reset_counters(comm.context)
   if comm.backend == "nccl":
-    _native.nccl().reset_counters(comm.context)
+    _extensions.nccl().reset_counters(comm.context)
 
 
 def _mpi_world(backend, comm, launched, local_size, timeout) -> MpiCommunicator:
   """Starts MPI and opens the world on it."""
   if backend == "nccl" and launched is None:
-    found = _devices.gpus()  # before MPI starts for nothing
+    found = _gpu_placement.gpus()  # before MPI starts for nothing
     _require_gpus([len(found.names)], found.reason)
-  native = _native.mpi()
+  native = _extensions.mpi()
   # Open MPI reads its parameters at its start. Messages up to this size leave
   # without a handshake; its own limit of 4 KiB makes them several times dearer.
   for transport in ("sm", "vader"):
@@ -471,7 +471,7 @@ def _take_gpu(
   None if no rank has a GPU and no `backend` was asked for. Collective: what
   ranks find differs.
   """
-  found = _devices.gpus()
+  found = _gpu_placement.gpus()
   count = len(found.names)
   counts = [int(text) for text in _gathered(context, f"{count:8d}")]
   if backend is None and not any(counts):
@@ -479,11 +479,11 @@ def _take_gpu(
   _require_gpus(counts, found.reason)
   machine = [i for i, leader in enumerate(leaders) if leader == leaders[rank]]
   place = machine.index(rank)
-  mine = _devices.identity(_devices.chosen(place, count)).hex()
+  mine = _gpu_placement.identity(_gpu_placement.chosen(place, count)).hex()
   identities = _gathered(context, mine)
   sharing = identities.count(mine)
-  placement = _devices.place(place, len(machine), count, sharing=sharing)
-  _devices.separate_hosts(placement, rank, _native.nccl().version())
+  placement = _gpu_placement.place(place, len(machine), count, sharing=sharing)
+  _gpu_placement.separate_hosts(placement, rank, _extensions.nccl().version())
   return placement.index
 
 
@@ -500,13 +500,13 @@ def _require_gpus(counts: Sequence[int], reason: str) -> None:
 
 def _gathered(context: int, text: str) -> list[str]:
   """The equally long texts of all ranks."""
-  texts = _native.mpi().gather(context, text.encode())
+  texts = _extensions.mpi().gather(context, text.encode())
   return [each.decode() for each in texts]
 
 
 def _open_nccl(context: int, device: int, timeout: float) -> None:
   """Connects the ranks of a communicator by NCCL. Collective."""
-  mpi, nccl = _native.mpi(), _native.nccl()
+  mpi, nccl = _extensions.mpi(), _extensions.nccl()
   rank, size = mpi.rank(context), mpi.size(context)
   # Two ids make a communicator in blocking mode, which launches operations from
   # the calling thread; not the default until it has been measured on a GPU.
@@ -567,7 +567,7 @@ def _check_launched_size(launched: int | None, size: int) -> None:
     return
   raise RuntimeError(
     f"this process was launched as one of {launched} ranks, but its MPI "
-    f"({_native.build().MPI_LIBRARY}) is a world of {size}: the launcher "
+    f"({_extensions.build().MPI_LIBRARY}) is a world of {size}: the launcher "
     f"belongs to another MPI. Start the job with `jfog run -np {launched} ...`, "
     f"or rebuild jfog with JFOG_MPI=system against the launcher's MPI."
   )
@@ -579,7 +579,7 @@ def _fortran_handle(comm) -> int:
     raise TypeError(f"comm={comm!r} is no communicator of mpi4py.")
   from mpi4py import MPI  # the user has it: comm is one of its objects
 
-  theirs, ours = MPI.Get_library_version(), _native.mpi().library_version()
+  theirs, ours = MPI.Get_library_version(), _extensions.mpi().library_version()
   if theirs != ours:
     raise ValueError(
       f"mpi4py runs on {theirs.splitlines()[0]!r} and jfog on "
@@ -638,5 +638,5 @@ def _finish() -> None:
 
 def _in_use() -> list[Any]:
   """The native modules of this process, the one that needs the other first."""
-  nccl = _native.nccl.cache_info().currsize > 0
-  return [*([_native.nccl()] if nccl else []), _native.mpi()]
+  nccl = _extensions.nccl.cache_info().currsize > 0
+  return [*([_extensions.nccl()] if nccl else []), _extensions.mpi()]

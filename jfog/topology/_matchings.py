@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import _validation, _weights
-from ._schedule import Schedule
-from ._topology import Topology
+from jfog.topology import _validation, _weights
+from jfog.topology._schedule import Schedule
+from jfog.topology._topology import Topology
 
 Edge = tuple[int, int]  # (low, high)
 
@@ -32,7 +32,7 @@ def matchings(topology: Topology) -> Schedule:
     TypeError: if `topology` is no `Topology`.
 
   Example:
-    >>> from ._graphs import chain
+    >>> from ._static import chain
     >>> [graph.in_neighbors(1) for graph in matchings(chain(4))]
     [(0,), (2,)]
 
@@ -108,7 +108,7 @@ def matcha(
     TypeError: if `topology` is no `Topology`.
 
   Example:
-    >>> from ._graphs import ring
+    >>> from ._static import ring
     >>> matcha(ring(6), budget=0.5, seed=0, period=20).is_symmetric
     True
 
@@ -180,7 +180,7 @@ def colors_of(topology: Topology, name: str) -> list[list[Edge]]:
   """Returns the edges of each matching, ordered by their smallest edge.
 
   Example:
-    >>> from ._graphs import fully_connected
+    >>> from ._static import fully_connected
     >>> colors_of(fully_connected(3), "matchings")
     [[(0, 1)], [(0, 2)], [(1, 2)]]
   """

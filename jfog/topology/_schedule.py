@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _drawing, _topology, _validation
-from ._topology import Topology
+from jfog.topology import _plot, _topology, _validation
+from jfog.topology._topology import Topology
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -212,7 +212,7 @@ class Schedule:
       >>> Schedule([np.full((2, 2), 0.5)]).plot().get_title()
       'Schedule(size=2, period=1, degree=1, spectral_gap=1)'
     """
-    return _drawing.plot(self, ax)
+    return _plot.plot(self, ax)
 
   def __hash__(self) -> int:
     return self._hash
@@ -230,7 +230,7 @@ class Schedule:
     )
 
   def _repr_svg_(self) -> str:
-    return _drawing.svg(self)
+    return _plot.svg(self)
 
   def __reduce__(self) -> tuple:
     return Schedule, (self.rounds,)

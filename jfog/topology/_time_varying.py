@@ -5,10 +5,10 @@ from typing import overload
 
 import numpy as np
 
-from . import _validation
-from ._graphs import circulant
-from ._schedule import Schedule
-from ._topology import Topology
+from jfog.topology import _validation
+from jfog.topology._schedule import Schedule
+from jfog.topology._static import circulant
+from jfog.topology._topology import Topology
 
 _MOST_ENTRIES = 2**27  # weights of all rounds together, 1 GiB
 
@@ -112,7 +112,7 @@ def one_peer(topology: Topology) -> Schedule:
     TypeError: if `topology` is no `Topology`.
 
   Example:
-    >>> from ._graphs import exponential
+    >>> from ._static import exponential
     >>> one_peer(exponential(6)) == one_peer_exponential(6)
     True
 

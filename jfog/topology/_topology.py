@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from . import _drawing, _validation, _weights
+from jfog.topology import _plot, _validation, _weights
 
 TOLERANCE = 1e-9  # of the sums of rows and columns, and of symmetry
 
@@ -305,7 +305,7 @@ class Topology:
       >>> Topology([[0.5, 0.5], [0.5, 0.5]]).plot().get_title()
       'Topology(size=2, degree=1, spectral_gap=1)'
     """
-    return _drawing.plot(self, ax)
+    return _plot.plot(self, ax)
 
   def __hash__(self) -> int:
     return self._hash
@@ -325,7 +325,7 @@ class Topology:
     )
 
   def _repr_svg_(self) -> str:
-    return _drawing.svg(self)
+    return _plot.svg(self)
 
   def __reduce__(self) -> tuple:
     return _restore, (np.array(self.mixing_matrix),)

@@ -75,9 +75,9 @@ def on_xla(processes):
   """XLA's `ppermute` and `psum`, on one GPU if there is one only."""
   import numpy as np
 
-  from jfog.runtime import _devices
+  from jfog.runtime import _gpu_placement
 
-  count = max(1, _devices.gpu_count())
+  count = max(1, _gpu_placement.gpu_count())
   job = {**JOB, "place": "xla", "ranks": processes}
   job["devices"] = [process % count for process in range(processes)]
   environment = {"JAX_PLATFORMS": os.environ["JAX_PLATFORMS"]}

@@ -15,7 +15,7 @@ import jax  # noqa: E402  (after the rank has its GPU)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-import reference  # noqa: E402
+from support import reference  # noqa: E402
 
 import jfog  # noqa: E402
 from jfog import topology  # noqa: E402

@@ -42,22 +42,22 @@ class World:
 
   def __init__(self, timeout=TIMEOUT, local_size=None):
     if REHEARSAL:
-      import emulated
+      from support import emulated
 
       self.library = emulated.carry_jfog(EMULATION)
     self._arguments = {"timeout": timeout, "local_size": local_size}
     self._open()
     # A rank whose operation fails by its deadline comes that much later.
-    self._aside = self._native.mpi().split(
+    self._aside = self._extensions.mpi().split(
       self.comm.context, 0, self.rank, 5 * timeout
     )
 
   def _open(self):
     import jfog
-    from jfog.runtime import _native
+    from jfog.runtime import _extensions
 
     self.comm = jfog.init(backend="nccl", **self._arguments)
-    self._native = _native
+    self._extensions = _extensions
     self.rank, self.size = self.comm.rank, self.comm.size
 
   def reopen(self, **changes):
@@ -71,7 +71,7 @@ class World:
   def gather(self, text):
     """The texts of all ranks, at most `_TEXT` bytes of each."""
     padded = text.encode(errors="replace")[-_TEXT:].ljust(_TEXT)
-    texts = self._native.mpi().gather(self._aside, padded)
+    texts = self._extensions.mpi().gather(self._aside, padded)
     return [each.decode(errors="replace").rstrip() for each in texts]
 
   def bcast(self, value):

@@ -149,7 +149,7 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
     job("doctor", [JFOG, "doctor"], 30, _rows),
   ]
   if rehearsal:
-    build = f"import emulated; emulated.build({emulation!r})"
+    build = f"from support import emulated; emulated.build({emulation!r})"
     command = [PYTHON, "-c", build]
     first.append(job("emulation", command, 30, PYTHONPATH=str(ROOT / "tests")))
   elif smi := shutil.which("nvidia-smi"):

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/engine.h"
+#include "mpi/progress_engine.h"
 
 namespace jfog::mpi {
 namespace {
@@ -21,16 +21,16 @@ namespace {
 // others run in between, and as long as something comes. When nothing has come
 // for this long it waits for somebody, which is the engine's work.
 constexpr int kPolls = 64;
-constexpr std::chrono::microseconds kPatience{100};
+constexpr std::chrono::microseconds kSpinFor{100};
 // With more ranks than cores the others have to run first, and giving a core
 // away costs nothing.
-constexpr int kPollsCrowded = 16;
-constexpr std::chrono::microseconds kPatienceCrowded{1000};
-std::atomic<bool> is_crowded{false};
+constexpr int kPollsOversubscribed = 16;
+constexpr std::chrono::microseconds kSpinForOversubscribed{1000};
+std::atomic<bool> is_oversubscribed{false};
 // That many handles nobody waits for are likely to be a mistake.
 constexpr std::size_t kManyHandles = 1000;
 
-Engine::Waiter Fulfil(ffi::Promise promise) {
+Engine::Waiter Completer(ffi::Promise promise) {
   return [promise = std::move(promise)](const ffi::Error& error) mutable {
     if (error.success()) {
       promise.SetAvailable();
@@ -55,7 +55,7 @@ Handles& TheHandles() {
 
 // The number is written and read under the lock: XLA passes it from one thread
 // to another, and ThreadSanitizer knows nothing of how.
-void Keep(std::shared_ptr<Operation> operation, std::uint32_t* id) {
+void Insert(std::shared_ptr<Operation> operation, std::uint32_t* id) {
   Handles& handles = TheHandles();
   std::lock_guard<std::mutex> lock(handles.mutex);
   if (handles.open.size() >= kManyHandles && !handles.warned) {
@@ -135,7 +135,7 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
     auto shared = std::make_shared<Leaves>(std::move(results));
     Engine::Waiter waiter =
         [operation = operation.get(), shared,
-         fulfil = Fulfil(std::move(promise))](const ffi::Error& error) {
+         fulfil = Completer(std::move(promise))](const ffi::Error& error) {
           if (error.success()) CopyResults(operation->leaves(), *shared);
           fulfil(error);
         };
@@ -159,14 +159,15 @@ ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
 
 }  // namespace
 
-void SetCrowded(bool crowded) {
-  is_crowded.store(crowded, std::memory_order_relaxed);
+void SetOversubscribed(bool oversubscribed) {
+  is_oversubscribed.store(oversubscribed, std::memory_order_relaxed);
 }
 
 bool EndsSoon(Operation& operation) {
-  const bool crowded = is_crowded.load(std::memory_order_relaxed);
-  const int limit = crowded ? kPollsCrowded : kPolls;
-  const Clock::duration patience = crowded ? kPatienceCrowded : kPatience;
+  const bool oversubscribed = is_oversubscribed.load(std::memory_order_relaxed);
+  const int limit = oversubscribed ? kPollsOversubscribed : kPolls;
+  const Clock::duration patience =
+      oversubscribed ? kSpinForOversubscribed : kSpinFor;
   int polls = 0;
   Clock::time_point quiet_since;
   while (!operation.finished()) {
@@ -222,7 +223,7 @@ Completion Launch(std::shared_ptr<Operation> operation,
   if (mode == kStart) {
     auto id = results.get<ffi::BufferR0<ffi::U32>>(0);
     if (!id) return id.error();
-    Keep(operation, (*id)->typed_data());
+    Insert(operation, (*id)->typed_data());
     Engine::Get().Submit(std::move(operation), nullptr);
     return ffi::Error::Success();
   }
@@ -234,7 +235,7 @@ ffi::Future HandOver(std::shared_ptr<Operation> operation) {
   operation->Await();
   ffi::Promise promise;
   ffi::Future future(promise);
-  Engine::Get().Submit(std::move(operation), Fulfil(std::move(promise)));
+  Engine::Get().Submit(std::move(operation), Completer(std::move(promise)));
   return future;
 }
 

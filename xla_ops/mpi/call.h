@@ -48,7 +48,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(Poll);
 bool EndsSoon(Operation& operation);
 // Says that there are more ranks than cores: a call then lets others run
 // whenever it finds nothing.
-void SetCrowded(bool crowded);
+void SetOversubscribed(bool oversubscribed);
 // Leaves an operation that was started and has not ended to the engine.
 ffi::Future HandOver(std::shared_ptr<Operation> operation);
 

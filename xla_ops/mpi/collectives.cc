@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
 #include "mpi/call.h"
 #include "mpi/operation.h"
 
@@ -278,15 +278,15 @@ class Collective : public Operation {
   std::vector<int> Missing() const override {
     std::vector<int> missing;
     for (int rank = 0; rank < comm().size(); ++rank) {
-      const std::optional<Header> note = comm().LastNote(rank);
+      const std::optional<Header> note = comm().LastControlMessage(rank);
       const bool is_here = note && Matches(*note);
       if (rank != comm().rank() && !is_here) missing.push_back(rank);
     }
     return missing;
   }
 
-  void Bury() override {
-    for (Buffer& buffer : buffers_) buffer.Bury();
+  void Leak() override {
+    for (Buffer& buffer : buffers_) buffer.Leak();
   }
 
   // Also after a failure, so that what is queued behind sees it.
@@ -538,8 +538,9 @@ Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
 
 }  // namespace
 
-ffi::Error Meet(const std::shared_ptr<Communicator>& comm, const char* name,
-                Leaves leaves, std::uint64_t variant) {
+ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
+                          const char* name, Leaves leaves,
+                          std::uint64_t variant) {
   Meeting meeting(comm, name, std::move(leaves), variant);
   meeting.Start();
   return meeting.Complete();

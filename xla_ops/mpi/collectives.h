@@ -7,15 +7,16 @@
 
 #include "common/status.h"
 #include "mpi/communicator.h"
-#include "mpi/leaves.h"
+#include "mpi/payload.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jfog::mpi {
 
 // Waits until all ranks have come to this, with leaves and a variant like
 // these. A step of a collective operation that goes on without XLA.
-ffi::Error Meet(const std::shared_ptr<Communicator>& comm, const char* name,
-                Leaves leaves, std::uint64_t variant);
+ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
+                          const char* name, Leaves leaves,
+                          std::uint64_t variant);
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Allreduce);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Broadcast);

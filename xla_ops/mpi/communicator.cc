@@ -5,12 +5,12 @@
 #include <cstring>
 #include <utility>
 
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
 
 namespace jfog::mpi {
 namespace {
 
-constexpr int kNoteTag = 3;
+constexpr int kControlTag = 3;
 
 struct Registry {
   std::mutex mutex;
@@ -69,7 +69,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
                            std::shared_ptr<Lanes> lanes,
                            std::shared_ptr<Communicator> root)
     : comm_(Duplicate(parent)),
-      aside_(Duplicate(parent)),
+      control_comm_(Duplicate(parent)),
       timeout_(timeout),
       lanes_(std::move(lanes)),
       root_(std::move(root)) {
@@ -78,7 +78,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   bytes_sent_ = Counts(size_);
   bytes_received_ = Counts(size_);
   messages_sent_ = Counts(size_);
-  notes_.resize(size_);
+  last_messages_.resize(size_);
   left_.resize(size_);
   if (root_ != nullptr) {
     MPI_Group own, all;
@@ -116,44 +116,44 @@ void Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
   failed_.store(true, std::memory_order_release);
 }
 
-void Communicator::SendNote(int peer, const Note& note) {
-  Buffer sent(sizeof(note));
-  std::memcpy(sent.get(), &note, sizeof(note));
+void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
+  Buffer sent(sizeof(message));
+  std::memcpy(sent.get(), &message, sizeof(message));
   MPI_Request request;
-  if (MPI_Isend(sent.get(), sizeof(note), MPI_BYTE, peer, kNoteTag, aside_,
-                &request) == MPI_SUCCESS) {
+  if (MPI_Isend(sent.get(), sizeof(message), MPI_BYTE, peer, kControlTag,
+                control_comm_, &request) == MPI_SUCCESS) {
     MPI_Request_free(&request);
   }
-  sent.Bury();
+  sent.Leak();
 }
 
 void Communicator::AnnounceArrival(const Header& header) {
-  Note note;
-  note.header = header;
+  ControlMessage message;
+  message.header = header;
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_) SendNote(peer, note);
+    if (peer != rank_) SendControlMessage(peer, message);
   }
 }
 
 void Communicator::AnnounceLeave() {
-  Note note;
-  note.kind = Note::kLeave;
+  ControlMessage message;
+  message.kind = ControlMessage::kLeave;
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_) SendNote(peer, note);
+    if (peer != rank_) SendControlMessage(peer, message);
   }
 }
 
 void Communicator::AnnounceFailure(const Header& header, int rank) {
-  Note note;
-  note.header = header;
-  note.kind = Note::kFailed;
-  note.rank = rank;
+  ControlMessage message;
+  message.header = header;
+  message.kind = ControlMessage::kFailed;
+  message.rank = rank;
   for (int peer = 0; peer < size_; ++peer) {
-    if (peer != rank_) SendNote(peer, note);
+    if (peer != rank_) SendControlMessage(peer, message);
   }
 }
 
-void Communicator::ReadNotes() {
+void Communicator::ReadControlMessages() {
   std::string failure;
   const auto title = [this](const Header& header) {
     return std::string(header.operation,
@@ -166,51 +166,51 @@ void Communicator::ReadNotes() {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      if (MPI_Iprobe(MPI_ANY_SOURCE, kNoteTag, aside_, &found, &status) !=
-              MPI_SUCCESS ||
+      if (MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm_, &found,
+                     &status) != MPI_SUCCESS ||
           !found) {
         break;
       }
-      Note note;
+      ControlMessage message;
       const int source = status.MPI_SOURCE;
-      if (MPI_Recv(&note, sizeof(note), MPI_BYTE, source, kNoteTag, aside_,
-                   MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+      if (MPI_Recv(&message, sizeof(message), MPI_BYTE, source, kControlTag,
+                   control_comm_, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
         break;
       }
-      switch (note.kind) {
-        case Note::kArrival:
-          notes_[source] = note.header;
+      switch (message.kind) {
+        case ControlMessage::kArrival:
+          last_messages_[source] = message.header;
           break;
-        case Note::kLeave:
+        case ControlMessage::kLeave:
           left_[source] = true;
           break;
-        case Note::kQuery:
-          queries_.emplace_back(source, note);
+        case ControlMessage::kQuery:
+          queries_.emplace_back(source, message);
           break;
-        case Note::kFailed:
-          failure = title(note.header) + " has failed: rank " +
+        case ControlMessage::kFailed:
+          failure = title(message.header) + " has failed: rank " +
                     std::to_string(source) + " does not match rank " +
-                    std::to_string(note.rank);
+                    std::to_string(message.rank);
           break;
         default:
-          answers_[{source, note.header.sequence}] = note;
+          answers_[{source, message.header.sequence}] = message;
       }
     }
     for (auto query = queries_.begin(); query != queries_.end();) {
-      const auto& [source, note] = *query;
-      const std::optional<Note> answer = Answer(source, note);
+      const auto& [source, message] = *query;
+      const std::optional<ControlMessage> answer = Answer(source, message);
       if (!answer) {
         ++query;
         continue;
       }
-      SendNote(source, *answer);
-      if (answer->kind != Note::kYes) {
-        failure = title(note.header) + " does not match rank " +
+      SendControlMessage(source, *answer);
+      if (answer->kind != ControlMessage::kYes) {
+        failure = title(message.header) + " does not match rank " +
                   std::to_string(source) + ": ";
-        failure += answer->kind == Note::kNoPeers
+        failure += answer->kind == ControlMessage::kNoPeers
                        ? "this rank is in another operation"
-                       : Disagreement(source, note.sends, note.receives, rank_,
-                                      answer->sends, answer->receives);
+                       : Disagreement(source, message.sends, message.receives,
+                                      rank_, answer->sends, answer->receives);
       }
       query = queries_.erase(query);
     }
@@ -218,9 +218,10 @@ void Communicator::ReadNotes() {
   if (!failure.empty()) Fail(ffi::ErrorCode::kFailedPrecondition, failure);
 }
 
-std::optional<Note> Communicator::Answer(int rank, const Note& query) {
+std::optional<ControlMessage> Communicator::Answer(
+    int rank, const ControlMessage& query) {
   const std::uint64_t sequence = query.header.sequence;
-  Note answer;
+  ControlMessage answer;
   answer.header.sequence = sequence;
   if (!past_.empty()) {
     const Past& past = past_[sequence % kPast];
@@ -229,13 +230,13 @@ std::optional<Note> Communicator::Answer(int rank, const Note& query) {
       answer.receives = past.pattern->Receives(rank);
       const bool match =
           answer.sends == query.receives && answer.receives == query.sends;
-      answer.kind = match ? Note::kYes : Note::kNo;
+      answer.kind = match ? ControlMessage::kYes : ControlMessage::kNo;
       return answer;
     }
   }
   // An operation notes its pattern before the next one gets its number.
   if (sequence_.load() < sequence + 2) return std::nullopt;
-  answer.kind = Note::kNoPeers;
+  answer.kind = ControlMessage::kNoPeers;
   return answer;
 }
 
@@ -254,31 +255,32 @@ bool Communicator::RecordPattern(std::uint64_t sequence, const Pattern& pattern,
 }
 
 void Communicator::Ask(int rank, const Header& header, const Pattern& pattern) {
-  Note note;
-  note.header = header;
-  note.kind = Note::kQuery;
-  note.sends = pattern.Sends(rank);
-  note.receives = pattern.Receives(rank);
-  SendNote(rank, note);
+  ControlMessage message;
+  message.header = header;
+  message.kind = ControlMessage::kQuery;
+  message.sends = pattern.Sends(rank);
+  message.receives = pattern.Receives(rank);
+  SendControlMessage(rank, message);
 }
 
-std::optional<Note> Communicator::TakeAnswer(int rank, std::uint64_t sequence) {
+std::optional<ControlMessage> Communicator::TakeAnswer(int rank,
+                                                       std::uint64_t sequence) {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = answers_.find({rank, sequence});
   if (found == answers_.end()) return std::nullopt;
-  const Note answer = found->second;
+  const ControlMessage answer = found->second;
   answers_.erase(found);
   return answer;
 }
 
-std::optional<Header> Communicator::LastNote(int rank) {
+std::optional<Header> Communicator::LastControlMessage(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
-  return notes_[rank];
+  return last_messages_[rank];
 }
 
 bool Communicator::HasLeft(int rank) {
   if (root_ != nullptr) {
-    root_->ReadNotes();
+    root_->ReadControlMessages();
     return root_->HasLeft(RankInRoot(rank));
   }
   std::lock_guard<std::mutex> lock(mutex_);

@@ -18,7 +18,7 @@
 
 #include "common/status.h"
 #include "common/text.h"
-#include "mpi/lanes.h"
+#include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {
 
@@ -47,7 +47,7 @@ struct Pattern {
 };
 
 // A short message outside the ordered chain.
-struct Note {
+struct ControlMessage {
   enum Kind : std::int32_t {
     kArrival,  // "this is where I am"
     kLeave,    // "I take part in nothing any more"
@@ -84,7 +84,7 @@ class Communicator {
 
   MPI_Comm comm() const { return comm_; }
   // For what is sent outside the ordered chain: notes and agreements.
-  MPI_Comm aside() const { return aside_; }
+  MPI_Comm control_comm() const { return control_comm_; }
   int rank() const { return rank_; }
   int size() const { return size_; }
   double timeout() const { return timeout_; }
@@ -125,7 +125,7 @@ class Communicator {
   // To all ranks: an operation does not match that of a rank.
   void AnnounceFailure(const Header& header, int rank);
   // Reads what has arrived, and answers; cheap, never waits.
-  void ReadNotes();
+  void ReadControlMessages();
 
   // Notes whom an operation names, so that others can ask. Returns whether to
   // ask them, which is where `check` comes with that pattern for the first
@@ -135,10 +135,10 @@ class Communicator {
   // Asks a rank whether its pattern in an operation matches.
   void Ask(int rank, const Header& header, const Pattern& pattern);
   // Its answer, once.
-  std::optional<Note> TakeAnswer(int rank, std::uint64_t sequence);
+  std::optional<ControlMessage> TakeAnswer(int rank, std::uint64_t sequence);
 
   // The last that this rank of the communicator said of where it is.
-  std::optional<Header> LastNote(int rank);
+  std::optional<Header> LastControlMessage(int rank);
   bool HasLeft(int rank);
 
   void CountSent(int peer, std::size_t bytes);
@@ -163,12 +163,12 @@ class Communicator {
     bool asked = false;
   };
 
-  void SendNote(int peer, const Note& note);
+  void SendControlMessage(int peer, const ControlMessage& message);
   // An answer to a query, unless it is too early for one.
-  std::optional<Note> Answer(int rank, const Note& query);
+  std::optional<ControlMessage> Answer(int rank, const ControlMessage& query);
 
   MPI_Comm comm_ = MPI_COMM_NULL;
-  MPI_Comm aside_ = MPI_COMM_NULL;
+  MPI_Comm control_comm_ = MPI_COMM_NULL;
   int rank_ = 0;
   int size_ = 1;
   double timeout_;
@@ -188,13 +188,13 @@ class Communicator {
 
   std::mutex mutex_;  // guards all below
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
-  std::vector<std::optional<Header>> notes_;
+  std::vector<std::optional<Header>> last_messages_;
   std::vector<bool> left_;
   std::set<std::uint64_t> graphs_;
   std::map<std::pair<std::vector<int>, std::vector<int>>, Known> patterns_;
   std::vector<Past> past_;  // by sequence, modulo its length
-  std::vector<std::pair<int, Note>> queries_;
-  std::map<std::pair<int, std::uint64_t>, Note> answers_;
+  std::vector<std::pair<int, ControlMessage>> queries_;
+  std::map<std::pair<int, std::uint64_t>, ControlMessage> answers_;
 };
 
 // How two ranks' words on the edges between them differ; empty if they do not.

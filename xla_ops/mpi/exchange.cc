@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "mpi/tags.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 namespace {
@@ -46,10 +46,10 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
       if (this->comm().lanes()->Reaches(rank)) sharing_.push_back(rank);
     }
   }
-  Lay();
+  ComputeOffsets();
 }
 
-void Exchange::Lay() {
+void Exchange::ComputeOffsets() {
   used_ = 0;
   packed_ = lane_chunks_;
   unchecked_ = sources().size();
@@ -71,7 +71,7 @@ void Exchange::Lay() {
 void Exchange::Renew() {
   // Large windows are for everybody.
   if (chunks_ > 1) buffer_ = Buffer();
-  Lay();
+  ComputeOffsets();
   Operation::Renew();
 }
 

@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "mpi/agreement.h"
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
+#include "mpi/consistency_check.h"
 #include "mpi/operation.h"
 
 namespace jfog::mpi {
@@ -78,7 +78,7 @@ class Exchange : public Operation {
   ffi::Error Completed(std::size_t slot) override;
   void Ended() override;
   std::vector<int> Missing() const override;
-  void Bury() override { buffer_.Bury(); }
+  void Leak() override { buffer_.Leak(); }
   ffi::Error Stalled() override;
 
  private:
@@ -92,7 +92,7 @@ class Exchange : public Operation {
   };
   Window& WindowOf(std::size_t chunk) { return windows_[chunk % kWindows]; }
 
-  void Lay();
+  void ComputeOffsets();
   // The number of chunks of so many bytes, and where one of them begins.
   std::size_t ChunksOf(std::size_t bytes) const;
   std::size_t Begin(std::size_t bytes, std::size_t chunk) const;

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/average.h"
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
 #include "mpi/call.h"
 #include "mpi/exchange.h"
+#include "mpi/neighbor_average.h"
 #include "mpi/plan.h"
 
 namespace jfog::mpi {
@@ -29,7 +29,7 @@ Leaves ViewOf(const Leaves& whole, Input input) {
   if (input == kOutputs) {
     for (Leaf& leaf : view.leaves) leaf.input = leaf.output;
   }
-  view.Lay();
+  view.ComputeOffsets();
   return view;
 }
 
@@ -160,7 +160,7 @@ class FiniteTime : public Operation {
 
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
   std::vector<int> Missing() const override { return {}; }
-  void Bury() override {}
+  void Leak() override {}
 
   const bool divides_;
   Buffer sum_;

@@ -10,12 +10,12 @@
 #include <vector>
 
 #include "common/weighted_sum.h"
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
 #include "mpi/call.h"
-#include "mpi/lanes.h"
 #include "mpi/operation.h"
 #include "mpi/plan.h"
-#include "mpi/tags.h"
+#include "mpi/shared_memory_channel.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 namespace {
@@ -607,7 +607,7 @@ class Hierarchical : public Operation {
     if (results_lane_) comm().lanes()->Release(*results_lane_);
   }
 
-  void Bury() override { buffer_.Bury(); }
+  void Leak() override { buffer_.Leak(); }
 
   std::vector<int> Missing() const override {
     std::vector<int> missing;

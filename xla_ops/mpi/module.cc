@@ -5,10 +5,10 @@
 #include "mpi/call.h"
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
-#include "mpi/gather.h"
 #include "mpi/hierarchical.h"
-#include "mpi/neighbor.h"
-#include "mpi/process.h"
+#include "mpi/lifecycle.h"
+#include "mpi/neighbor_allgather.h"
+#include "mpi/neighbor_allreduce.h"
 #include "mpi/windows.h"
 #include "xla/ffi/api/ffi.h"
 

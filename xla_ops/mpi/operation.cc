@@ -156,7 +156,7 @@ ffi::Error Operation::Poll(bool* moved) {
 void Operation::End(ffi::Error error) {
   if (error.failure()) {
     // MPI may still write into receive buffers and read the others.
-    Bury();
+    Leak();
   }
   error_ = std::move(error);
   Ended();
@@ -232,7 +232,7 @@ void Operation::CheckStall(Clock::time_point now) {
 
 ffi::Error Operation::FindStall(Clock::duration waited) {
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
-  comm_->ReadNotes();
+  comm_->ReadControlMessages();
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   const std::vector<int> missing = Missing();
   std::vector<int> left;
@@ -250,7 +250,7 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
       announced_ = true;
       comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
     }
-    JFOG_RETURN_IF_ERROR(CheckNotes(missing, waited));
+    JFOG_RETURN_IF_ERROR(CheckControlMessages(missing, waited));
   }
   JFOG_RETURN_IF_ERROR(Stalled());
   if (!warned_ && Seconds(waited) > 0.1 * limit) {
@@ -269,16 +269,16 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
   return ffi::Error::Success();
 }
 
-ffi::Error Operation::CheckNotes(const std::vector<int>& missing,
-                                 Clock::duration waited) {
+ffi::Error Operation::CheckControlMessages(const std::vector<int>& missing,
+                                           Clock::duration waited) {
   for (int rank : missing) {
-    const std::optional<Header> note = comm_->LastNote(rank);
-    if (!note || note->sequence < sequence_) continue;
+    const std::optional<Header> message = comm_->LastControlMessage(rank);
+    if (!message || message->sequence < sequence_) continue;
     // It waits, too: here with us, or it has gone on without the message that
-    // we wait for. That one would have come long before the note.
-    if (note->sequence == sequence_ ||
+    // we wait for. That one would have come long before the message.
+    if (message->sequence == sequence_ ||
         Seconds(waited) > 0.1 * comm_->timeout()) {
-      JFOG_RETURN_IF_ERROR(CheckHeader(rank, *note));
+      JFOG_RETURN_IF_ERROR(CheckHeader(rank, *message));
     }
   }
   return ffi::Error::Success();

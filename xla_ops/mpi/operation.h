@@ -13,7 +13,7 @@
 
 #include "common/status.h"
 #include "mpi/communicator.h"
-#include "mpi/leaves.h"
+#include "mpi/payload.h"
 
 namespace jfog::mpi {
 
@@ -81,7 +81,7 @@ class Operation {
   // The ranks that are waited for, ascending.
   virtual std::vector<int> Missing() const = 0;
   // Leaves the buffers of messages that will never complete to MPI.
-  virtual void Bury() = 0;
+  virtual void Leak() = 0;
   // Called once at the end.
   virtual void Ended() {}
   // Whether other ranks come to the same operation, in the same order.
@@ -124,8 +124,8 @@ class Operation {
   ffi::Error MpiFailure(int code, const std::string& what);
   ffi::Error Poll(bool* moved);
   ffi::Error FindStall(Clock::duration waited);
-  ffi::Error CheckNotes(const std::vector<int>& missing,
-                        Clock::duration waited);
+  ffi::Error CheckControlMessages(const std::vector<int>& missing,
+                                  Clock::duration waited);
   void End(ffi::Error error);
 
   std::shared_ptr<Communicator> comm_;

@@ -6,8 +6,8 @@
 #include <unordered_map>
 #include <utility>
 
-#include "mpi/agreement.h"
 #include "mpi/call.h"
+#include "mpi/consistency_check.h"
 
 namespace jfog::mpi {
 namespace {

@@ -66,8 +66,9 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   }
   Leaves described;
   described.leaves = leaves.leaves;
-  described.Lay();
-  ffi::Error error = Meet(comm, kName, std::move(described), plan.variant);
+  described.ComputeOffsets();
+  ffi::Error error =
+      CheckedBarrier(comm, kName, std::move(described), plan.variant);
   if (error.failure()) return ffi::Unexpected(std::move(error));
 
   std::shared_ptr<Window> window(new Window);
@@ -93,9 +94,9 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
     std::memcpy(one, &value, sizeof(value));
   }
   if (window->has_p()) leaves.leaves.push_back(p);
-  leaves.Lay();
+  leaves.ComputeOffsets();
   window->layout_.leaves = leaves.leaves;
-  window->layout_.Lay();
+  window->layout_.ComputeOffsets();
 
   const std::size_t payload = leaves.payload_bytes;
   const int records = 1 + static_cast<int>(window->plan_.sources.size());
@@ -140,7 +141,7 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
                   [](const WindowMemory& part) { return bool(part); });
   if (!all_near) ServeWindows(comm);
   // Nobody writes before all can read.
-  error = Meet(comm, kName, Leaves(), window->id_);
+  error = CheckedBarrier(comm, kName, Leaves(), window->id_);
   if (error.failure()) return ffi::Unexpected(std::move(error));
   return window;
 }
@@ -148,7 +149,7 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
 Leaves Window::At(const std::byte* payload) const {
   Leaves leaves;
   leaves.leaves = layout_.leaves;
-  leaves.Lay();
+  leaves.ComputeOffsets();
   for (Leaf& leaf : leaves.leaves) leaf.input = payload + leaf.offset;
   return leaves;
 }
@@ -170,7 +171,7 @@ ffi::Error Window::Complete(Leaves* leaves, const char* name) const {
     Leaf p = layout_[size];
     p.input = own_.payload(0) + p.offset;
     leaves->leaves.push_back(p);
-    leaves->Lay();
+    leaves->ComputeOffsets();
   }
   return ffi::Error::Success();
 }
@@ -278,7 +279,7 @@ ffi::Error Window::Free() {
     std::this_thread::sleep_for(kNap);
   }
   // When all have come here nobody reaches for anybody's part any more.
-  JFOG_RETURN_IF_ERROR(Meet(comm_, "win_free", Leaves(), id_));
+  JFOG_RETURN_IF_ERROR(CheckedBarrier(comm_, "win_free", Leaves(), id_));
   std::fill(parts_.begin(), parts_.end(), WindowMemory());
   own_ = WindowMemory();
   if (shared_ != nullptr) shared_->Free();

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "common/status.h"
-#include "mpi/buffers.h"
+#include "mpi/buffer_pool.h"
 #include "mpi/communicator.h"
-#include "mpi/leaves.h"
+#include "mpi/payload.h"
 #include "mpi/shared_memory.h"
 #include "mpi/window_memory.h"
 

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "common/weighted_sum.h"
-#include "mpi/tags.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 namespace {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "mpi/leaves.h"
+#include "mpi/payload.h"
 
 namespace jfog::mpi {
 

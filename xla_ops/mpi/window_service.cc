@@ -8,10 +8,10 @@
 #include <map>
 #include <utility>
 
-#include "mpi/buffers.h"
-#include "mpi/engine.h"
-#include "mpi/tags.h"
+#include "mpi/buffer_pool.h"
+#include "mpi/progress_engine.h"
 #include "mpi/window.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 namespace {
@@ -63,7 +63,7 @@ class WindowService {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      if (MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag, comm_->aside(), &found,
+      if (MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag, comm_->control_comm(), &found,
                      &status) != MPI_SUCCESS ||
           !found) {
         return any;
@@ -71,7 +71,7 @@ class WindowService {
       any = true;
       WindowRequest request;
       if (MPI_Recv(&request, sizeof(request), MPI_BYTE, status.MPI_SOURCE,
-                   kRequestTag, comm_->aside(),
+                   kRequestTag, comm_->control_comm(),
                    MPI_STATUS_IGNORE) != MPI_SUCCESS) {
         return any;
       }
@@ -88,7 +88,7 @@ class WindowService {
         Arrival arrival{request, Buffer(request.bytes)};
         MPI_Irecv(arrival.payload.get(),
                   static_cast<int>(request.bytes / kLineBytes), Line(), source,
-                  kRequestPayloadTag, comm_->aside(), &arrival.receive);
+                  kRequestPayloadTag, comm_->control_comm(), &arrival.receive);
         arriving_[source].push_back(std::move(arrival));
         return;
       }
@@ -112,7 +112,7 @@ class WindowService {
       Arrival& first = arriving.front();
       int done = 0;
       if (MPI_Test(&first.receive, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
-        first.payload.Bury();
+        first.payload.Leak();
       } else if (!done) {
         return true;
       } else {
@@ -156,7 +156,7 @@ class WindowService {
     Sent& sent = sent_.emplace_back();
     sent.bytes = std::move(value);
     MPI_Isend(sent.bytes.get(), static_cast<int>(bytes / kLineBytes), Line(),
-              source, ReplyPayloadTag(request.tag), comm_->aside(),
+              source, ReplyPayloadTag(request.tag), comm_->control_comm(),
               &sent.request);
   }
 
@@ -177,7 +177,7 @@ class WindowService {
     const WindowReply reply{state};
     std::memcpy(sent.bytes.get(), &reply, sizeof(reply));
     MPI_Isend(sent.bytes.get(), sizeof(reply), MPI_BYTE, source, request.tag,
-              comm_->aside(), &sent.request);
+              comm_->control_comm(), &sent.request);
   }
 
   std::shared_ptr<Communicator> comm_;

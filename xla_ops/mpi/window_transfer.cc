@@ -24,18 +24,18 @@ WindowTransfer::WindowTransfer(std::shared_ptr<Window> window, const char* name,
 ffi::Error WindowTransfer::Post() {
   for (std::size_t i = 0; i < peers_.size(); ++i) {
     if (!window_->part(peers_[i])) {
-      Far& far = far_.emplace_back();
-      far.peer = i;
+      RemoteTransfer& remote = remote_transfers_.emplace_back();
+      remote.peer = i;
       continue;
     }
     // One that is gone does not keep the others from theirs.
     ffi::Error error = Reach(i);
     if (outcome_.success()) outcome_ = std::move(error);
   }
-  if (far_.empty()) return ffi::Error::Success();
+  if (remote_transfers_.empty()) return ffi::Error::Success();
   if (has_payload()) value_.Stage();
-  Resize(far_.size() * kMessages);
-  for (std::size_t i = 0; i < far_.size(); ++i) {
+  Resize(remote_transfers_.size() * kMessages);
+  for (std::size_t i = 0; i < remote_transfers_.size(); ++i) {
     JFOG_RETURN_IF_ERROR(Ask(i));
   }
   return ffi::Error::Success();
@@ -80,59 +80,59 @@ ffi::Error WindowTransfer::Reach(std::size_t peer) {
 }
 
 ffi::Error WindowTransfer::Ask(std::size_t number) {
-  Far& far = far_[number];
-  const int rank = peers_[far.peer];
+  RemoteTransfer& remote = remote_transfers_[number];
+  const int rank = peers_[remote.peer];
   WindowRequest request;
   request.window = window_->id();
   request.bytes = has_payload() ? value_.payload_bytes : 0;
-  request.weight = weights_[far.peer];
+  request.weight = weights_[remote.peer];
   request.kind = kind_;
   request.record = has_payload() ? window_->RecordAt(rank) : 0;
-  request.tag = far.tag = ReplyTag(comm().NextRequest());
-  far.request = Buffer(sizeof(request));
-  std::memcpy(far.request.get(), &request, sizeof(request));
-  far.reply = Buffer(sizeof(WindowReply));
+  request.tag = remote.tag = ReplyTag(comm().NextRequest());
+  remote.request = Buffer(sizeof(request));
+  std::memcpy(remote.request.get(), &request, sizeof(request));
+  remote.reply = Buffer(sizeof(WindowReply));
   const std::size_t first = number * kMessages;
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(far.reply.get(), sizeof(WindowReply),
-                                     MPI_BYTE, rank, far.tag, comm().aside(),
-                                     Slot(first + kReply)));
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(far.request.get(), sizeof(request),
-                                     MPI_BYTE, rank, kRequestTag,
-                                     comm().aside(), Slot(first + kRequest)));
+  JFOG_MPI_RETURN_IF_ERROR(
+      MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
+                remote.tag, comm().control_comm(), Slot(first + kReply)));
+  JFOG_MPI_RETURN_IF_ERROR(
+      MPI_Isend(remote.request.get(), sizeof(request), MPI_BYTE, rank,
+                kRequestTag, comm().control_comm(), Slot(first + kRequest)));
   if (!has_payload()) return ffi::Error::Success();
   JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
       value_.staging.get(), static_cast<int>(value_.payload_bytes / kLineBytes),
-      Line(), rank, kRequestPayloadTag, comm().aside(),
+      Line(), rank, kRequestPayloadTag, comm().control_comm(),
       Slot(first + kPayload)));
   comm().CountSent(rank, value_.bytes);
   return ffi::Error::Success();
 }
 
 ffi::Error WindowTransfer::Completed(std::size_t slot) {
-  Far& far = far_[slot / kMessages];
-  const int rank = peers_[far.peer];
+  RemoteTransfer& remote = remote_transfers_[slot / kMessages];
+  const int rank = peers_[remote.peer];
   switch (slot % kMessages) {
     case kReply: {
       WindowReply reply;
-      std::memcpy(&reply, far.reply.get(), sizeof(reply));
+      std::memcpy(&reply, remote.reply.get(), sizeof(reply));
       const auto state = static_cast<WindowMemory::State>(reply.state);
       ffi::Error error = CheckState(rank, state);
       if (error.success() && kind_ == WindowRequest::kGet) {
         const std::size_t bytes = window_->layout().payload_bytes;
-        far.value = Buffer(bytes);
+        remote.value = Buffer(bytes);
         JFOG_MPI_RETURN_IF_ERROR(
-            MPI_Irecv(far.value.get(), static_cast<int>(bytes / kLineBytes),
-                      Line(), rank, ReplyPayloadTag(far.tag), comm().aside(),
-                      Slot(slot - kReply + kValue)));
+            MPI_Irecv(remote.value.get(), static_cast<int>(bytes / kLineBytes),
+                      Line(), rank, ReplyPayloadTag(remote.tag),
+                      comm().control_comm(), Slot(slot - kReply + kValue)));
         return ffi::Error::Success();
       }
-      far.answered = true;
+      remote.answered = true;
       if (outcome_.success()) outcome_ = std::move(error);
       return ffi::Error::Success();
     }
     case kValue:
-      far.answered = true;
-      return Take(rank, weights_[far.peer], far.value.get());
+      remote.answered = true;
+      return Take(rank, weights_[remote.peer], remote.value.get());
     default:
       return ffi::Error::Success();
   }
@@ -177,19 +177,19 @@ ffi::Error WindowTransfer::Drained(bool* ended) {
 
 std::vector<int> WindowTransfer::Missing() const {
   std::vector<int> missing;
-  for (const Far& far : far_) {
-    if (!far.answered) missing.push_back(peers_[far.peer]);
+  for (const RemoteTransfer& remote : remote_transfers_) {
+    if (!remote.answered) missing.push_back(peers_[remote.peer]);
   }
   return missing;
 }
 
-void WindowTransfer::Bury() {
-  for (Far& far : far_) {
-    if (far.answered) continue;
-    far.request.Bury();
-    far.reply.Bury();
-    far.value.Bury();
-    value_.staging.Bury();
+void WindowTransfer::Leak() {
+  for (RemoteTransfer& remote : remote_transfers_) {
+    if (remote.answered) continue;
+    remote.request.Leak();
+    remote.reply.Leak();
+    remote.value.Leak();
+    value_.staging.Leak();
   }
 }
 

@@ -25,7 +25,7 @@ class WindowTransfer : public Operation {
 
  private:
   // What goes on with a rank that is far away.
-  struct Far {
+  struct RemoteTransfer {
     std::size_t peer = 0;  // its place among the peers
     Buffer request, reply, value;
     int tag = 0;
@@ -38,7 +38,7 @@ class WindowTransfer : public Operation {
   ffi::Error Completed(std::size_t slot) override;
   ffi::Error Drained(bool* ended) override;
   std::vector<int> Missing() const override;
-  void Bury() override;
+  void Leak() override;
   void Ended() override { window_->End(); }
   bool is_ordered() const override { return false; }
 
@@ -55,7 +55,7 @@ class WindowTransfer : public Operation {
   Leaves value_;
   std::vector<int> peers_;
   std::vector<double> weights_;
-  std::vector<Far> far_;
+  std::vector<RemoteTransfer> remote_transfers_;
   ffi::Error outcome_;
 };
 

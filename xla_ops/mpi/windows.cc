@@ -61,7 +61,7 @@ ffi::ErrorOr<Leaves> ReadResult(ffi::RemainingRets results, std::int64_t mode) {
     leaf.output = reinterpret_cast<std::byte*>((*number)->typed_data());
   }
   leaves.leaves.push_back(leaf);
-  leaves.Lay();
+  leaves.ComputeOffsets();
   if (mode == kStart) {
     leaves.staging = Buffer(leaves.payload_bytes);
     leaves[0].output = leaves.staging.get();

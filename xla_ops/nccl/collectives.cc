@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "nccl/call.h"
+#include "nccl/call_context.h"
 
 namespace jfog::nccl {
 namespace {
@@ -38,10 +38,10 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
     if (leaf.output_bytes != times * leaf.bytes) return Malformed(plan);
   }
   JFOG_RETURN_IF_ERROR(check(leaves));
-  Intent intent = call.MakeIntent();
-  intent.is_collective = true;
+  OperationSpec spec = call.MakeOperationSpec();
+  spec.is_collective = true;
   JFOG_RETURN_IF_ERROR(
-      call.Launch(plan.comm, std::move(intent), [&](Group& group) {
+      call.Launch(plan.comm, std::move(spec), [&](Group& group) {
         for (std::size_t i = 0; i < leaves.size(); ++i) {
           if (leaves[i].bytes > 0) post(group, i, leaves[i]);
         }

@@ -81,7 +81,7 @@ std::shared_ptr<Communicator> Communicator::Make(
     }
   }
   if (code == kSuccess || code == kInProgress) {
-    code = comm->Settle(keeps_waiting, &text);
+    code = comm->AwaitReady(keeps_waiting, &text);
   }
   if (code == kSuccess && blocking) {
     // All ranks are at this point, so this does not wait for long.
@@ -187,8 +187,8 @@ Result Communicator::State(std::string* text) {
   return state;
 }
 
-Result Communicator::Settle(const KeepsWaiting& keeps_waiting,
-                            std::string* text) {
+Result Communicator::AwaitReady(const KeepsWaiting& keeps_waiting,
+                                std::string* text) {
   for (int polls = 0;; ++polls) {
     const Result state = State(text);
     if (state != kInProgress || !keeps_waiting()) return state;
@@ -248,24 +248,24 @@ ffi::Error Communicator::EndLaunch(Operation& operation, NcclCall& called,
                                    const KeepsWaiting& keeps_waiting) {
   // Where peers connect, a non-blocking communicator waits for them here.
   if (called.code == kInProgress) {
-    called.code = Settle(keeps_waiting, &called.text);
+    called.code = AwaitReady(keeps_waiting, &called.text);
   }
   if (called.code == kSuccess) return ffi::Error::Success();
   return FailIn(operation, called.function, called.text);
 }
 
 std::set<Communicator::Connection> Communicator::NewConnections(
-    const Intent& intent) const {
+    const OperationSpec& spec) const {
   std::set<Connection> connections;
   const auto add = [&](const Edge& edge, bool receives) {
     const Connection connection{edge.rank, receives};
     if (connected_.count(connection) == 0) connections.insert(connection);
   };
-  if (!blocking_ || intent.is_collective) return connections;
-  for (const Edge& edge : intent.sources) {
+  if (!blocking_ || spec.is_collective) return connections;
+  for (const Edge& edge : spec.sources) {
     add(edge, /*receives=*/true);
   }
-  for (const Edge& edge : intent.destinations) {
+  for (const Edge& edge : spec.destinations) {
     add(edge, /*receives=*/false);
   }
   return connections;
@@ -332,17 +332,17 @@ ffi::Error Communicator::Rendezvous(Operation& operation,
     std::this_thread::yield();
   }
   // Otherwise the kernel may still write it.
-  if (error.failure()) bytes.Bury();
+  if (error.failure()) bytes.Leak();
   return error;
 }
 
-ffi::Error Communicator::Run(Operation& operation, const Intent& intent,
+ffi::Error Communicator::Run(Operation& operation, const OperationSpec& spec,
                              CudaStream stream, const Post& post) {
   const Clock::time_point begin = Clock::now();
   const KeepsWaiting keeps_waiting = [&] {
     return operation.CheckPatience(Clock::now() - begin).success() && !failed();
   };
-  const std::set<Connection> connections = NewConnections(intent);
+  const std::set<Connection> connections = NewConnections(spec);
   if (connections.empty()) {
     NcclCall called;
     {
@@ -375,7 +375,7 @@ std::deque<std::shared_ptr<Operation>> Communicator::UnderWay() {
   return under_way_;
 }
 
-bool Communicator::Look(Clock::time_point now, bool all) {
+bool Communicator::Poll(Clock::time_point now, bool all) {
   const ContextGuard guard(device_->context());
   std::unique_lock<std::mutex> looking(looking_, std::try_to_lock);
   if (!looking.owns_lock()) return true;
@@ -383,7 +383,7 @@ bool Communicator::Look(Clock::time_point now, bool all) {
     const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
     std::vector<const Operation*> over;
     for (const auto& operation : operations) {
-      if (operation->Look(now)) over.push_back(operation.get());
+      if (operation->Poll(now)) over.push_back(operation.get());
     }
     if (over.size() < operations.size()) CheckAsyncError();
     std::lock_guard<std::mutex> lock(mutex_);
@@ -403,7 +403,7 @@ bool Communicator::Look(Clock::time_point now, bool all) {
       if (under_way_.empty()) return false;
       oldest = under_way_.front();
     }
-    if (!oldest->Look(now)) return true;
+    if (!oldest->Poll(now)) return true;
     std::lock_guard<std::mutex> lock(mutex_);
     under_way_.pop_front();
   }
@@ -468,7 +468,7 @@ void Communicator::AwaitAbort(Clock::time_point until) {
 }
 
 void Communicator::Drain() {
-  while (!failed() && Look(Clock::now(), /*all=*/true)) {
+  while (!failed() && Poll(Clock::now(), /*all=*/true)) {
     for (const auto& operation : UnderWay()) operation->Await();
     std::this_thread::sleep_for(kNap);
   }

@@ -24,7 +24,7 @@
 namespace jfog::nccl {
 
 class Operation;
-struct Intent;
+struct OperationSpec;
 
 // What is posted as one, on one stream. After a call that fails it does
 // nothing more.
@@ -109,13 +109,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // Posts a group for an operation, and waits until NCCL has launched it; under
   // `order`.
-  ffi::Error Run(Operation& operation, const Intent& intent, CudaStream stream,
-                 const Post& post);
+  ffi::Error Run(Operation& operation, const OperationSpec& spec,
+                 CudaStream stream, const Post& post);
   // From now on looks after a launched operation.
   void Enter(std::shared_ptr<Operation> operation);
   // Looks at operations under way, which it ends or fails; only at the oldest
   // ones unless `all`. Returns whether any is left.
-  bool Look(Clock::time_point now, bool all);
+  bool Poll(Clock::time_point now, bool all);
   // Those under way, in the order in which NCCL lets them run.
   std::deque<std::shared_ptr<Operation>> UnderWay();
 
@@ -161,7 +161,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Its state; the text of an error. kInternalError where it is gone.
   Result State(std::string* text);
   // Waits, with pauses, while it is in progress and `keeps_waiting`.
-  Result Settle(const KeepsWaiting& keeps_waiting, std::string* text);
+  Result AwaitReady(const KeepsWaiting& keeps_waiting, std::string* text);
   // Makes a call of NCCL that may block, with `handle_` held, on a thread of
   // its own, and waits for it while `keeps_waiting`: kInProgress if it does not
   // end.
@@ -174,7 +174,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   ffi::Error EndLaunch(Operation& operation, NcclCall& called,
                        const KeepsWaiting& keeps_waiting);
   // Those that an operation is the first to use.
-  std::set<Connection> NewConnections(const Intent& intent) const;
+  std::set<Connection> NewConnections(const OperationSpec& spec) const;
   // Waits for the ranks at the other ends, within the deadline.
   ffi::Error Rendezvous(Operation& operation,
                         const std::set<Connection>& connections);

@@ -183,7 +183,7 @@ std::shared_ptr<Device> Device::Open(int ordinal, std::string* error) {
   const ContextGuard guard(context);
   code = guard.code();
   if (code != kCudaSuccess) return fail("cuCtxPushCurrent");
-  code = Cuda().stream_create(&device->aside_, kStreamNonBlocking);
+  code = Cuda().stream_create(&device->header_stream_, kStreamNonBlocking);
   if (code != kCudaSuccess) return fail("cuStreamCreate");
   code = device->pinned().Take(2, nullptr, &device->bits_);
   if (code != kCudaSuccess) return fail("cuMemAllocHost");
@@ -210,7 +210,7 @@ Device::~Device() {
     memory_.reset();
     pinned_.reset();
     for (CudaEvent event : events_) Cuda().event_destroy(event);
-    if (aside_ != nullptr) Cuda().stream_destroy(aside_);
+    if (header_stream_ != nullptr) Cuda().stream_destroy(header_stream_);
   }
   Cuda().release_primary_context(ordinal_);
 }

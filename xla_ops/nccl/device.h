@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "nccl/library.h"
+#include "nccl/dynamic_library.h"
 
 namespace jfog::nccl {
 
@@ -71,7 +71,7 @@ class Buffer {
   // Its last use ends with this event: who gets the memory next waits for it.
   void UsedUntil(std::shared_ptr<Event> event) { until_ = std::move(event); }
   // It may be in use for ever: nobody gets the memory again.
-  void Bury() { pool_ = nullptr; }
+  void Leak() { pool_ = nullptr; }
   void Release();
 
  private:
@@ -134,7 +134,7 @@ class Device {
   Pool& memory() { return *memory_; }
   Pool& pinned() { return *pinned_; }
   // For small copies beside everything else.
-  CudaStream aside() const { return aside_; }
+  CudaStream header_stream() const { return header_stream_; }
   std::shared_ptr<Event> MakeEvent() { return std::make_shared<Event>(this); }
   // A zero and a one in the host's memory, for ever.
   const std::byte* bits() const { return bits_.host(); }
@@ -156,7 +156,7 @@ class Device {
   std::unique_ptr<Pool> memory_;
   std::unique_ptr<Pool> pinned_;
   Buffer bits_;
-  CudaStream aside_ = nullptr;
+  CudaStream header_stream_ = nullptr;
   std::mutex mutex_;
   std::vector<CudaEvent> events_;  // that nobody looks at any more
 };

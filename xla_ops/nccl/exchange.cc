@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "nccl/call.h"
+#include "nccl/call_context.h"
 
 namespace jfog::nccl {
 namespace {
@@ -30,8 +30,8 @@ class Slices {
   }
 
   // False if it lies outside of a buffer.
-  bool Next(int rank, Parcel* parcel) {
-    parcel->rank = rank;
+  bool Next(int rank, PeerMessage* message) {
+    message->rank = rank;
     for (std::size_t i = 0; i < buffers_.size(); ++i) {
       Buffer& buffer = buffers_[i];
       std::size_t bytes = 0;
@@ -42,7 +42,7 @@ class Slices {
         bytes = buffer.bytes / slots_;
       }
       if (buffer.offset + bytes > buffer.bytes) return false;
-      parcel->pieces.push_back({buffer.address + buffer.offset, bytes});
+      message->pieces.push_back({buffer.address + buffer.offset, bytes});
       buffer.offset += bytes;
     }
     return true;
@@ -64,7 +64,8 @@ ffi::Error Malformed(const Plan& plan) {
 
 // Who exchanges with whom in this call, by the program or by the table.
 ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
-                              const ffi::AnyBuffer& selector, Intent* intent) {
+                              const ffi::AnyBuffer& selector,
+                              OperationSpec* spec) {
   std::vector<std::int32_t> values{0};
   if (plan.selects || plan.rounds.size() > 1) {
     ffi::Error error = call.ReadInts(selector, &values);
@@ -74,7 +75,7 @@ ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
     if (values.size() != 1) return ffi::Unexpected(Malformed(plan));
     auto round = FindRound(plan.rounds, values[0]);
     if (!round) return ffi::Unexpected(round.error());
-    intent->variant = Mix(intent->variant, values[0]);
+    spec->variant = Mix(spec->variant, values[0]);
     return **round;
   }
   Round round;
@@ -93,23 +94,24 @@ ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
   return round;
 }
 
-// Takes this rank itself out of the parcels, and copies what it sends itself.
-ffi::Error CopyOwn(const Plan& plan, Call& call, std::vector<Parcel>* outgoing,
-                   std::vector<Parcel>* incoming) {
-  const auto take = [&](std::vector<Parcel>* parcels) {
-    std::vector<Parcel> own;
-    for (auto parcel = parcels->begin(); parcel != parcels->end();) {
-      if (parcel->rank == plan.comm->rank()) {
-        own.push_back(std::move(*parcel));
-        parcel = parcels->erase(parcel);
+// Takes this rank itself out of the messages, and copies what it sends itself.
+ffi::Error CopyOwn(const Plan& plan, Call& call,
+                   std::vector<PeerMessage>* outgoing,
+                   std::vector<PeerMessage>* incoming) {
+  const auto take = [&](std::vector<PeerMessage>* messages) {
+    std::vector<PeerMessage> own;
+    for (auto message = messages->begin(); message != messages->end();) {
+      if (message->rank == plan.comm->rank()) {
+        own.push_back(std::move(*message));
+        message = messages->erase(message);
       } else {
-        ++parcel;
+        ++message;
       }
     }
     return own;
   };
-  const std::vector<Parcel> from = take(outgoing);
-  const std::vector<Parcel> to = take(incoming);
+  const std::vector<PeerMessage> from = take(outgoing);
+  const std::vector<PeerMessage> to = take(incoming);
   if (from.size() != to.size()) {
     return MakeError(ffi::ErrorCode::kInvalidArgument,
                      plan.operation + " with rank " +
@@ -118,7 +120,7 @@ ffi::Error CopyOwn(const Plan& plan, Call& call, std::vector<Parcel>* outgoing,
   }
   for (std::size_t k = 0; k < from.size(); ++k) {
     for (std::size_t i = 0; i < from[k].pieces.size(); ++i) {
-      const Parcel::Piece& source = from[k].pieces[i];
+      const PeerMessage::Piece& source = from[k].pieces[i];
       if (source.bytes != to[k].pieces[i].bytes) return Malformed(plan);
       JFOG_RETURN_IF_ERROR(
           call.Copy(to[k].pieces[i].address, source.address, source.bytes));
@@ -146,16 +148,16 @@ ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
   const int size = plan.comm->size();
   Call call(plan, stream);
   JFOG_RETURN_IF_ERROR(call.Check());
-  Intent choice;
+  OperationSpec choice;
   choice.variant = plan.variant;
   auto round = ReadRound(plan, call, selector, &choice);
   if (!round) return round.error();
   JFOG_RETURN_IF_ERROR(call.ReadLeaves(args, results, [&](const Leaf& leaf) {
     return leaf.bytes * plan.slots;
   }));
-  Intent intent = call.MakeIntent();
-  intent.variant = choice.variant;
-  intent.signature = SignatureOf(plan, call.leaves());
+  OperationSpec spec = call.MakeOperationSpec();
+  spec.variant = choice.variant;
+  spec.signature = SignatureOf(plan, call.leaves());
 
   Slices inputs(plan.send_counts, size, plan.send_slots);
   Slices outputs(plan.receive_counts, size, plan.slots);
@@ -163,7 +165,7 @@ ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
     inputs.Add(leaf.input, leaf.bytes, leaf.width());
     outputs.Add(leaf.output, leaf.output_bytes, leaf.width());
   }
-  std::vector<Parcel> outgoing(round->destinations.size());
+  std::vector<PeerMessage> outgoing(round->destinations.size());
   for (std::size_t k = 0; k < outgoing.size(); ++k) {
     if (plan.apart) {
       if (!inputs.Next(round->destinations[k], &outgoing[k])) {
@@ -176,7 +178,7 @@ ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
       outgoing[k].pieces.push_back({leaf.input, leaf.bytes});
     }
   }
-  std::vector<Parcel> incoming(round->sources.size());
+  std::vector<PeerMessage> incoming(round->sources.size());
   for (std::size_t k = 0; k < incoming.size(); ++k) {
     if (!outputs.Next(round->sources[k], &incoming[k])) return Malformed(plan);
   }
@@ -190,41 +192,41 @@ ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
           "cuMemsetD8Async"));
     }
   }
-  intent.sources = EdgesOf(incoming);
-  intent.destinations = EdgesOf(outgoing);
+  spec.sources = EdgesOf(incoming);
+  spec.destinations = EdgesOf(outgoing);
   JFOG_RETURN_IF_ERROR(call.Launch(
-      plan.comm, std::move(intent),
-      [&](Group& group) { PostParcels(outgoing, incoming, group); }));
+      plan.comm, std::move(spec),
+      [&](Group& group) { PostPeerMessages(outgoing, incoming, group); }));
   return call.Finish(results);
 }
 
 }  // namespace
 
-std::size_t Parcel::bytes() const {
+std::size_t PeerMessage::bytes() const {
   std::size_t sum = 0;
   for (const Piece& piece : pieces) sum += piece.bytes;
   return sum;
 }
 
-std::vector<Edge> EdgesOf(const std::vector<Parcel>& parcels) {
+std::vector<Edge> EdgesOf(const std::vector<PeerMessage>& messages) {
   std::vector<Edge> edges;
-  for (const Parcel& parcel : parcels) {
-    edges.push_back({parcel.rank, parcel.bytes()});
+  for (const PeerMessage& message : messages) {
+    edges.push_back({message.rank, message.bytes()});
   }
   return edges;
 }
 
-void PostParcels(const std::vector<Parcel>& outgoing,
-                 const std::vector<Parcel>& incoming, Group& group) {
-  for (const Parcel& parcel : outgoing) {
-    for (const Parcel::Piece& piece : parcel.pieces) {
-      if (piece.bytes > 0) group.Send(piece.address, piece.bytes, parcel.rank);
+void PostPeerMessages(const std::vector<PeerMessage>& outgoing,
+                      const std::vector<PeerMessage>& incoming, Group& group) {
+  for (const PeerMessage& message : outgoing) {
+    for (const PeerMessage::Piece& piece : message.pieces) {
+      if (piece.bytes > 0) group.Send(piece.address, piece.bytes, message.rank);
     }
   }
-  for (const Parcel& parcel : incoming) {
-    for (const Parcel::Piece& piece : parcel.pieces) {
+  for (const PeerMessage& message : incoming) {
+    for (const PeerMessage::Piece& piece : message.pieces) {
       if (piece.bytes > 0) {
-        group.Receive(piece.address, piece.bytes, parcel.rank);
+        group.Receive(piece.address, piece.bytes, message.rank);
       }
     }
   }

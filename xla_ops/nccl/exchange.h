@@ -12,7 +12,7 @@
 namespace jfog::nccl {
 
 // What goes to one rank or comes from it: an edge and its pieces.
-struct Parcel {
+struct PeerMessage {
   struct Piece {
     DevicePointer address;
     std::size_t bytes;
@@ -24,12 +24,12 @@ struct Parcel {
   std::size_t bytes() const;
 };
 
-// Edges for an intent.
-std::vector<Edge> EdgesOf(const std::vector<Parcel>& parcels);
+// Edges for an spec.
+std::vector<Edge> EdgesOf(const std::vector<PeerMessage>& messages);
 
 // Posts what is not empty.
-void PostParcels(const std::vector<Parcel>& outgoing,
-                 const std::vector<Parcel>& incoming, Group& group);
+void PostPeerMessages(const std::vector<PeerMessage>& outgoing,
+                      const std::vector<PeerMessage>& incoming, Group& group);
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclExchange);
 

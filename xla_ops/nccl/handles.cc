@@ -49,7 +49,7 @@ ffi::Error NotOpen(const std::string& handle, const char* name) {
 
 // The device of a stream, current as long as this lives, and the operation of a
 // handle that is read there; with `take` the handle ends.
-struct Found {
+struct HandleLookup {
   std::optional<ContextGuard> guard;
   std::shared_ptr<Device> device;
   std::shared_ptr<Started> started;
@@ -58,8 +58,8 @@ struct Found {
                   const char* name);
 };
 
-ffi::Error Found::Find(CudaStream stream, const Number& number, bool take,
-                       const char* name) {
+ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
+                              bool take, const char* name) {
   CudaContext context = nullptr;
   JFOG_RETURN_IF_ERROR(Check(Cuda().stream_get_context(stream, &context),
                              "cuStreamGetCtx", name));
@@ -81,7 +81,7 @@ ffi::Error Found::Find(CudaStream stream, const Number& number, bool take,
         Check(Cuda().stream_synchronize(stream), "cuStreamSynchronize", name);
   }
   if (error.failure()) {
-    copy.Bury();
+    copy.Leak();
     return error;
   }
   std::uint32_t handle;
@@ -100,7 +100,7 @@ ffi::Error Found::Find(CudaStream stream, const Number& number, bool take,
 // The first failure of the communicators that its operations are on.
 ffi::Error RefusalOf(const Started& started) {
   for (const auto& operation : started.operations) {
-    operation->comm().Look(Clock::now(), /*all=*/false);
+    operation->comm().Poll(Clock::now(), /*all=*/false);
     JFOG_RETURN_IF_ERROR(operation->comm().Refusal());
   }
   return started.comm->Refusal();
@@ -125,7 +125,7 @@ ffi::Error WaitImpl(CudaStream stream, ffi::Token, Number number,
                     ffi::RemainingArgs, ffi::Result<ffi::Token>,
                     ffi::RemainingRets results, ffi::Dictionary) {
   constexpr const char* kName = "wait";
-  Found found;
+  HandleLookup found;
   JFOG_RETURN_IF_ERROR(found.Find(stream, number, /*take=*/true, kName));
   Started& started = *found.started;
   JFOG_RETURN_IF_ERROR(RefusalOf(started));
@@ -154,7 +154,7 @@ ffi::Error PollImpl(CudaStream stream, ffi::Token, Number number,
                     ffi::Result<ffi::BufferR0<ffi::PRED>> ended,
                     ffi::Dictionary) {
   constexpr const char* kName = "poll";
-  Found found;
+  HandleLookup found;
   JFOG_RETURN_IF_ERROR(found.Find(stream, number, /*take=*/false, kName));
   // One that has failed has ended: a wait for it says how.
   const bool has_ended =
@@ -170,14 +170,14 @@ ffi::Error PollImpl(CudaStream stream, ffi::Token, Number number,
 Started::~Started() {
   for (Buffer& buffer : buffers) {
     if (last_use == nullptr) {
-      buffer.Bury();
+      buffer.Leak();
     } else {
       buffer.UsedUntil(last_use);
     }
   }
 }
 
-std::uint32_t Keep(std::shared_ptr<Started> started) {
+std::uint32_t Insert(std::shared_ptr<Started> started) {
   Handles& handles = TheHandles();
   std::lock_guard<std::mutex> lock(handles.mutex);
   if (handles.open.size() >= kManyHandles && !handles.warned) {

@@ -30,7 +30,7 @@ struct Started {
 };
 
 // Keeps it, and returns its number.
-std::uint32_t Keep(std::shared_ptr<Started> started);
+std::uint32_t Insert(std::shared_ptr<Started> started);
 
 // Forgets what was started on a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);

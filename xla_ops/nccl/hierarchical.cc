@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "nccl/call.h"
+#include "nccl/call_context.h"
 #include "nccl/collectives.h"
 #include "nccl/exchange.h"
 
@@ -40,13 +40,13 @@ ffi::Error ReduceParts(const HierarchicalPlan& plan, Call& call,
                            NameOf(leaves[i].type) + " with NCCL");
     }
   }
-  Intent intent = call.MakeIntent();
-  intent.is_collective = true;
+  OperationSpec spec = call.MakeOperationSpec();
+  spec.is_collective = true;
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     plan.local->CountSent(plan.local->rank(), leaves[i].bytes);
     plan.local->CountReceived(plan.local->rank(), blocks[i].part);
   }
-  return call.Launch(plan.local, std::move(intent), [&](Group& group) {
+  return call.Launch(plan.local, std::move(spec), [&](Group& group) {
     for (std::size_t i = 0; i < leaves.size(); ++i) {
       const std::size_t count = blocks[i].part / leaves[i].width();
       if (count == 0) continue;
@@ -60,7 +60,7 @@ ffi::Error ExchangeParts(const HierarchicalPlan& plan, Call& call,
                          const std::vector<Block>& blocks, const Round& round,
                          std::uint64_t variant) {
   if (plan.machines == nullptr) return ffi::Error::Success();
-  std::vector<Parcel> outgoing, incoming;
+  std::vector<PeerMessage> outgoing, incoming;
   for (const int rank : round.destinations) {
     outgoing.push_back({rank, {}});
     for (const Block& block : blocks) {
@@ -74,12 +74,12 @@ ffi::Error ExchangeParts(const HierarchicalPlan& plan, Call& call,
           {block.address + (1 + k) * block.part, block.part});
     }
   }
-  Intent intent = call.MakeIntent();
-  intent.variant = variant;
-  intent.sources = EdgesOf(incoming);
-  intent.destinations = EdgesOf(outgoing);
-  return call.Launch(plan.machines, std::move(intent), [&](Group& group) {
-    PostParcels(outgoing, incoming, group);
+  OperationSpec spec = call.MakeOperationSpec();
+  spec.variant = variant;
+  spec.sources = EdgesOf(incoming);
+  spec.destinations = EdgesOf(outgoing);
+  return call.Launch(plan.machines, std::move(spec), [&](Group& group) {
+    PostPeerMessages(outgoing, incoming, group);
   });
 }
 
@@ -98,9 +98,9 @@ ffi::Error GatherBlocks(const HierarchicalPlan& plan, Call& call,
     plan.local->CountReceived(plan.local->rank(),
                               block.bytes * (plan.local->size() - 1));
   }
-  Intent intent = call.MakeIntent();
-  intent.is_collective = true;
-  return call.Launch(plan.local, std::move(intent), [&](Group& group) {
+  OperationSpec spec = call.MakeOperationSpec();
+  spec.is_collective = true;
+  return call.Launch(plan.local, std::move(spec), [&](Group& group) {
     for (std::size_t i = 0; i < leaves.size(); ++i) {
       if (blocks[i].bytes == 0) continue;
       group.AllGather(blocks[i].address, leaves[i].output, blocks[i].bytes);

@@ -7,13 +7,13 @@
 #include <string>
 
 #include "nccl/collectives.h"
+#include "nccl/dynamic_library.h"
 #include "nccl/exchange.h"
 #include "nccl/handles.h"
 #include "nccl/hierarchical.h"
-#include "nccl/library.h"
+#include "nccl/host_fallback.h"
+#include "nccl/lifecycle.h"
 #include "nccl/plan.h"
-#include "nccl/process.h"
-#include "nccl/staged.h"
 #include "nccl/watchdog.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -39,12 +39,13 @@ std::uint64_t NumberOf(const std::string& name) {
 
 // What a collective reduces: the maximum over all ranks of every word and of
 // its complement. They are equal on all ranks if both are one's own.
-struct Words {
+struct ReducedHeader {
   enum { kIdentity, kName, kSequence, kSignature, kVariant, kCount };
   std::uint64_t words[2 * kCount];
 };
-static_assert(sizeof(Words) <= sizeof(Header), "takes a header's place");
-constexpr std::size_t kWords = 2 * Words::kCount;
+static_assert(sizeof(ReducedHeader) <= sizeof(Header),
+              "takes a header's place");
+constexpr std::size_t kWords = 2 * ReducedHeader::kCount;
 
 std::uint64_t HashOf(const std::string& text) {
   std::uint64_t hash = text.size();
@@ -61,13 +62,13 @@ std::uint64_t CheckOf(Header header) {
   return hash;
 }
 
-Words WordsOf(const std::string& name, const Header& header) {
+ReducedHeader WordsOf(const std::string& name, const Header& header) {
   const std::uint64_t values[] = {
       Mix(Mix(Mix(HashOf(name), header.sequence), header.signature),
           header.variant),
       NumberOf(name), header.sequence, header.signature, header.variant};
-  Words words;
-  for (std::size_t i = 0; i < Words::kCount; ++i) {
+  ReducedHeader words;
+  for (std::size_t i = 0; i < ReducedHeader::kCount; ++i) {
     words.words[2 * i] = values[i];
     words.words[2 * i + 1] = ~values[i];
   }
@@ -76,25 +77,25 @@ Words WordsOf(const std::string& name, const Header& header) {
 
 }  // namespace
 
-Operation::Operation(std::shared_ptr<Communicator> comm, Intent intent)
+Operation::Operation(std::shared_ptr<Communicator> comm, OperationSpec spec)
     : comm_(std::move(comm)),
-      intent_(std::move(intent)),
+      spec_(std::move(spec)),
       next_peek_(kStalledAfter) {
-  if (intent_.is_collective) {
+  if (spec_.is_collective) {
     peers_ = comm_->Others();
     outgoing_ = incoming_ = 1;
     return;
   }
   std::set<int> ranks;
-  for (const Edge& edge : intent_.sources) ranks.insert(edge.rank);
-  for (const Edge& edge : intent_.destinations) ranks.insert(edge.rank);
+  for (const Edge& edge : spec_.sources) ranks.insert(edge.rank);
+  for (const Edge& edge : spec_.destinations) ranks.insert(edge.rank);
   peers_.assign(ranks.begin(), ranks.end());
-  outgoing_ = intent_.destinations.size();
-  incoming_ = intent_.sources.size();
+  outgoing_ = spec_.destinations.size();
+  incoming_ = spec_.sources.size();
 }
 
 std::string Operation::Title() const {
-  return intent_.name + " #" + std::to_string(sequence_) + " on rank " +
+  return spec_.name + " #" + std::to_string(sequence_) + " on rank " +
          std::to_string(comm_->rank());
 }
 
@@ -119,8 +120,8 @@ ffi::Error Operation::Check(int code, const char* function) {
 ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
                              const nccl::Post& post) {
   std::lock_guard<std::mutex> order(comm_->order());
-  JFOG_RETURN_IF_ERROR(comm_->CheckReady(intent_.name));
-  comm_->Look(Clock::now(), /*all=*/false);
+  JFOG_RETURN_IF_ERROR(comm_->CheckReady(spec_.name));
+  comm_->Poll(Clock::now(), /*all=*/false);
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   sequence_ = comm_->NextSequence();
   comm_->CountOperation();
@@ -133,25 +134,25 @@ ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
   ffi::Error error = Post(stream, post);
   if (error.failure()) {
     // Nobody knows what the device still does with them.
-    device_headers_.Bury();
-    host_headers_.Bury();
+    device_headers_.Leak();
+    host_headers_.Leak();
     return error;
   }
-  if (intent_.is_collective) return error;
-  for (const Edge& edge : intent_.destinations) {
+  if (spec_.is_collective) return error;
+  for (const Edge& edge : spec_.destinations) {
     comm_->CountSent(edge.rank, edge.bytes);
   }
-  for (const Edge& edge : intent_.sources) {
+  for (const Edge& edge : spec_.sources) {
     comm_->CountReceived(edge.rank, edge.bytes);
   }
   return error;
 }
 
 ffi::Error Operation::Post(CudaStream stream, const nccl::Post& post) {
-  const bool meets = intent_.is_collective || !peers_.empty();
+  const bool meets = spec_.is_collective || !peers_.empty();
   if (meets) {
     JFOG_RETURN_IF_ERROR(Stage(stream));
-    JFOG_RETURN_IF_ERROR(comm_->Run(*this, intent_, stream, [&](Group& group) {
+    JFOG_RETURN_IF_ERROR(comm_->Run(*this, spec_, stream, [&](Group& group) {
       PostHeaders(group);
       post(group);
     }));
@@ -185,16 +186,16 @@ ffi::Error Operation::Stage(CudaStream stream) {
   Header header;
   header.magic = kMagic;
   header.sequence = sequence_;
-  header.signature = intent_.signature;
-  header.variant = intent_.variant;
-  std::strncpy(header.operation, intent_.name.c_str(),
+  header.signature = spec_.signature;
+  header.variant = spec_.variant;
+  std::strncpy(header.operation, spec_.name.c_str(),
                sizeof(header.operation) - 1);
-  if (intent_.is_collective) {
-    const Words words = WordsOf(intent_.name, header);
+  if (spec_.is_collective) {
+    const ReducedHeader words = WordsOf(spec_.name, header);
     std::memcpy(host_headers_.host(), &words, sizeof(words));
   } else {
     for (std::size_t k = 0; k < outgoing_; ++k) {
-      header.bytes = intent_.destinations[k].bytes;
+      header.bytes = spec_.destinations[k].bytes;
       header.check = CheckOf(header);
       std::memcpy(host_headers_.host() + k * sizeof(Header), &header,
                   sizeof(header));
@@ -211,16 +212,16 @@ ffi::Error Operation::Stage(CudaStream stream) {
 void Operation::PostHeaders(Group& group) const {
   const DevicePointer out = device_headers_.device();
   const DevicePointer in = out + outgoing_ * sizeof(Header);
-  if (intent_.is_collective) {
+  if (spec_.is_collective) {
     return group.AllReduce(out, in, kWords, kUint64, kMax);
   }
   for (std::size_t k = 0; k < outgoing_; ++k) {
     group.Send(out + k * sizeof(Header), sizeof(Header),
-               intent_.destinations[k].rank);
+               spec_.destinations[k].rank);
   }
   for (std::size_t k = 0; k < incoming_; ++k) {
     group.Receive(in + k * sizeof(Header), sizeof(Header),
-                  intent_.sources[k].rank);
+                  spec_.sources[k].rank);
   }
 }
 
@@ -237,7 +238,7 @@ void Operation::Await() {
   is_awaited_ = true;
 }
 
-bool Operation::Look(Clock::time_point now) {
+bool Operation::Poll(Clock::time_point now) {
   const int code = ended_->Query();
   if (code == kCudaSuccess) {
     if (!comm_->failed() && incoming_ > 0) {
@@ -253,8 +254,8 @@ bool Operation::Look(Clock::time_point now) {
   if (code != kCudaNotReady) {
     Report(ffi::ErrorCode::kInternal,
            "failed on the device: " + CudaErrorText(code));
-    device_headers_.Bury();
-    host_headers_.Bury();
+    device_headers_.Leak();
+    host_headers_.Leak();
     return true;
   }
   // The device is still to be drained by an abort.
@@ -302,20 +303,19 @@ ffi::Error Operation::CheckPatience(Clock::duration waited) {
   return Fail(ffi::ErrorCode::kDeadlineExceeded,
               "waited " + Format(waited) + " for " + Peers() +
                   "; is it dead, slow, or in another operation? (" +
-                  intent_.leaves + "; the limit is jfog.init(timeout=...))");
+                  spec_.leaves + "; the limit is jfog.init(timeout=...))");
 }
 
 std::optional<std::string> Operation::FindMismatch(const Header* headers,
                                                    bool partly) {
-  if (intent_.is_collective) return FindMismatchOfAll(*headers, partly);
-  const Identity mine{intent_.name, sequence_, intent_.signature,
-                      intent_.variant, 0};
+  if (spec_.is_collective) return FindMismatchOfAll(*headers, partly);
+  const Identity mine{spec_.name, sequence_, spec_.signature, spec_.variant, 0};
   for (std::size_t k = 0; k < incoming_; ++k) {
     const Header& theirs = headers[k];
     const bool is_ours =
         theirs.magic == kMagic && theirs.check == CheckOf(theirs);
     if (!is_ours && partly) continue;
-    const Edge& source = intent_.sources[k];
+    const Edge& source = spec_.sources[k];
     std::string difference = "not a message of jfog";
     if (is_ours) {
       const std::string name(
@@ -329,7 +329,7 @@ std::optional<std::string> Operation::FindMismatch(const Header* headers,
       }
     }
     if (difference.empty()) continue;
-    return "(" + intent_.leaves + ") does not match rank " +
+    return "(" + spec_.leaves + ") does not match rank " +
            std::to_string(source.rank) + ": " + difference;
   }
   return std::nullopt;
@@ -337,13 +337,13 @@ std::optional<std::string> Operation::FindMismatch(const Header* headers,
 
 std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
                                                         bool partly) {
-  Words all;
+  ReducedHeader all;
   std::memcpy(&all, &header, sizeof(all));
   Header own;
   own.sequence = sequence_;
-  own.signature = intent_.signature;
-  own.variant = intent_.variant;
-  const Words mine = WordsOf(intent_.name, own);
+  own.signature = spec_.signature;
+  own.variant = spec_.variant;
+  const ReducedHeader mine = WordsOf(spec_.name, own);
   if (std::memcmp(&all, &mine, sizeof(all)) == 0) return std::nullopt;
   // What has come is a maximum, and no less than what is one's own.
   for (std::size_t i = 0; i < kWords && partly; ++i) {
@@ -354,19 +354,19 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
     return all.words[2 * i] != mine.words[2 * i] ? all.words[2 * i]
                                                  : ~all.words[2 * i + 1];
   };
-  const std::uint64_t name = others(Words::kName);
+  const std::uint64_t name = others(ReducedHeader::kName);
   std::string difference = Difference(
-      {intent_.name, sequence_, intent_.signature, intent_.variant, 0},
-      {name == NumberOf(intent_.name) ? intent_.name
-       : name < std::size(kNames)     ? kNames[name]
-                                      : kNames[0],
-       others(Words::kSequence), others(Words::kSignature),
-       others(Words::kVariant), 0});
+      {spec_.name, sequence_, spec_.signature, spec_.variant, 0},
+      {name == NumberOf(spec_.name) ? spec_.name
+       : name < std::size(kNames)   ? kNames[name]
+                                    : kNames[0],
+       others(ReducedHeader::kSequence), others(ReducedHeader::kSignature),
+       others(ReducedHeader::kVariant), 0});
   // Nobody sent so many bytes.
   const std::size_t bytes = difference.find(" (0 bytes)");
   if (bytes != std::string::npos) difference.resize(bytes);
   if (difference.empty()) difference = "it is in another operation";
-  return "(" + intent_.leaves + ") does not match " +
+  return "(" + spec_.leaves + ") does not match " +
          (peers_.size() == 1 ? RankList(peers_) : "another rank") + ": " +
          difference;
 }
@@ -383,8 +383,8 @@ void Operation::Peek() {
   if (peeked_ == nullptr) peeked_ = device.MakeEvent();
   if (Cuda().copy_to_host(
           to, device_headers_.device() + outgoing_ * sizeof(Header),
-          incoming_ * sizeof(Header), device.aside()) != kCudaSuccess ||
-      peeked_->Record(device.aside()) != kCudaSuccess) {
+          incoming_ * sizeof(Header), device.header_stream()) != kCudaSuccess ||
+      peeked_->Record(device.header_stream()) != kCudaSuccess) {
     return;
   }
   const Clock::time_point limit = Clock::now() + kPeekWithin;

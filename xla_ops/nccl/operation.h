@@ -35,7 +35,7 @@ struct Edge {
 };
 
 // What an operation is to be, on this rank and on all others.
-struct Intent {
+struct OperationSpec {
   std::string name;
   std::uint64_t signature = 0;
   std::uint64_t variant = 0;
@@ -50,7 +50,7 @@ struct Intent {
 // time: the next call, and the watchdog. The device does not wait for that.
 class Operation : public std::enable_shared_from_this<Operation> {
  public:
-  Operation(std::shared_ptr<Communicator> comm, Intent intent);
+  Operation(std::shared_ptr<Communicator> comm, OperationSpec spec);
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
 
@@ -70,7 +70,7 @@ class Operation : public std::enable_shared_from_this<Operation> {
 
   // Ends it or fails the communicator, where there is reason to; whether it is
   // over. By one thread at a time.
-  bool Look(Clock::time_point now);
+  bool Poll(Clock::time_point now);
   // Looks at the headers that have come while it is under way.
   void Peek();
   // Warns of a long wait, and fails a longer one.
@@ -100,7 +100,7 @@ class Operation : public std::enable_shared_from_this<Operation> {
   void Release();
 
   const std::shared_ptr<Communicator> comm_;
-  const Intent intent_;
+  const OperationSpec spec_;
   std::vector<int> peers_;  // ascending
   std::uint64_t sequence_ = 0;
 

@@ -66,7 +66,7 @@ void Watchdog::Run() {
     lock.unlock();
     bool is_busy = false;
     for (const auto& comm : comms) {
-      is_busy |= comm->Look(Clock::now(), /*all=*/true);
+      is_busy |= comm->Poll(Clock::now(), /*all=*/true);
     }
     comms.clear();
     lock.lock();

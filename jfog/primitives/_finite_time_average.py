@@ -1,0 +1,265 @@
+"""The exact average in finitely many rounds, each an exchange with few peers."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jfog import _compat
+from jfog.primitives import (
+  _collectives,
+  _ffi_attributes,
+  _mesh,
+  _nccl,
+  _neighbor_allreduce,
+  _operation,
+  _primitive,
+  _pytree,
+)
+from jfog.primitives._operation import Call
+from jfog.runtime import Communicator, resolve
+from jfog.topology import ExactAverage, Schedule, Topology
+
+_NAME = "finite_time_average"
+
+
+@_operation.operation
+def finite_time_average(
+  x: Any,
+  graph: Topology | Schedule | ExactAverage,
+  *,
+  comm: Communicator | None = None,
+) -> Any:
+  """Averages `x` over all ranks, in rounds of exchanges with neighbors.
+
+  Computes `y[i] = (x[0] + ... + x[n-1]) / n` as `W_{r-1} ... W_0 x`, with the
+  first r rounds of a schedule whose product is the exact average; or by the
+  protocol of `jfog.topology.ceca`. In each round every rank exchanges one
+  message with each of its neighbors of that round, and no rank waits for others
+  than those. On MPI all rounds are one operation.
+
+  Linear in `x`, and its own transpose.
+
+  Args:
+    x: a pytree of float or complex arrays, of equal shapes and dtypes on all
+      ranks.
+    graph: a graph that reaches the exact average, equal on all ranks:
+      `hyper_hypercube`, `base_k`, `simple_base`, `ceca`, `fully_connected`, and
+      `one_peer_exponential` for a power of 2.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x`, in shapes and dtypes, equal on all ranks up to rounding.
+    Floats of at most 32 bits are averaged, and travel, in float32.
+
+  Raises:
+    ValueError: if the graph does not reach the exact average, or has another
+      size than the communicator.
+    TypeError: for integer or bool leaves, or what is no graph.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ceca(3)
+    >>> average = lambda x: jfog.finite_time_average(x, graph)
+    >>> jfog.simulate(average, 3)(jnp.array([0.0, 2.0, 7.0]))
+    Array([3., 3., 3.], dtype=float32)
+
+  Source: Takezawa et al., "Beyond Exponential Graph", 2023, arXiv 2305.11420;
+  Ding et al., "DSGD-CECA", 2023, arXiv 2306.00256.
+  """
+  comm = resolve(comm)
+  leaves, names, structure = _pytree.flatten(x, _NAME)
+  _pytree.require_inexact(leaves, names, _NAME)
+  rounds = _rounds(graph, comm)
+  if not leaves or comm.backend in ("mesh", "single"):
+    results = [_on_mesh(leaf, graph, rounds, comm) for leaf in leaves]
+    return Call(leaves, structure, results)
+  wide = [
+    leaf.astype(_pytree.accumulation_dtype(leaf.dtype)) for leaf in leaves
+  ]
+  return Call(
+    leaves,
+    structure,
+    primitive=finite_time_average_p,
+    operands=_pytree.to_native(wide, names, _NAME),
+    params={"graph": graph, "comm": comm},
+  )
+
+
+finite_time_average_start = _operation.start_of(
+  finite_time_average,
+  """>>> graph = jfog.topology.ceca(3)
+    >>> average = lambda x: jfog.wait(jfog.finite_time_average_start(x, graph))
+    >>> jfog.simulate(average, 3)(jnp.array([0.0, 2.0, 7.0]))
+    Array([3., 3., 3.], dtype=float32)""",
+)
+
+
+def _rounds(graph: Any, comm: Communicator) -> int:
+  """The number of rounds until the exact average."""
+  if not isinstance(graph, ExactAverage):
+    _ffi_attributes.check_graph(graph, comm.size, _NAME)
+    rounds = graph.rounds_to_exact_average()
+    if rounds is None:
+      raise ValueError(
+        f"{_NAME}: {graph!r} does not reach the exact average in its period; "
+        f"take jfog.topology.ceca(size), base_k(size, k) or "
+        f"hyper_hypercube(size), or average with neighbor_allreduce."
+      )
+    return rounds
+  if graph.size != comm.size:
+    raise ValueError(
+      f"{_NAME}: the graph has {graph.size} ranks, the communicator has "
+      f"{comm.size}; make the graph with size={comm.size}."
+    )
+  return len(graph)
+
+
+# The mesh: round by round.
+
+
+def _on_mesh(x, graph, rounds, comm) -> jax.Array:
+  axes = comm.axes if comm.backend == "mesh" else ()
+  wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+  if axes:
+    wide = _compat.varying(wide, axes)
+  if not isinstance(graph, ExactAverage):
+    for topology in graph.rounds[:rounds]:
+      (wide,) = _neighbor_allreduce.mix_on_mesh(
+        [wide], topology, None, axes, comm.rank
+      )
+    return wide.astype(x.dtype)
+  inclusive, exclusive = wide, jnp.zeros_like(wide)
+  for hop in graph.rounds:
+    sent = inclusive if hop.send_inclusive else exclusive
+    received = _shifted(sent, hop.shift, axes, comm)
+    inclusive, exclusive = inclusive + received, exclusive + received
+  return (inclusive / graph.size).astype(x.dtype)
+
+
+def _shifted(x, shift, axes, comm):
+  """The value of the rank that is `shift` behind."""
+  if _mesh.are_virtual(axes):
+    return _mesh.gather(x, axes)[(comm.rank - shift) % comm.size]
+  return lax.ppermute(
+    x, axes, [(i, (i + shift) % comm.size) for i in range(comm.size)]
+  )
+
+
+# Between processes: the rules of the primitive.
+
+
+def _abstract_eval(*operands, fixed, **params):
+  del fixed, params
+  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
+
+
+def _transpose(cotangents, *, fixed, graph, comm):
+  # The exact average is symmetric.
+  return finite_time_average_p.bind(
+    *cotangents, fixed=fixed, graph=graph, comm=comm
+  )
+
+
+def _attributes(mode, *leaves, graph, comm):
+  del leaves
+  is_exact = isinstance(graph, ExactAverage)
+  if is_exact:
+    digest = hashlib.blake2b(repr(graph).encode(), digest_size=8).digest()
+    fingerprint = int.from_bytes(digest, "little", signed=True)
+    table = _ffi_attributes.rows_table(
+      [
+        (
+          {(comm.rank - hop.shift) % comm.size: 1.0},
+          [(comm.rank + hop.shift) % comm.size],
+          1.0,
+          False,
+        )
+        for hop in graph.rounds
+      ]
+    )
+    inclusive = [hop.send_inclusive for hop in graph.rounds]
+  else:
+    fingerprint = _ffi_attributes.fingerprint(graph)
+    rounds = graph.rounds_to_exact_average()
+    table = _ffi_attributes.table(Schedule(graph.rounds[:rounds]), comm.rank)
+    inclusive = [True] * rounds
+  return _ffi_attributes.numbered(
+    _NAME,
+    mode,
+    {
+      "context": np.int64(comm.context),
+      "graph": np.int64(fingerprint),
+      "exact": np.int64(is_exact),
+      # An attribute may not be empty: one more element, which is never read.
+      "inclusive": np.array([*inclusive, False], np.int32),
+      **table,
+    },
+  )
+
+
+# On GPUs: an exchange for each round, with its arithmetic behind it. What is
+# started has nobody who would compute between rounds, so it is an allreduce.
+
+
+def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
+  del fixed
+  packing = _nccl.Packing(leaves)
+  own = packing.pack(leaves)
+
+  def exchanged(t, values, rounds, slots):
+    send = _nccl.exchange(
+      _NAME,
+      _nccl.Mode.WHOLE,
+      comm,
+      0,
+      values,
+      rounds,
+      variant=(repr(graph), t),
+      like=leaves,
+    )
+    return call(send, packing.avals(slots))
+
+  if isinstance(graph, ExactAverage):
+    inclusive, exclusive = own, [jnp.zeros_like(x) for x in own]
+    for t, hop in enumerate(graph.rounds):
+      source = (comm.rank - hop.shift) % comm.size
+      destination = (comm.rank + hop.shift) % comm.size
+      sent = inclusive if hop.send_inclusive else exclusive
+      received = exchanged(t, sent, [([source], [destination])], 1)
+      inclusive = [x + y[0] for x, y in zip(inclusive, received, strict=True)]
+      exclusive = [x + y[0] for x, y in zip(exclusive, received, strict=True)]
+    return packing.unpack([x / graph.size for x in inclusive])
+  for t, topology in enumerate(graph.rounds[: _rounds(graph, comm)]):
+    rounds = _nccl.rounds_of(topology, comm.rank)
+    slots = _nccl.slots_of(rounds)
+    row = _nccl.row_of_graph(topology, comm.rank, 0, slots)
+    received = exchanged(t, own, rounds, slots)
+    own = _nccl.average(own, row, received, slots)
+  return packing.unpack(own)
+
+
+finite_time_average_p = _primitive.define(
+  _NAME,
+  abstract_eval=_abstract_eval,
+  attributes=_attributes,
+  transpose=_transpose,
+  in_place=True,
+  on_gpus=_nccl.OnGpus(
+    whole=_rounds_on_gpus,
+    send=lambda mode, fixed, leaves, *, graph, comm: (
+      _collectives.send_allreduce(
+        mode, fixed, leaves, op="mean", comm=comm, operation=_NAME
+      )
+    ),
+    received=_collectives.received_allreduce,
+    finish=_collectives.finish_allreduce,
+    static=lambda *, graph, comm: ("mean", comm.size),
+  ),
+)

@@ -1,0 +1,423 @@
+"""Neighbor gathers: the values of each rank's in-neighbors, one by one."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad
+
+from jfog import _compat
+from jfog.primitives import (
+  _ffi_attributes,
+  _mesh,
+  _nccl,
+  _operation,
+  _primitive,
+  _pytree,
+  _weighted_sum,
+)
+from jfog.primitives._operation import Call
+from jfog.primitives._peers import Peers, check_ranks
+from jfog.runtime import Communicator, resolve
+from jfog.topology import Schedule, Topology
+from jfog.topology._edge_coloring import permutations
+
+_NAME = "neighbor_allgather"
+
+
+@_operation.operation
+def neighbor_allgather(
+  x: Any,
+  graph: Topology | Schedule | Peers,
+  step: Any = None,
+  *,
+  axis_sizes: Sequence[int] | None = None,
+  pad: bool = False,
+  comm: Communicator | None = None,
+) -> Any:
+  """Concatenates the values of this rank's in-neighbors along axis 0.
+
+  Computes `y[i] = concatenate([x[j] for j in sources of i])`, the sources being
+  the in-neighbors in ascending order, or the keys of `Peers.src_weights` in
+  their order. The own value is not part of it, and weights are not used. A
+  scalar leaf counts as one of shape (1,).
+
+  Each rank sends all its leaves in one message to each out-neighbor and receives
+  one from each in-neighbor, and waits for those alone. The transpose sends the
+  cotangents back: every rank gets the sum over its out-neighbors of those of
+  its own part.
+
+  Args:
+    x: a pytree of arrays, of equal dtypes on all ranks and equal shapes but for
+      what `axis_sizes` allows.
+    graph: a `Topology` or a `Schedule`, equal on all ranks, of the
+      communicator's size; or between processes `Peers`.
+    step: the index into a `Schedule`, as in `neighbor_allreduce`.
+    axis_sizes: the length of axis 0 on every rank of the communicator, one int
+      for each, where they differ; the same for all leaves. On a mesh all ranks
+      have one shape, so there they must be equal.
+    pad: whether the result has the length of the longest one of any rank (and,
+      for a traced step, of any round), with zeros behind the last part. Needed
+      where ranks have different numbers of in-neighbors on a mesh, and where
+      the rounds of a traced step give one rank different lengths, because a
+      shape is known when a program is compiled.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    A pytree like `x` whose leaves have the sources' total length along axis 0;
+    a length of 0 where there is no source.
+
+  Raises:
+    ValueError: if the graph and the communicator have different sizes, a
+      schedule comes without a step, lengths differ where they may not, or
+      `axis_sizes` has another number of entries than ranks or does not give
+      this rank's own length.
+    TypeError: for a graph that is none, or a step that is no integer.
+    NotInitializedError: if there is no communicator.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> graph = jfog.topology.ring(4)
+    >>> gather = lambda x: jfog.neighbor_allgather(x, graph)
+    >>> jfog.simulate(gather, 4)(jnp.array([[0], [1], [2], [3]]))
+    Array([[1, 3],
+           [0, 2],
+           [1, 3],
+           [0, 2]], dtype=int32)
+
+  Source: `neighbor_allgather` of BlueFog.
+  """
+  comm = resolve(comm)
+  leaves, names, structure = _pytree.flatten(x, _NAME)
+  leaves = [jnp.atleast_1d(leaf) for leaf in leaves]
+  sizes = tuple(
+    _pytree.axis_sizes(leaf, name, axis_sizes, comm, _NAME)
+    for leaf, name in zip(leaves, names, strict=True)
+  )
+  if isinstance(graph, Peers):
+    check_ranks(graph, comm, _NAME)
+    rounds = ((tuple(graph.src_weights), tuple(graph.dst_weights)),)
+    index, first, fingerprint, table = 0, 0, 0, None
+  else:
+    graph = _ffi_attributes.check_graph(graph, comm.size, _NAME)
+    index = _ffi_attributes.step_index(graph, step, _NAME)
+    fingerprint = _ffi_attributes.fingerprint(graph)
+    # A known step needs its own round only.
+    traced = isinstance(index, jax.Array)
+    first = 0 if traced else index
+    table = graph.rounds if traced else (graph.rounds[index],)
+    index = index if traced else 0
+    _check_lengths(table, axis_sizes, pad, comm)
+    rank = 0 if comm.backend == "mesh" else comm.rank
+    rounds = tuple((t.in_neighbors(rank), t.out_neighbors(rank)) for t in table)
+  if not leaves or comm.backend == "single":
+    return Call(leaves, structure, [leaf[:0] for leaf in leaves])
+  if comm.backend == "mesh":
+    assert table is not None  # check_ranks refuses Peers
+    return Call(leaves, structure, _on_mesh(leaves, table, index, comm))
+  totals = tuple(_total(table, rounds, own, pad) for own in sizes)
+  return Call(
+    leaves,
+    structure,
+    primitive=neighbor_allgather_p,
+    fixed=(np.int32(index) if isinstance(index, int) else index,),
+    operands=_pytree.to_native(leaves, names, _NAME),
+    params={
+      "rounds": rounds,
+      "first": first,
+      "fingerprint": fingerprint,
+      "axis_sizes": sizes,
+      "totals": totals,
+      "check": isinstance(graph, Peers) and graph.check,
+      "comm": comm,
+    },
+  )
+
+
+neighbor_allgather_start = _operation.start_of(
+  neighbor_allgather,
+  """>>> graph = jfog.topology.ring(2)
+    >>> gather = lambda x: jfog.wait(jfog.neighbor_allgather_start(x, graph))
+    >>> jfog.simulate(gather, 2)(jnp.array([[0], [1]]))
+    Array([[1],
+           [0]], dtype=int32)""",
+)
+
+
+def _check_lengths(table, axis_sizes, pad, comm) -> None:
+  """Refuses results whose shape is not known when a program is compiled."""
+  if pad:
+    return
+  if comm.backend == "mesh":
+    degrees = [
+      len(t.in_neighbors(rank)) for t in table for rank in range(t.size)
+    ]
+    if len(set(degrees)) > 1:
+      raise ValueError(
+        f"{_NAME}: the ranks have from {min(degrees)} to {max(degrees)} "
+        f"in-neighbors, and on a mesh all results have one shape; pass "
+        f"pad=True for results of the longest, with zeros behind."
+      )
+    return
+  ones = (1,) * comm.size if axis_sizes is None else tuple(axis_sizes)
+  lengths = {sum(ones[j] for j in t.in_neighbors(comm.rank)) for t in table}
+  if len(lengths) > 1:
+    raise ValueError(
+      f"{_NAME}: with a traced step the rounds give rank {comm.rank} results of "
+      f"different lengths; pass a known step, or pad=True for results of the "
+      f"longest, with zeros behind."
+    )
+
+
+def _total(table, rounds, sizes, pad) -> int:
+  """The length of the result's axis 0."""
+  if pad and table is not None:
+    return max(
+      sum(sizes[j] for j in t.in_neighbors(rank))
+      for t in table
+      for rank in range(t.size)
+    )
+  return sum(sizes[j] for j in rounds[0][0])
+
+
+# The mesh: permutations of lax on devices, a gather on virtual ranks.
+
+
+def _on_mesh(leaves, table, index, comm) -> list[jax.Array]:
+  leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
+  slots = max(len(t.in_neighbors(i)) for t in table for i in range(t.size))
+  pick = _picked if _mesh.are_virtual(comm.axes) else _permuted
+
+  def gather(topology, leaves):
+    results = []
+    for x in leaves:
+      if slots == 0:
+        results.append(x[:0])
+        continue
+      parts = pick(x, topology, slots, comm)
+      results.append(parts.reshape(slots * len(x), *x.shape[1:]))
+    return results
+
+  if not isinstance(index, jax.Array):
+    return gather(table[0], leaves)
+  branches = [functools.partial(gather, topology) for topology in table]
+  return lax.switch(_mesh.uniform(index, comm), branches, leaves)
+
+
+def _picked(x, topology, slots, comm):
+  """On virtual ranks: each picks its in-neighbors' values."""
+  sources = np.full((topology.size, slots), -1)
+  for i in range(topology.size):
+    neighbors = topology.in_neighbors(i)
+    sources[i, : len(neighbors)] = neighbors
+  own = jnp.asarray(sources)[comm.rank]
+  values = _mesh.gather(x, comm.axes)[jnp.maximum(own, 0)]
+  is_part = (own >= 0).reshape(slots, *[1] * x.ndim)
+  return jnp.where(is_part, values, jnp.zeros_like(values))
+
+
+def _permuted(x, topology, slots, comm):
+  """On devices: one `ppermute` for each group of edges that fits in one."""
+  # What nobody has sent goes to one more slot, which is cut off.
+  parts = jnp.zeros((slots + 1, *x.shape), x.dtype)
+  parts = _compat.varying(parts, comm.axes)
+  for group in permutations(topology):
+    slot = np.full(topology.size, slots)
+    for src, dst in group:
+      slot[dst] = list(topology.in_neighbors(dst)).index(src)
+    value = lax.ppermute(x, comm.axes, group)
+    parts = parts.at[jnp.asarray(slot)[comm.rank]].set(value)
+  return parts[:slots]
+
+
+# Between processes: the rules of the primitives. A leaf comes with the lengths
+# that all ranks bring of it, and the length of its result.
+
+
+def _abstract_eval(*operands, fixed, totals, **params):
+  del params
+  return [
+    jax.core.ShapedArray((total, *x.shape[1:]), x.dtype)
+    for x, total in zip(operands[fixed:], totals, strict=True)
+  ]
+
+
+def _transpose_abstract_eval(*operands, fixed, axis_sizes, comm, **params):
+  del params
+  return [
+    jax.core.ShapedArray((sizes[comm.rank], *x.shape[1:]), x.dtype)
+    for x, sizes in zip(operands[fixed:], axis_sizes, strict=True)
+  ]
+
+
+def _tangents(
+  primitive, primals, results, tangents, *, fixed, axis_sizes, totals, **params
+):
+  """Linear, but each leaf comes with its own lengths."""
+  out: list[Any] = [_primitive.zero_tangent(y) for y in results]
+  leaves = tangents[fixed:]
+  moving = [i for i, dx in enumerate(leaves) if type(dx) is not ad.Zero]
+  if moving:
+    dy = primitive.bind(
+      *primals[:fixed],
+      *(leaves[i] for i in moving),
+      fixed=fixed,
+      axis_sizes=tuple(axis_sizes[i] for i in moving),
+      totals=tuple(totals[i] for i in moving),
+      **params,
+    )
+    for i, tangent in zip(moving, dy, strict=True):
+      out[i] = tangent
+  return out
+
+
+def _attributes(name):
+  def attributes(
+    mode,
+    *leaves,
+    rounds,
+    first,
+    fingerprint,
+    axis_sizes,
+    totals,
+    check,
+    comm,
+  ):
+    rows = [
+      (dict.fromkeys(sources, 1.0), list(to), 0.0, False)
+      for sources, to in rounds
+    ]
+    return _ffi_attributes.numbered(
+      name,
+      mode,
+      {
+        "context": np.int64(comm.context),
+        "graph": np.int64(fingerprint),
+        "check": np.int64(check),
+        "first": np.int64(first),
+        "rows": np.array(axis_sizes, np.int64).ravel(),
+        "width": np.array(
+          [np.prod(x.shape[1:], dtype=np.int64) for x in leaves], np.int64
+        ),
+        "total": np.array(totals, np.int64),
+        **_ffi_attributes.rows_table(rows),
+      },
+    )
+
+  return attributes
+
+
+def _to_transpose(cotangents, *operands, **params):
+  return neighbor_allgather_transpose_p.bind(*operands, *cotangents, **params)
+
+
+def _from_transpose(cotangents, *operands, **params):
+  return neighbor_allgather_p.bind(*operands, *cotangents, **params)
+
+
+# On GPUs: one exchange, into the parts of the result; and back, into slots that
+# are added up.
+
+
+def _send(
+  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
+):
+  del params
+  return _nccl.exchange(
+    _NAME,
+    mode,
+    comm,
+    fixed[0],
+    leaves,
+    rounds,
+    variant=(fingerprint, first),
+    like=_rows(leaves),
+    receive_counts=_counts(leaves, axis_sizes),
+  )
+
+
+def _send_back(
+  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
+):
+  del params
+  return _nccl.exchange(
+    f"{_NAME}_transpose",
+    mode,
+    comm,
+    fixed[0],
+    leaves,
+    [(to, sources) for sources, to in rounds],
+    variant=(fingerprint, first, "transpose"),
+    like=_rows(leaves),
+    apart=True,
+    send_counts=_counts(leaves, axis_sizes),
+  )
+
+
+def _rows(leaves):
+  """One row of each leaf: ranks have different numbers of them."""
+  return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
+
+
+def _counts(leaves, axis_sizes):
+  """The elements that each rank has of each leaf, in one list."""
+  return [
+    size * math.prod(x.shape[1:])
+    for x, sizes in zip(leaves, axis_sizes, strict=True)
+    for size in sizes
+  ]
+
+
+def _filled(fixed, *, rounds, **params):
+  """Which slots the destinations of the round fill."""
+  counts = np.array([len(to) for _, to in rounds])
+  table = np.arange(max(counts)) < counts[:, None]
+  return _nccl.at_step(table.astype(np.float32), fixed[0])
+
+
+def _add_up(own, filled, received, slots):
+  del own, slots
+  return _weighted_sum.combine(
+    [jnp.zeros(x.shape[1:], x.dtype) for x in received],
+    received,
+    0,
+    jnp.ones_like(filled),
+    filled != 0,
+    False,
+  )
+
+
+neighbor_allgather_p = _primitive.define(
+  _NAME,
+  abstract_eval=_abstract_eval,
+  attributes=_attributes(_NAME),
+  tangents=_tangents,
+  transpose=_to_transpose,
+  batch_axis=-1,  # axis 0 is concatenated
+  on_gpus=_nccl.OnGpus(send=_send),
+)
+
+neighbor_allgather_transpose_p = _primitive.define(
+  f"{_NAME}_transpose",
+  abstract_eval=_transpose_abstract_eval,
+  attributes=_attributes(f"{_NAME}_transpose"),
+  tangents=_tangents,
+  transpose=_from_transpose,
+  batch_axis=-1,
+  on_gpus=_nccl.OnGpus(
+    send=_send_back,
+    received=lambda results, slots: [
+      jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in results
+    ],
+    finish=_add_up,
+    weigh=_filled,
+    static=lambda *, rounds, **params: max(len(to) for _, to in rounds),
+  ),
+)

@@ -1,0 +1,1 @@
+"""Truths, problems, jobs and builds that several tests share."""

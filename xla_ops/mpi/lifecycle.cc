@@ -1,0 +1,258 @@
+// MPI in this process: its start, its end, and the communicators made of it.
+#include "mpi/lifecycle.h"
+
+#include <mpi.h>
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "mpi/call.h"
+#include "mpi/communicator.h"
+#include "mpi/plan.h"
+#include "mpi/progress_engine.h"
+#include "mpi/window.h"
+
+namespace jfog::mpi {
+namespace {
+
+std::atomic<bool> started_here{false};
+std::atomic<bool> abandoned{false};
+
+// The communicators that are not parts of others and are in use.
+std::mutex roots_mutex;
+std::vector<std::shared_ptr<Communicator>>& Roots() {
+  static auto* roots = new std::vector<std::shared_ptr<Communicator>>;
+  return *roots;
+}
+
+std::shared_ptr<Communicator> Get(std::int64_t context) {
+  std::shared_ptr<Communicator> comm = Lookup(context);
+  if (comm == nullptr) {
+    throw std::runtime_error("jfog: no communicator " +
+                             std::to_string(context));
+  }
+  return comm;
+}
+
+// Whether this machine's ranks are more than the cores they may run on.
+bool IsCrowded(MPI_Comm comm) {
+  MPI_Comm machine = MPI_COMM_NULL;
+  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
+                          &machine) != MPI_SUCCESS) {
+    return true;
+  }
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  sched_getaffinity(0, sizeof(cores), &cores);
+  MPI_Allreduce(MPI_IN_PLACE, &cores, sizeof(cores), MPI_BYTE, MPI_BOR,
+                machine);
+  int ranks = 0;
+  MPI_Comm_size(machine, &ranks);
+  MPI_Comm_free(&machine);
+  return ranks > CPU_COUNT(&cores);
+}
+
+// Those of the MPI world are kept from one world of jfog's to the next.
+std::shared_ptr<Lanes> LanesOf(MPI_Comm comm, int local_size) {
+  static auto* kept = new std::map<int, std::shared_ptr<Lanes>>;
+  if (comm != MPI_COMM_WORLD) return Lanes::Make(comm, local_size);
+  const auto found = kept->find(local_size);
+  if (found != kept->end()) return found->second;
+  return kept->emplace(local_size, Lanes::Make(comm, local_size)).first->second;
+}
+
+std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
+  auto comm = std::make_shared<Communicator>(
+      parent, timeout, LanesOf(parent, local_size), nullptr);
+  SetOversubscribed(IsCrowded(comm->comm()));
+  {
+    std::lock_guard<std::mutex> lock(roots_mutex);
+    Roots().push_back(comm);
+  }
+  return Register(std::move(comm));
+}
+
+bool Finalized() {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  return finalized != 0;
+}
+
+}  // namespace
+
+std::string LibraryVersion() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  return std::string(text, length);
+}
+
+void Start() {
+  if (Finalized()) {
+    throw std::runtime_error(
+        "jfog: MPI has been finalized in this process and cannot start again");
+  }
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  int provided = MPI_THREAD_SINGLE;
+  if (initialized) {
+    MPI_Query_thread(&provided);
+  } else {
+    if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided) !=
+        MPI_SUCCESS) {
+      throw std::runtime_error("jfog: MPI_Init_thread failed");
+    }
+    started_here = true;
+  }
+  if (provided < MPI_THREAD_MULTIPLE) {
+    throw std::runtime_error(
+        "jfog: MPI runs without MPI_THREAD_MULTIPLE, which XLA's threads need; "
+        "call jfog.init() before other libraries start MPI");
+  }
+}
+
+std::int64_t OpenWorld(int local_size, double timeout) {
+  return Open(MPI_COMM_WORLD, local_size, timeout);
+}
+
+std::int64_t OpenFortran(int handle, int local_size, double timeout) {
+  return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), local_size, timeout);
+}
+
+std::int64_t Split(std::int64_t context, int color, int key, double timeout) {
+  const std::shared_ptr<Communicator> root = Get(context);
+  MPI_Comm made = MPI_COMM_NULL;
+  if (MPI_Comm_split(root->comm(), color, key, &made) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Comm_split failed");
+  }
+  auto comm =
+      std::make_shared<Communicator>(made, timeout, root->shared_lanes(), root);
+  MPI_Comm_free(&made);
+  return Register(std::move(comm));
+}
+
+int Rank(std::int64_t context) { return Get(context)->rank(); }
+
+int Size(std::int64_t context) { return Get(context)->size(); }
+
+std::vector<int> Machines(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  MPI_Comm machine = MPI_COMM_NULL;
+  if (MPI_Comm_split_type(comm->comm(), MPI_COMM_TYPE_SHARED, comm->rank(),
+                          MPI_INFO_NULL, &machine) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Comm_split_type failed");
+  }
+  int leader = comm->rank();
+  MPI_Bcast(&leader, 1, MPI_INT, 0, machine);
+  MPI_Comm_free(&machine);
+  std::vector<int> leaders(comm->size());
+  if (MPI_Allgather(&leader, 1, MPI_INT, leaders.data(), 1, MPI_INT,
+                    comm->comm()) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Allgather failed");
+  }
+  return leaders;
+}
+
+std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  const int length = static_cast<int>(text.size());
+  // Until the others have come, MPI may read and write these.
+  struct Buffers {
+    std::string mine, all;
+  };
+  auto buffers = std::make_unique<Buffers>();
+  buffers->mine = text;
+  buffers->all.resize(text.size() * comm->size());
+  MPI_Request request = MPI_REQUEST_NULL;
+  if (MPI_Iallgather(buffers->mine.data(), length, MPI_BYTE,
+                     buffers->all.data(), length, MPI_BYTE,
+                     comm->control_comm(), &request) != MPI_SUCCESS) {
+    throw std::runtime_error("jfog: MPI_Iallgather failed");
+  }
+  const Clock::time_point begin = Clock::now();
+  int done = 0;
+  while (!done) {
+    if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+      throw std::runtime_error("jfog: MPI_Iallgather failed");
+    }
+    const std::chrono::duration<double> waited = Clock::now() - begin;
+    if (!done && waited.count() > comm->timeout()) {
+      buffers.release();  // NOLINT: MPI's for good
+      throw std::runtime_error(
+          "jfog: DEADLINE_EXCEEDED: rank " + std::to_string(comm->rank()) +
+          " has waited for the other ranks of " + std::to_string(comm->size()) +
+          " to make the communicator");
+    }
+    if (!done) sched_yield();
+  }
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < comm->size(); ++rank) {
+    texts.push_back(buffers->all.substr(rank * text.size(), text.size()));
+  }
+  return texts;
+}
+
+int Close(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Lookup(context);
+  if (comm == nullptr) return 0;
+  Unregister(context);
+  comm->Close();
+  const int forgotten = ForgetHandles(*comm);
+  ForgetPlans(*comm);
+  LeaveWindows(comm.get());
+  std::lock_guard<std::mutex> lock(roots_mutex);
+  auto& roots = Roots();
+  const auto root = std::find(roots.begin(), roots.end(), comm);
+  if (root == roots.end()) return forgotten;
+  roots.erase(root);
+  if (!Finalized()) comm->AnnounceLeave();
+  return forgotten;
+}
+
+void Abandon(const std::string& reason) {
+  abandoned = true;
+  FailAll(reason);
+}
+
+void Finish() {
+  if (Finalized() || abandoned) return;
+  // What was started and not waited on is still wanted by its peers.
+  Engine::Get().Drain();
+  LeaveWindows(nullptr);
+  std::lock_guard<std::mutex> lock(roots_mutex);
+  for (const auto& root : Roots()) {
+    if (root->failed()) return;
+  }
+  for (const auto& root : Roots()) root->AnnounceLeave();
+  for (const auto& root : Roots()) {
+    // The others may still work for hours; MPI_Finalize would spin meanwhile.
+    const timespec nap{0, 1'000'000};
+    for (int rank = 0; rank < root->size(); ++rank) {
+      while (rank != root->rank()) {
+        root->ReadControlMessages();
+        if (root->HasLeft(rank)) break;
+        nanosleep(&nap, nullptr);
+      }
+    }
+  }
+  Engine::Get().Stop();
+  if (started_here) MPI_Finalize();
+}
+
+std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
+  Counters counters = Get(context)->counters();
+  return {counters.bytes_sent,
+          counters.bytes_received,
+          counters.messages_sent,
+          {counters.operations, counters.agreements}};
+}
+
+void ResetCounters(std::int64_t context) { Get(context)->ResetCounters(); }
+
+}  // namespace jfog::mpi

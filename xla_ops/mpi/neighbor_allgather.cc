@@ -1,0 +1,295 @@
+// Neighbor gathers over MPI: the sources' leaves, one after the other.
+#include "mpi/neighbor_allgather.h"
+
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "common/weighted_sum.h"
+#include "mpi/call.h"
+#include "mpi/exchange.h"
+#include "mpi/plan.h"
+
+namespace jfog::mpi {
+namespace {
+
+using Longs = ffi::Span<const std::int64_t>;
+
+struct GatherPlan : Plan {
+  bool check = false;               // of peers; a graph is the same for all
+  std::int64_t first = 0;           // the graph's round that is round 0 here
+  std::vector<std::int64_t> rows;   // [i * size + r] of leaf i on rank r
+  std::vector<std::int64_t> width;  // elements of one row of leaf i
+  std::vector<std::int64_t> total;  // rows of the gathered leaf i, with padding
+
+  std::size_t Count(std::size_t leaf, int rank) const {
+    return rows[leaf * comm->size() + rank] * width[leaf];
+  }
+};
+
+// What one rank brings of all leaves, as a payload of its own: elements that
+// lie in the gathered leaves from `starts` on, which then move on behind it.
+Leaves PartOf(const Leaves& whole, const GatherPlan& plan, int rank,
+              std::vector<std::size_t>* starts) {
+  Leaves part;
+  for (std::size_t i = 0; i < whole.size(); ++i) {
+    Leaf leaf = whole[i];
+    const std::size_t start = (*starts)[i] * SizeOf(leaf.type);
+    leaf.count = leaf.output_count = plan.Count(i, rank);
+    leaf.input += start;
+    leaf.output += start;
+    (*starts)[i] += leaf.count;
+    part.leaves.push_back(leaf);
+  }
+  part.ComputeOffsets();
+  return part;
+}
+
+// The parts of ranks that lie one behind the other.
+std::vector<Leaves> PartsOf(const Leaves& whole, const GatherPlan& plan,
+                            const std::vector<int>& ranks) {
+  std::vector<std::size_t> starts(whole.size(), 0);
+  std::vector<Leaves> parts;
+  for (int rank : ranks) parts.push_back(PartOf(whole, plan, rank, &starts));
+  return parts;
+}
+
+std::vector<std::size_t> Sizes(const std::vector<Leaves>& parts) {
+  std::vector<std::size_t> sizes;
+  for (const Leaves& part : parts) sizes.push_back(part.payload_bytes);
+  return sizes;
+}
+
+// Ranks bring different lengths, so what must agree are all of them.
+std::uint64_t Signature(const Leaves& leaves, const GatherPlan& plan) {
+  std::uint64_t signature = leaves.size();
+  for (const Leaf& leaf : leaves) {
+    signature = Mix(signature, static_cast<std::uint64_t>(leaf.type));
+  }
+  for (std::int64_t width : plan.width) signature = Mix(signature, width);
+  for (std::int64_t rows : plan.rows) signature = Mix(signature, rows);
+  return signature;
+}
+
+// y = [x_j for j in sources], along the first axis.
+class Gather : public Exchange {
+ public:
+  Gather(const GatherPlan& plan, const char* name, Leaves whole,
+         std::uint64_t variant, const Round& round, std::vector<Leaves> parts)
+      : Exchange(
+            plan.comm, name, std::move(whole), variant,
+            {round.sources, round.destinations, true, false, Sizes(parts)}),
+        parts_(std::move(parts)) {
+    SetSignature(Signature(leaves(), plan));
+    // What is behind the last part is padding.
+    std::vector<std::size_t> filled(leaves().size(), 0);
+    for (const Leaves& part : parts_) {
+      for (std::size_t i = 0; i < part.size(); ++i) {
+        filled[i] += part[i].bytes();
+      }
+    }
+    for (std::size_t i = 0; i < leaves().size(); ++i) {
+      const std::size_t rest = leaves()[i].output_bytes() - filled[i];
+      if (rest > 0) std::memset(leaves()[i].output + filled[i], 0, rest);
+    }
+  }
+
+ private:
+  void Pack(std::size_t, std::size_t begin, std::size_t end,
+            std::byte* to) override {
+    leaves().ForEachRun(begin, end,
+                        [&](const Leaf& leaf, std::size_t first,
+                            std::size_t count, std::size_t at) {
+                          const std::size_t width = SizeOf(leaf.type);
+                          std::memcpy(to + at, leaf.input + first * width,
+                                      count * width);
+                        });
+  }
+
+  ffi::Error Consume(std::size_t, std::size_t,
+                     const std::vector<Part>& received) override {
+    for (std::size_t s = 0; s < received.size(); ++s) {
+      const Part& chunk = received[s];
+      if (chunk.bytes == nullptr) continue;
+      parts_[s].ForEachRun(chunk.begin, chunk.end,
+                           [&](const Leaf& leaf, std::size_t first,
+                               std::size_t count, std::size_t at) {
+                             const std::size_t width = SizeOf(leaf.type);
+                             std::memcpy(leaf.output + first * width,
+                                         chunk.bytes + at, count * width);
+                           });
+    }
+    return ffi::Error::Success();
+  }
+
+  std::size_t CountOfSource(std::size_t s) const override {
+    return parts_[s].bytes;
+  }
+
+  const std::vector<Leaves> parts_;  // of the sources
+};
+
+// Its transpose: y = sum_i c_i[my part], each destination getting back its own
+// part of c.
+class Scatter : public Exchange {
+ public:
+  Scatter(const GatherPlan& plan, const char* name, Leaves whole,
+          std::uint64_t variant, const Round& round, std::vector<Leaves> parts,
+          Leaves own)
+      : Exchange(plan.comm, name, std::move(whole), variant,
+                 {round.destinations, round.sources, false, false,
+                  std::vector<std::size_t>(round.destinations.size(),
+                                           own.payload_bytes),
+                  Sizes(parts)}),
+        parts_(std::move(parts)),
+        own_(std::move(own)) {
+    SetSignature(Signature(leaves(), plan));
+  }
+
+ private:
+  void Pack(std::size_t destination, std::size_t begin, std::size_t end,
+            std::byte* to) override {
+    parts_[destination].ForEachRun(
+        begin, end,
+        [&](const Leaf& leaf, std::size_t first, std::size_t count,
+            std::size_t at) {
+          const std::size_t width = SizeOf(leaf.type);
+          std::memcpy(to + at, leaf.input + first * width, count * width);
+        });
+  }
+
+  ffi::Error Consume(std::size_t, std::size_t,
+                     const std::vector<Part>& received) override {
+    if (received.empty()) {
+      for (const Leaf& leaf : own_) {
+        if (leaf.bytes() > 0) std::memset(leaf.output, 0, leaf.bytes());
+      }
+      return ffi::Error::Success();
+    }
+    // All of them send as much as this rank has brought.
+    own_.ForEachRun(received[0].begin, received[0].end,
+                    [&](const Leaf& leaf, std::size_t first, std::size_t count,
+                        std::size_t at) {
+                      std::vector<Term> terms;
+                      for (std::size_t k = 1; k < received.size(); ++k) {
+                        terms.push_back({received[k].bytes + at, 1.0});
+                      }
+                      WeightedSum(leaf.type, count, received[0].bytes + at, 1.0,
+                                  terms, /*difference=*/false,
+                                  leaf.output + first * SizeOf(leaf.type));
+                    });
+    return ffi::Error::Success();
+  }
+
+  std::size_t CountOfSource(std::size_t) const override { return own_.bytes; }
+  std::size_t CountOfDestination(std::size_t d) const override {
+    return parts_[d].bytes;
+  }
+
+  const std::vector<Leaves> parts_;  // of the destinations
+  const Leaves own_;
+};
+
+constexpr const char* kAllgather = "neighbor_allgather";
+constexpr const char* kTranspose = "neighbor_allgather_transpose";
+
+ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(const ffi::Dictionary& attributes,
+                                             const char* name) {
+  auto plan = std::make_shared<GatherPlan>();
+  ffi::Error error = ReadPlan(attributes, name, plan.get());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  const auto check = attributes.get<std::int64_t>("check");
+  const auto first = attributes.get<std::int64_t>("first");
+  const auto rows = attributes.get<Longs>("rows");
+  const auto width = attributes.get<Longs>("width");
+  const auto total = attributes.get<Longs>("total");
+  if (!(check && first && rows && width && total)) {
+    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
+                                     std::string(name) + " lacks attributes"));
+  }
+  plan->check = *check != 0;
+  plan->first = *first;
+  plan->rows.assign(rows->begin(), rows->end());
+  plan->width.assign(width->begin(), width->end());
+  plan->total.assign(total->begin(), total->end());
+  return std::shared_ptr<Plan>(std::move(plan));
+}
+
+Completion Call(const char* name, bool transposed,
+                const ffi::BufferR0<ffi::S32>& step, ffi::RemainingArgs args,
+                ffi::RemainingRets results, const ffi::Dictionary& attributes) {
+  JFOG_ASSIGN_OR_RETURN(
+      found, FindPlan(attributes, [&] { return MakePlan(attributes, name); }));
+  const auto& plan = static_cast<const GatherPlan&>(*found);
+  JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), name));
+  const std::int64_t at = *step.typed_data();
+  JFOG_ASSIGN_OR_RETURN(round, plan.At(at));
+  found->Agree();
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
+  const int me = plan.comm->rank();
+  for (std::size_t i = 0; i < leaves.size(); ++i) {
+    const std::size_t gathered = plan.total[i] * plan.width[i];
+    leaves[i].output_count = transposed ? plan.Count(i, me) : gathered;
+  }
+  if (transposed) JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
+  if (plan.mode == kStart) leaves.Stage(/*apart=*/true);
+  std::vector<Leaves> parts = PartsOf(leaves, plan, round->sources);
+  const std::uint64_t variant = Mix(plan.graph, plan.first + at);
+  std::shared_ptr<Exchange> operation;
+  if (transposed) {
+    std::vector<std::size_t> starts(leaves.size(), 0);
+    Leaves own = PartOf(leaves, plan, me, &starts);
+    operation =
+        std::make_shared<Scatter>(plan, name, std::move(leaves), variant,
+                                  *round, std::move(parts), std::move(own));
+  } else {
+    operation = std::make_shared<Gather>(plan, name, std::move(leaves), variant,
+                                         *round, std::move(parts));
+  }
+  if (plan.graph == 0) {
+    JFOG_RETURN_IF_ERROR(operation->AgreeOnPeers(plan.check));
+  }
+  return Launch(std::move(operation), results, plan.mode);
+}
+
+Completion NeighborAllgatherImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+                                 ffi::RemainingArgs args,
+                                 ffi::Result<ffi::Token>,
+                                 ffi::RemainingRets results,
+                                 ffi::Dictionary attributes) {
+  return Call(kAllgather, false, step, args, results, attributes);
+}
+
+Completion NeighborAllgatherTransposeImpl(ffi::Token,
+                                          ffi::BufferR0<ffi::S32> step,
+                                          ffi::RemainingArgs args,
+                                          ffi::Result<ffi::Token>,
+                                          ffi::RemainingRets results,
+                                          ffi::Dictionary attributes) {
+  return Call(kTranspose, true, step, args, results, attributes);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    NeighborAllgather, NeighborAllgatherImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Token>()               // order in
+        .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
+        .RemainingArgs()                 // leaves
+        .Ret<ffi::Token>()               // order out
+        .RemainingRets()                 // gathered leaves, or handle
+        .Attrs());                       // see MakePlan
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    NeighborAllgatherTranspose, NeighborAllgatherTransposeImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Token>()               // order in
+        .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
+        .RemainingArgs()                 // cotangents of gathered leaves
+        .Ret<ffi::Token>()               // order out
+        .RemainingRets()                 // cotangents of leaves, or handle
+        .Attrs());                       // see MakePlan
+
+}  // namespace jfog::mpi

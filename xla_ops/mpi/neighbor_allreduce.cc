@@ -1,0 +1,200 @@
+// Neighbor collectives over MPI point-to-point messages.
+#include "mpi/neighbor_allreduce.h"
+
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "mpi/call.h"
+#include "mpi/neighbor_average.h"
+#include "mpi/plan.h"
+
+namespace jfog::mpi {
+namespace {
+
+// Where the weights of a call come from.
+enum Weighting : std::int64_t {
+  kGraph = 0,        // the table
+  kDestination = 1,  // a runtime row: y = row[me] x + sum_j row[j] x_j
+  kSource = 2,       // its transpose: every sender scales, y = row[me] x +
+                     // sum_j (row_j[me] x_j)
+};
+
+// Reads entry i of a float32 or float64 operand.
+double Weight(const ffi::AnyBuffer& weights, std::size_t i) {
+  if (weights.element_type() == DataType::F64) {
+    return static_cast<const double*>(weights.untyped_data())[i];
+  }
+  return static_cast<const float*>(weights.untyped_data())[i];
+}
+
+ffi::Error CheckWeights(const ffi::AnyBuffer& weights, std::size_t count) {
+  if ((weights.element_type() == DataType::F32 ||
+       weights.element_type() == DataType::F64) &&
+      weights.element_count() == count) {
+    return ffi::Error::Success();
+  }
+  return MakeError(ffi::ErrorCode::kInternal, "malformed operand of weights");
+}
+
+constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
+
+struct NeighborPlan : Plan {
+  std::int64_t weighting = kGraph;
+  // Of each round an average that has ended, to be used again: a call of few
+  // bytes would spend most of its time on making one.
+  std::mutex mutex;
+  std::vector<std::shared_ptr<Average>> spare;
+};
+
+ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
+    const ffi::Dictionary& attributes) {
+  auto plan = std::make_shared<NeighborPlan>();
+  ffi::Error error = ReadPlan(attributes, kNeighborAllreduce, plan.get());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  const auto weighting = attributes.get<std::int64_t>("weighting");
+  if (!weighting) return ffi::Unexpected(weighting.error());
+  plan->weighting = *weighting;
+  plan->spare.resize(plan->rounds.size());
+  return std::shared_ptr<Plan>(std::move(plan));
+}
+
+// The round with the weights of a runtime row.
+ffi::ErrorOr<Round> Reweighted(Round round, const NeighborPlan& plan,
+                               const ffi::AnyBuffer& row) {
+  ffi::Error error = CheckWeights(row, plan.comm->size());
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  round.difference = false;
+  round.self_weight = Weight(row, plan.comm->rank());
+  for (std::size_t k = 0; k < round.sources.size(); ++k) {
+    round.source_weights[k] =
+        plan.weighting == kDestination ? Weight(row, round.sources[k]) : 1.0;
+  }
+  if (plan.weighting == kSource) {
+    for (int destination : round.destinations) {
+      round.destination_weights.push_back(Weight(row, destination));
+    }
+  }
+  return round;
+}
+
+Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+                                 ffi::RemainingArgs args,
+                                 ffi::Result<ffi::Token>,
+                                 ffi::RemainingRets results,
+                                 ffi::Dictionary attributes) {
+  JFOG_ASSIGN_OR_RETURN(
+      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
+  auto* const plan = static_cast<NeighborPlan*>(found.get());
+  JFOG_RETURN_IF_ERROR(CheckReady(plan->comm.get(), kNeighborAllreduce));
+  const std::int64_t at = *step.typed_data();
+  JFOG_ASSIGN_OR_RETURN(planned, plan->At(at));
+  const bool has_row = plan->weighting != kGraph;
+  const bool reuses = !has_row && plan->mode == kWhole;
+  plan->Agree();
+  std::shared_ptr<Average> average;
+  {
+    std::lock_guard<std::mutex> lock(plan->mutex);
+    if (reuses) average = std::move(plan->spare[at]);
+  }
+  if (average == nullptr || !average->Renew(args, results)) {
+    JFOG_ASSIGN_OR_RETURN(leaves,
+                          ReadCall(args, has_row ? 1 : 0, results, plan->mode));
+    JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kNeighborAllreduce));
+    Round round = *planned;
+    if (has_row) {
+      auto row = args.get<ffi::AnyBuffer>(0);
+      if (!row) return row.error();
+      JFOG_ASSIGN_OR_RETURN(reweighted,
+                            Reweighted(std::move(round), *plan, *row));
+      round = std::move(reweighted);
+    }
+    if (plan->mode == kStart) leaves.Stage();
+    average = std::make_shared<Average>(
+        plan->comm, kNeighborAllreduce, std::move(leaves),
+        Mix(Mix(plan->graph, plan->weighting), at), std::move(round));
+  }
+  if (!reuses) return Launch(std::move(average), results, plan->mode);
+  average->Start();
+  if (!EndsSoon(*average)) return HandOver(std::move(average));
+  if (average->error().failure()) return average->error();
+  std::lock_guard<std::mutex> lock(plan->mutex);
+  plan->spare[at] = std::move(average);
+  return ffi::Error::Success();
+}
+
+// Every rank names its own peers: ids holds `sources` of them and then the
+// destinations; weights its own, those of the sources, those of the
+// destinations.
+Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
+                             ffi::AnyBuffer weights, ffi::RemainingArgs args,
+                             ffi::Result<ffi::Token>,
+                             ffi::RemainingRets results, std::int64_t context,
+                             std::int64_t mode, std::int64_t pair,
+                             std::int64_t sources, std::int64_t scales,
+                             std::int64_t difference, std::int64_t check) {
+  const char* const name = pair ? "pair_gossip" : "neighbor_allreduce";
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, name));
+  JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
+  const std::size_t count = ids.element_count();
+  JFOG_RETURN_IF_ERROR(CheckWeights(weights, 1 + count));
+  Round round;
+  round.self_weight = Weight(weights, 0);
+  round.difference = difference != 0;
+  for (std::size_t k = 0; k < count; ++k) {
+    const int peer = ids.typed_data()[k];
+    if (peer < 0 || peer >= comm->size()) {
+      return MakeError(ffi::ErrorCode::kInvalidArgument,
+                       std::string(name) + " with rank " +
+                           std::to_string(peer) +
+                           ", which is none of the communicator's " +
+                           std::to_string(comm->size()));
+    }
+    const double weight = Weight(weights, 1 + k);
+    if (k < static_cast<std::size_t>(sources)) {
+      round.sources.push_back(peer);
+      round.source_weights.push_back(weight);
+    } else {
+      round.destinations.push_back(peer);
+      if (scales) round.destination_weights.push_back(weight);
+    }
+  }
+  if (mode == kStart) leaves.Stage();
+  auto average = std::make_shared<Average>(comm, name, std::move(leaves),
+                                           /*variant=*/0, std::move(round));
+  JFOG_RETURN_IF_ERROR(average->AgreeOnPeers(check != 0));
+  return Launch(std::move(average), results, mode);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    NeighborAllreduce, NeighborAllreduceImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Token>()               // order in
+        .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
+        .RemainingArgs()                 // [row of weights,] leaves
+        .Ret<ffi::Token>()               // order out
+        .RemainingRets()                 // leaves like the operands, or handle
+        .Attrs());                       // see ReadPlan
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PeerAllreduce, PeerAllreduceImpl,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Token>()               // order in
+        .Arg<ffi::BufferR1<ffi::S32>>()  // ranks of sources, destinations
+        .Arg<ffi::AnyBuffer>()           // weights of self and of those
+        .RemainingArgs()                 // leaves
+        .Ret<ffi::Token>()               // order out
+        .RemainingRets()                 // leaves like the operands, or handle
+        .Attr<std::int64_t>("context")
+        .Attr<std::int64_t>("mode")
+        .Attr<std::int64_t>("pair")
+        .Attr<std::int64_t>("sources")
+        .Attr<std::int64_t>("scales")
+        .Attr<std::int64_t>("difference")
+        .Attr<std::int64_t>("check"));
+
+}  // namespace jfog::mpi

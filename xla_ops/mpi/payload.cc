@@ -1,0 +1,143 @@
+// The leaves of one operation: their layout inside a message, their signature.
+#include "mpi/payload.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/text.h"
+
+namespace jfog::mpi {
+namespace {
+
+// Cache lines of a leaf are cache lines of the payload.
+constexpr std::size_t kAlignment = 64;
+
+std::size_t RoundUp(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+std::uint64_t Leaves::Signature() const {
+  std::uint64_t hash = size();
+  for (const Leaf& leaf : leaves) {
+    hash = Mix(hash, static_cast<std::uint64_t>(leaf.type));
+    hash = Mix(hash, leaf.count);
+  }
+  return hash;
+}
+
+std::string Leaves::Describe() const {
+  std::vector<Shape> shapes;
+  for (const Leaf& leaf : leaves) shapes.push_back({leaf.type, leaf.count});
+  return jfog::Describe(shapes);
+}
+
+void Leaves::Stage(bool apart) {
+  const auto shares = [apart](const Leaf& leaf) {
+    return !apart && leaf.output_count == leaf.count;
+  };
+  std::size_t total = payload_bytes;
+  for (const Leaf& leaf : leaves) {
+    if (!shares(leaf)) total += RoundUp(leaf.output_bytes());
+  }
+  staging = Buffer(total);
+  std::byte* next = staging.get() + payload_bytes;
+  for (Leaf& leaf : leaves) {
+    std::byte* own = staging.get() + leaf.offset;
+    if (leaf.bytes() > 0) std::memcpy(own, leaf.input, leaf.bytes());
+    leaf.input = own;
+    leaf.output = own;
+    if (!shares(leaf)) {
+      leaf.output = next;
+      next += RoundUp(leaf.output_bytes());
+    }
+  }
+}
+
+void Leaves::ComputeOffsets() {
+  payload_bytes = bytes = 0;
+  for (Leaf& leaf : leaves) {
+    leaf.offset = payload_bytes;
+    payload_bytes += RoundUp(leaf.bytes());
+    bytes += leaf.bytes();
+  }
+}
+
+std::size_t Leaves::BytesIn(std::size_t begin, std::size_t end) const {
+  std::size_t sum = 0;
+  ForEachRun(begin, end,
+             [&](const Leaf& leaf, std::size_t, std::size_t count,
+                 std::size_t) { sum += count * SizeOf(leaf.type); });
+  return sum;
+}
+
+std::size_t Leaves::Cut(std::size_t begin, std::size_t end, std::size_t part,
+                        std::size_t parts) const {
+  if (part == 0) return begin;
+  std::size_t wanted = BytesIn(begin, end) * part / parts;
+  std::size_t cut = end;
+  ForEachRun(
+      begin, end,
+      [&](const Leaf& leaf, std::size_t, std::size_t count, std::size_t at) {
+        const std::size_t width = SizeOf(leaf.type);
+        if (cut == end && wanted < count * width) {
+          cut = begin + at + wanted / width * width;
+        }
+        wanted -= std::min(wanted, count * width);
+      });
+  return cut;
+}
+
+ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
+                                ffi::RemainingRets* results) {
+  Leaves leaves;
+  const std::size_t size = args.size() < first ? 0 : args.size() - first;
+  if (results != nullptr && results->size() != size) {
+    return ffi::Unexpected(
+        MakeError(ffi::ErrorCode::kInternal,
+                  "got " + std::to_string(size) + " operands for " +
+                      std::to_string(results->size()) + " results"));
+  }
+  leaves.leaves.reserve(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    auto x = args.get<ffi::AnyBuffer>(first + i);
+    if (!x) return ffi::Unexpected(x.error());
+    Leaf leaf{x->element_type(),
+              x->element_count(),
+              x->element_count(),
+              static_cast<const std::byte*>(x->untyped_data()),
+              nullptr,
+              /*offset=*/0};
+    if (results != nullptr) {
+      auto y = results->get<ffi::AnyBuffer>(i);
+      if (!y) return ffi::Unexpected(y.error());
+      leaf.output_count = (*y)->element_count();
+      leaf.output = static_cast<std::byte*>((*y)->untyped_data());
+    }
+    leaves.leaves.push_back(leaf);
+  }
+  leaves.ComputeOffsets();
+  return leaves;
+}
+
+bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
+                Leaves* leaves) {
+  if (args.size() != leaves->size() || results.size() != leaves->size()) {
+    return false;
+  }
+  for (std::size_t i = 0; i < leaves->size(); ++i) {
+    Leaf& leaf = (*leaves)[i];
+    auto x = args.get<ffi::AnyBuffer>(i);
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!x || !y || x->element_type() != leaf.type ||
+        x->element_count() != leaf.count) {
+      return false;
+    }
+    leaf.input = static_cast<const std::byte*>(x->untyped_data());
+    leaf.output = static_cast<std::byte*>((*y)->untyped_data());
+  }
+  return true;
+}
+
+}  // namespace jfog::mpi

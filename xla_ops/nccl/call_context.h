@@ -1,0 +1,85 @@
+// From a call of XLA's to operations on a stream: what every handler needs.
+#ifndef JFOG_XLA_OPS_NCCL_CALL_CONTEXT_H_
+#define JFOG_XLA_OPS_NCCL_CALL_CONTEXT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/status.h"
+#include "nccl/handles.h"
+#include "nccl/operation.h"
+#include "nccl/plan.h"
+
+namespace jfog::nccl {
+
+// A leaf on the device, and the memory of what it becomes.
+struct Leaf {
+  DataType type;
+  std::size_t count;  // elements of the input
+  std::size_t bytes;
+  DevicePointer input;
+  DevicePointer output;
+  std::size_t output_bytes;
+
+  std::size_t width() const { return ffi::ByteWidth(type); }
+};
+
+// One call. In a start it works on copies of the leaves and on the
+// communicator's second stream, and what it launches is kept to be waited for.
+class Call {
+ public:
+  Call(const Plan& plan, CudaStream stream);
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // An error, if the communicator is not ready for work or not on the stream's
+  // device.
+  ffi::Error Check();
+  // Reads int32 operands from the device, which waits for the stream.
+  ffi::Error ReadInts(const ffi::AnyBuffer& operand,
+                      std::vector<std::int32_t>* values);
+  // The bytes that are received for a leaf, where the attributes do not say it.
+  using Received = std::function<std::size_t(const Leaf&)>;
+
+  // Reads the leaves, and from here on works on what `stream` says.
+  ffi::Error ReadLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
+                        const Received& received);
+  // Memory of its own, in a start.
+  ffi::Error Take(std::size_t bytes, DevicePointer* address);
+  ffi::Error Copy(DevicePointer to, DevicePointer from, std::size_t bytes);
+
+  // Where a communicator is null, posts nothing.
+  ffi::Error Launch(std::shared_ptr<Communicator> comm, OperationSpec spec,
+                    const Post& post);
+  // Ends the call: a start writes its handle.
+  ffi::Error Finish(ffi::RemainingRets results);
+
+  CudaStream stream() const { return stream_; }
+  bool is_start() const { return started_ != nullptr; }
+  std::vector<Leaf>& leaves() { return leaves_; }
+  // What the call is to be, with leaves like these on all ranks.
+  OperationSpec MakeOperationSpec() const;
+  // "name on rank r failed in ..."; spoils the communicator.
+  ffi::Error CheckCuda(int code, const char* function);
+
+ private:
+  ffi::Error Stage();
+
+  const Plan& plan_;
+  const CudaStream program_;  // XLA's
+  CudaStream stream_;         // that it works on
+  std::optional<ContextGuard> guard_;
+  std::vector<Leaf> leaves_;
+  std::shared_ptr<Started> started_;  // null in a whole call
+};
+
+}  // namespace jfog::nccl
+
+#endif  // JFOG_XLA_OPS_NCCL_CALL_CONTEXT_H_
