@@ -24,14 +24,6 @@ from jfog.optimizers._compressed_gossip import (
 )
 from jfog.optimizers._compressed_gossip import choco as choco
 from jfog.optimizers._compressed_gossip import deep_squeeze as deep_squeeze
-from jfog.optimizers._compressors import Compressor as Compressor
-from jfog.optimizers._compressors import identity as identity
-from jfog.optimizers._compressors import low_rank as low_rank
-from jfog.optimizers._compressors import message_bytes as message_bytes
-from jfog.optimizers._compressors import quantize as quantize
-from jfog.optimizers._compressors import random_k as random_k
-from jfog.optimizers._compressors import sign as sign
-from jfog.optimizers._compressors import top_k as top_k
 from jfog.optimizers._gradient_allreduce import (
   GradientAllreduceState as GradientAllreduceState,
 )
@@ -80,3 +72,11 @@ from jfog.optimizers._window_averaging import WindowPutState as WindowPutState
 from jfog.optimizers._window_averaging import window_get as window_get
 from jfog.optimizers._window_averaging import window_push_sum as window_push_sum
 from jfog.optimizers._window_averaging import window_put as window_put
+from jfog.optimizers.compressors import Compressor as Compressor
+from jfog.optimizers.compressors import identity as identity
+from jfog.optimizers.compressors import low_rank as low_rank
+from jfog.optimizers.compressors import message_bytes as message_bytes
+from jfog.optimizers.compressors import quantize as quantize
+from jfog.optimizers.compressors import random_k as random_k
+from jfog.optimizers.compressors import sign as sign
+from jfog.optimizers.compressors import top_k as top_k

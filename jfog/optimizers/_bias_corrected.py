@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import around, descending
+from jfog.optimizers._transformation import with_learning_rate, wrap_inner
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -90,13 +90,7 @@ def exact_diffusion(
   """
   name = "exact_diffusion"
   average = _averaging.as_averaging(
-    topology,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_symmetric,
-    static=True,
-    lazy=True,
+    topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
   )
   return _diffusion(name, ExactDiffusionState, inner, average)
 
@@ -158,11 +152,10 @@ def d2(
   name = "d2"
   average = _averaging.as_averaging(
     topology,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.symmetric_above(-1 / 3, "use topology.lazy()"),
-    static=True,
+    name,
+    check,
+    comm,
+    _requirements.symmetric_above(-1 / 3, "use topology.lazy()"),
   )
   return _diffusion(name, D2State, inner, average)
 
@@ -173,19 +166,19 @@ def _diffusion(name, state_type, inner, average):
   def combine(h, state):
     return _corrected(average, h, state.correction, step=state.step)
 
-  return around(name, inner, state_type, _no_correction, combine)
+  return wrap_inner(name, inner, state_type, _no_correction, combine)
 
 
 def _corrected(average, local, correction, *, step):
   """`W Z` and `D + (W Z - Z)`, for `Z = H + D`."""
-  corrected = _averaging.plus(local, correction)
+  corrected = _tree.add(local, correction)
   new = average(corrected, step)
-  change = _averaging.minus(new, corrected)
-  return new, _averaging.plus(correction, change)
+  change = _tree.subtract(new, corrected)
+  return new, _tree.add(correction, change)
 
 
 def _no_correction(params):
-  return (_averaging.zeros(params),)
+  return (_tree.zeros_like(params),)
 
 
 class NidsState(NamedTuple):
@@ -243,17 +236,11 @@ def nids(
   """
   name = "nids"
   average = _averaging.as_averaging(
-    topology,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_symmetric,
-    static=True,
-    lazy=True,
+    topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
   )
 
   def advance(x, gradient, rate, state):
-    local = _averaging.plus(x, _averaging.times(-rate, gradient))
+    local = _tree.add(x, _tree.scale(-rate, gradient))
     return _averaging.after_first(
       lambda operand, step: _corrected(average, *operand, step=step),
       lambda operand, step: operand,
@@ -262,7 +249,9 @@ def nids(
       comm,
     )
 
-  return descending(name, learning_rate, NidsState, _no_correction, advance)
+  return with_learning_rate(
+    name, learning_rate, NidsState, _no_correction, advance
+  )
 
 
 class ExtraState(NamedTuple):
@@ -324,20 +313,21 @@ def extra(
   name = "extra"
   average = _averaging.as_averaging(
     topology,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.symmetric_above(-1.0, "use topology.lazy()"),
-    static=True,
+    name,
+    check,
+    comm,
+    _requirements.symmetric_above(-1.0, "use topology.lazy()"),
   )
 
   def advance(x, gradient, rate, state):
     mixed = average(x, state.step)
-    force = _averaging.plus(state.correction, _averaging.times(-rate, gradient))
-    half = _averaging.times(0.5, _averaging.minus(mixed, x))
+    force = _tree.add(state.correction, _tree.scale(-rate, gradient))
+    half = _tree.scale(0.5, _tree.subtract(mixed, x))
     return (
-      _averaging.plus(mixed, force),
-      _averaging.plus(state.correction, half),
+      _tree.add(mixed, force),
+      _tree.add(state.correction, half),
     )
 
-  return descending(name, learning_rate, ExtraState, _no_correction, advance)
+  return with_learning_rate(
+    name, learning_rate, ExtraState, _no_correction, advance
+  )

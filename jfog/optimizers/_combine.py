@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import around
+from jfog.optimizers._transformation import wrap_inner
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -70,8 +70,8 @@ def adapt_then_combine(
   estimation", 2010; `DistributedAdaptThenCombineOptimizer` of BlueFog.
   """
   name = "adapt_then_combine"
-  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
-  every = _averaging.check_every(every, name)
+  average = _averaging.as_averaging(graph, name, check, comm)
+  every = _requirements.check_every(every, name)
 
   def combine(h, state):
     return (
@@ -80,7 +80,7 @@ def adapt_then_combine(
       ),
     )
 
-  return around(name, inner, AdaptThenCombineState, lambda x: (), combine)
+  return wrap_inner(name, inner, AdaptThenCombineState, lambda x: (), combine)
 
 
 class AdaptWithCombineState(NamedTuple):
@@ -139,16 +139,16 @@ def adapt_with_combine(
   optimization", 2009; `DistributedAdaptWithCombineOptimizer` of BlueFog.
   """
   name = "adapt_with_combine"
-  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
-  every = _averaging.check_every(every, name)
+  average = _averaging.as_averaging(graph, name, check, comm)
+  every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
     return AdaptWithCombineState(jnp.zeros([], jnp.int32), inner.init(params))
 
   def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    own = jax.tree.map(_averaging.accumulated, params)
+    _requirements.require_params(params, name)
+    own = _tree.widen(params)
     combined = _averaging.on_schedule(
       average, lambda x, step: x, own, state.step, every, comm
     )
@@ -156,9 +156,7 @@ def adapt_with_combine(
       updates, state.inner_state, params, **extra
     )
     # (c - x) + u: what the neighbors change, and what the gradient does.
-    updates = _averaging.local_step(
-      _averaging.difference(combined, own), updates
-    )
+    updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
     return updates, AdaptWithCombineState(step, inner_state)
 

@@ -4,21 +4,20 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.optimizers import _averaging
-from jfog.optimizers._averaging import Requirement
-from jfog.optimizers._compressors import (
+from jfog.optimizers import _requirements, _tree
+from jfog.optimizers._requirements import Requirement
+from jfog.optimizers._transformation import wrap_inner
+from jfog.optimizers.compressors._base import (
   Compressor,
-  Sparsifier,
   is_key,
   require_compressor,
   step_key,
 )
-from jfog.optimizers._transformation import around
+from jfog.optimizers.compressors._sparsify import Sparsifier
 from jfog.primitives import check_graph, neighbor_allgather
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -117,27 +116,27 @@ def choco(
   """
   name = "choco"
   exchange = _exchange(
-    _averaging.check_symmetric, topology, compressor, seed, check, comm, name
+    _requirements.SYMMETRIC, topology, compressor, seed, check, comm, name
   )
-  gamma = _fraction(gamma, f"{name}: gamma")
+  gamma = _requirements.check_fraction(gamma, f"{name}: gamma")
 
   def start(params):
     return (
-      compressor.init(_averaging.own(params)),
-      _averaging.zeros(params),
-      _averaging.zeros(params),
+      compressor.init(_tree.widen(params)),
+      _tree.zeros_like(params),
+      _tree.zeros_like(params),
     )
 
   def combine(h, state):
     c, mixed, compressor_state = exchange(
-      _averaging.minus(h, state.hat), state.compressor_state, state.step
+      _tree.subtract(h, state.hat), state.compressor_state, state.step
     )
-    hat = _averaging.plus(state.hat, c)
-    s = _averaging.plus(state.s, mixed)
-    new = _averaging.plus(h, _averaging.times(gamma, _averaging.minus(s, hat)))
+    hat = _tree.add(state.hat, c)
+    s = _tree.add(state.s, mixed)
+    new = _tree.add(h, _tree.scale(gamma, _tree.subtract(s, hat)))
     return new, compressor_state, hat, s
 
-  return around(name, inner, ChocoState, start, combine)
+  return wrap_inner(name, inner, ChocoState, start, combine)
 
 
 class DeepSqueezeState(NamedTuple):
@@ -209,7 +208,7 @@ def deep_squeeze(
   """
   name = "deep_squeeze"
   exchange = _exchange(
-    _averaging.check_row_stochastic,
+    _requirements.AVERAGING,
     topology,
     compressor,
     seed,
@@ -217,7 +216,7 @@ def deep_squeeze(
     comm,
     name,
   )
-  eta = _fraction(eta, f"{name}: eta")
+  eta = _requirements.check_fraction(eta, f"{name}: eta")
   if check and isinstance(compressor, Sparsifier):
     warnings.warn(
       f"{name}: top_k and random_k leave out most parameters in every step, and "
@@ -228,29 +227,15 @@ def deep_squeeze(
     )
 
   def start(params):
-    return compressor.init(_averaging.own(params)), _averaging.zeros(params)
+    return compressor.init(_tree.widen(params)), _tree.zeros_like(params)
 
   def combine(h, state):
-    v = _averaging.plus(h, state.e)
+    v = _tree.add(h, state.e)
     c, mixed, compressor_state = exchange(v, state.compressor_state, state.step)
-    new = _averaging.plus(c, _averaging.times(eta, _averaging.minus(mixed, c)))
-    return new, compressor_state, _averaging.minus(v, c)
+    new = _tree.add(c, _tree.scale(eta, _tree.subtract(mixed, c)))
+    return new, compressor_state, _tree.subtract(v, c)
 
-  return around(name, inner, DeepSqueezeState, start, combine)
-
-
-def _fraction(value: Any, label: str) -> Any:
-  """Checks a number in (0, 1], but for the range of a traced one."""
-  real = isinstance(value, (int, float, np.number)) or (
-    isinstance(value, (np.ndarray, jax.Array))
-    and value.shape == ()
-    and jnp.issubdtype(value.dtype, jnp.number)
-  )
-  if isinstance(value, bool) or not real or jnp.iscomplexobj(value):
-    raise TypeError(f"{label}={value!r} must be a number in (0, 1].")
-  if not isinstance(value, jax.core.Tracer) and not 0 < value <= 1:
-    raise ValueError(f"{label}={value} must be in (0, 1].")
-  return value
+  return wrap_inner(name, inner, DeepSqueezeState, start, combine)
 
 
 def _exchange(
@@ -268,17 +253,16 @@ def _exchange(
     A function `(v, compressor_state, step)` to `c = C(v)` in this rank's own
     decoding, `sum_j W[i, j] c[j]`, and the new state of the compressor.
   """
-  _averaging.require_topology(topology, name)
+  _requirements.require_topology(topology, name)
   if check:
-    requirement(topology, name)
+    requirement.check(topology, name)
   require_compressor(compressor, name)
-  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-    raise TypeError(f"{name}: seed={seed!r} must be an int.")
+  seed = _requirements.check_int(seed, f"{name}: seed")
 
   def exchange(v, compressor_state, step):
     world = resolve(comm)
     check_graph(topology, world.size, name)
-    shared = step_key(int(seed), step)
+    shared = step_key(seed, step)
     message, compressor_state = compressor.encode(
       jax.random.fold_in(shared, world.rank), v, compressor_state
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jfog import _compat
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.primitives import allreduce
 from jfog.runtime import Communicator
 
@@ -57,15 +57,13 @@ def gradient_allreduce(
 
   Source: `DistributedGradientAllreduceOptimizer` of BlueFog.
   """
-  every = _averaging.check_every(every, "gradient_allreduce")
+  every = _requirements.check_every(every, "gradient_allreduce")
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
     accumulated = None
     if every > 1:
-      accumulated = jax.tree.map(
-        lambda x: jnp.zeros_like(_averaging.accumulated(x)), params
-      )
+      accumulated = _tree.zeros_like(params)
     return GradientAllreduceState(
       jnp.zeros([], jnp.int32), inner.init(params), accumulated
     )
@@ -78,7 +76,7 @@ def gradient_allreduce(
       )
       return updates, GradientAllreduceState(step, inner_state, None)
 
-    total = _averaging.local_step(state.accumulated, updates)
+    total = _tree.local_step(state.accumulated, updates)
 
     def communicate(operand, _):
       total, inner_state = operand

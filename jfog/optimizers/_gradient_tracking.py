@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import descending
+from jfog.optimizers._transformation import with_learning_rate
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -88,11 +88,7 @@ def gradient_tracking(
   if form not in _FORMS:
     raise ValueError(f'{name}: form={form!r} must be "awc" or "atc".')
   average = _averaging.as_averaging(
-    graph,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_doubly_stochastic,
+    graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )
   inner = optax.with_extra_args_support(inner)
 
@@ -100,8 +96,8 @@ def gradient_tracking(
     return GradientTrackingState(
       jnp.zeros([], jnp.int32),
       inner.init(params),
-      _averaging.zeros(params),
-      _averaging.zeros(params),
+      _tree.zeros_like(params),
+      _tree.zeros_like(params),
     )
 
   def local(tracker, updates, state, params, extra):
@@ -112,16 +108,16 @@ def gradient_tracking(
     return inner.update(tracked, state.inner_state, params, **extra)
 
   def combine_while_adapting(updates, state, params, extra):
-    gradient = _averaging.gradient(updates, params)
+    gradient = _tree.widen_gradient(updates, params)
     tracker = _tracked(state, gradient)
     updates, inner_state = local(tracker, updates, state, params, extra)
-    own = _averaging.own(params)
+    own = _tree.widen(params)
     combined, tracker = average((own, tracker), state.step)
-    updates = _averaging.local_step(_averaging.minus(combined, own), updates)
+    updates = _tree.local_step(_tree.subtract(combined, own), updates)
     return updates, inner_state, tracker, gradient
 
   def combine_after_adapting(updates, state, params, extra):
-    gradient = _averaging.gradient(updates, params)
+    gradient = _tree.widen_gradient(updates, params)
     tracker = _averaging.after_first(
       average,
       lambda tracker, step: tracker,
@@ -130,13 +126,13 @@ def gradient_tracking(
       comm,
     )
     updates, inner_state = local(tracker, updates, state, params, extra)
-    new = average(_averaging.local_step(params, updates), state.step)
-    return _averaging.difference(new, params), inner_state, tracker, gradient
+    new = average(_tree.local_step(params, updates), state.step)
+    return _tree.updates_to(new, params), inner_state, tracker, gradient
 
   update = combine_while_adapting if form == "awc" else combine_after_adapting
 
   def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
+    _requirements.require_params(params, name)
     updates, *rest = update(updates, state, params, extra)
     step = _averaging.next_step(state.step)
     return updates, GradientTrackingState(step, *rest)
@@ -146,9 +142,7 @@ def gradient_tracking(
 
 def _tracked(state, gradient):
   """`q + g - g_before`, which is `g` in the first update."""
-  return _averaging.plus(
-    state.tracker, _averaging.minus(gradient, state.gradient)
-  )
+  return _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
 
 
 class PushPullState(NamedTuple):
@@ -214,22 +208,14 @@ def push_pull(
   """
   name = "push_pull"
   pulled = _averaging.as_averaging(
-    pull,
-    comm=comm,
-    check=check,
-    name=f"{name}: pull",
-    requirement=_averaging.require_row_stochastic,
+    pull, f"{name}: pull", check, comm, _requirements.ROW_STOCHASTIC
   )
   pushed = _averaging.as_averaging(
-    push,
-    comm=comm,
-    check=check,
-    name=f"{name}: push",
-    requirement=_averaging.check_column_stochastic,
+    push, f"{name}: push", check, comm, _requirements.COLUMN_STOCHASTIC
   )
 
   def start(params):
-    return _averaging.zeros(params), _averaging.zeros(params)
+    return _tree.zeros_like(params), _tree.zeros_like(params)
 
   def advance(x, gradient, rate, state):
     tracker = _averaging.after_first(
@@ -239,7 +225,7 @@ def push_pull(
       state.step,
       comm,
     )
-    local = _averaging.plus(x, _averaging.times(-rate, tracker))
+    local = _tree.add(x, _tree.scale(-rate, tracker))
     return pulled(local, state.step), tracker, gradient
 
-  return descending(name, learning_rate, PushPullState, start, advance)
+  return with_learning_rate(name, learning_rate, PushPullState, start, advance)

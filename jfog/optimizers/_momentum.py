@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import descending
+from jfog.optimizers._transformation import with_learning_rate
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -73,26 +73,23 @@ def decentlam(
   deep training", 2021, arXiv 2104.11981.
   """
   name = "decentlam"
-  _averaging.check_factor(momentum, "momentum", name)
+  _requirements.check_factor(momentum, "momentum", name)
   average = _averaging.as_averaging(
-    topology,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_symmetric,
-    static=True,
+    topology, name, check, comm, _requirements.SYMMETRIC
   )
 
   def advance(x, gradient, rate, state):
-    local = _averaging.plus(x, _averaging.times(-rate, gradient))
+    local = _tree.add(x, _tree.scale(-rate, gradient))
     combined = average(local, state.step)
-    decayed = _averaging.times(momentum, state.momentum)
+    decayed = _tree.scale(momentum, state.momentum)
     # X - a M+ = C - a b M, which needs no division by `a`.
-    new = _averaging.plus(combined, _averaging.times(-rate, decayed))
-    way = _per_rate(_averaging.minus(x, combined), rate)
-    return new, _averaging.plus(decayed, way)
+    new = _tree.add(combined, _tree.scale(-rate, decayed))
+    way = _per_rate(_tree.subtract(x, combined), rate)
+    return new, _tree.add(decayed, way)
 
-  return descending(name, learning_rate, DecentlamState, _at_rest, advance)
+  return with_learning_rate(
+    name, learning_rate, DecentlamState, _at_rest, advance
+  )
 
 
 class QuasiGlobalMomentumState(NamedTuple):
@@ -164,35 +161,25 @@ def quasi_global_momentum(
   2102.04761.
   """
   name = "quasi_global_momentum"
-  _averaging.check_factor(momentum, "momentum", name)
+  _requirements.check_factor(momentum, "momentum", name)
   mu = momentum if mu is None else mu
-  _averaging.check_factor(mu, "mu", name)
+  _requirements.check_factor(mu, "mu", name)
   average = _averaging.as_averaging(
-    graph,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_doubly_stochastic,
+    graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )
 
   def advance(x, gradient, rate, state):
-    gradient = _averaging.plus(gradient, _averaging.times(weight_decay, x))
-    direction = _averaging.plus(
-      _averaging.times(momentum, state.momentum), gradient
-    )
+    gradient = _tree.add(gradient, _tree.scale(weight_decay, x))
+    direction = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     if nesterov:
-      direction = _averaging.plus(
-        gradient, _averaging.times(momentum, direction)
-      )
-    local = _averaging.plus(x, _averaging.times(-rate, direction))
+      direction = _tree.add(gradient, _tree.scale(momentum, direction))
+    local = _tree.add(x, _tree.scale(-rate, direction))
     new = average(local, state.step)
-    way = _per_rate(_averaging.minus(x, new), rate)
-    trace = _averaging.plus(
-      _averaging.times(mu, state.momentum), _averaging.times(1 - mu, way)
-    )
+    way = _per_rate(_tree.subtract(x, new), rate)
+    trace = _tree.add(_tree.scale(mu, state.momentum), _tree.scale(1 - mu, way))
     return new, trace
 
-  return descending(
+  return with_learning_rate(
     name, learning_rate, QuasiGlobalMomentumState, _at_rest, advance
   )
 
@@ -256,21 +243,21 @@ def dmsgd_sync(
   efficient for decentralized deep training", 2021, arXiv 2110.13363.
   """
   name = "dmsgd_sync"
-  _averaging.check_factor(momentum, "momentum", name)
-  average = _averaging.as_averaging(graph, comm=comm, check=check, name=name)
+  _requirements.check_factor(momentum, "momentum", name)
+  average = _averaging.as_averaging(graph, name, check, comm)
 
   def advance(x, gradient, rate, state):
-    local = _averaging.plus(x, _averaging.times(-rate, state.momentum))
-    trace = _averaging.plus(
-      _averaging.times(momentum, state.momentum), gradient
-    )
+    local = _tree.add(x, _tree.scale(-rate, state.momentum))
+    trace = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     return average((local, trace), state.step)
 
-  return descending(name, learning_rate, DmsgdSyncState, _at_rest, advance)
+  return with_learning_rate(
+    name, learning_rate, DmsgdSyncState, _at_rest, advance
+  )
 
 
 def _at_rest(params):
-  return (_averaging.zeros(params),)
+  return (_tree.zeros_like(params),)
 
 
 def _per_rate(way: Any, rate: Any) -> Any:

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import around
+from jfog.optimizers._transformation import wrap_inner
 from jfog.runtime import Communicator
 from jfog.topology import ExactAverage, Schedule, Topology
 
@@ -66,7 +66,7 @@ def local_sgd(
   1805.09767.
   """
   name = "local_sgd"
-  every = _averaging.check_every(every, name)
+  every = _requirements.check_every(every, name)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
   def combine(h, state):
@@ -76,7 +76,7 @@ def local_sgd(
       ),
     )
 
-  return around(name, inner, LocalSgdState, lambda x: (), combine)
+  return wrap_inner(name, inner, LocalSgdState, lambda x: (), combine)
 
 
 class GossipPgaState(NamedTuple):
@@ -141,13 +141,9 @@ def gossip_pga(
   periodic global averaging", 2021, arXiv 2105.09080.
   """
   name = "gossip_pga"
-  every = _averaging.check_every(every, name)
+  every = _requirements.check_every(every, name)
   average = _averaging.as_averaging(
-    graph,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_doubly_stochastic,
+    graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
@@ -163,7 +159,7 @@ def gossip_pga(
       ),
     )
 
-  return around(name, inner, GossipPgaState, lambda x: (), combine)
+  return wrap_inner(name, inner, GossipPgaState, lambda x: (), combine)
 
 
 class SlowMomentumState(NamedTuple):
@@ -238,21 +234,21 @@ def slow_momentum(
   1910.00643.
   """
   name = "slow_momentum"
-  every = _averaging.check_every(every, name)
-  rate = _averaging.as_learning_rate(slow_learning_rate, name)
-  _averaging.check_factor(slow_momentum, "slow_momentum", name)
+  every = _requirements.check_every(every, name)
+  rate = _requirements.as_learning_rate(slow_learning_rate, name)
+  _requirements.check_factor(slow_momentum, "slow_momentum", name)
   between = _between(graph, name, check, comm)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
   def start(params):
-    return _averaging.copied(params), _averaging.zeros(params)
+    return _tree.copy(params), _tree.zeros_like(params)
 
   def combine(h, state):
     def slow_step(operand, count):
       h, anchor, momentum = operand
-      way = _averaging.minus(anchor, exact(h, count))
-      momentum = _averaging.plus(_averaging.times(slow_momentum, momentum), way)
-      new = _averaging.plus(anchor, _averaging.times(-rate(count), momentum))
+      way = _tree.subtract(anchor, exact(h, count))
+      momentum = _tree.add(_tree.scale(slow_momentum, momentum), way)
+      new = _tree.add(anchor, _tree.scale(-rate(count), momentum))
       return new, new, momentum
 
     def fast_step(operand, _):
@@ -268,7 +264,7 @@ def slow_momentum(
       comm,
     )
 
-  return around(name, inner, SlowMomentumState, start, combine)
+  return wrap_inner(name, inner, SlowMomentumState, start, combine)
 
 
 class DilocoState(NamedTuple):
@@ -343,7 +339,7 @@ def diloco(
   language models", 2023, arXiv 2311.08105.
   """
   name = "diloco"
-  every = _averaging.check_every(every, name)
+  every = _requirements.check_every(every, name)
   if graph is None:
     average = _averaging.as_mean(mean, comm=comm, name=name)
   elif mean is not None:
@@ -356,14 +352,14 @@ def diloco(
   outer = optax.with_extra_args_support(outer)
 
   def start(params):
-    anchor = _averaging.copied(params)
+    anchor = _tree.copy(params)
     return anchor, outer.init(anchor)
 
   def end_round(operand, count):
     h, anchor, outer_state = operand
-    way = _averaging.minus(anchor, average(h, count))
+    way = _tree.subtract(anchor, average(h, count))
     change, outer_state = outer.update(way, outer_state, anchor)
-    new = _averaging.local_step(anchor, change)
+    new = _tree.local_step(anchor, change)
     return new, new, outer_state
 
   def combine(h, state):
@@ -376,7 +372,7 @@ def diloco(
       comm,
     )
 
-  return around(name, inner, DilocoState, start, combine)
+  return wrap_inner(name, inner, DilocoState, start, combine)
 
 
 def _between(graph, name, check, comm) -> Averaging:
@@ -384,9 +380,5 @@ def _between(graph, name, check, comm) -> Averaging:
   if graph is None:
     return lambda params, step: params
   return _averaging.as_averaging(
-    graph,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_doubly_stochastic,
+    graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._edge_exchange import Edges, edges_of
-from jfog.optimizers._transformation import around
+from jfog.optimizers._transformation import wrap_inner
 from jfog.primitives import neighbor_allreduce_start, uniform, wait
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -103,10 +103,10 @@ def power_gossip(
   compression in decentralized deep learning", 2020, arXiv 2008.01425.
   """
   name = "power_gossip"
-  _averaging.require_topology(topology, name)
+  _requirements.require_topology(topology, name)
   if check:
-    _averaging.check_symmetric(topology, name)
-  rank = _check_rank(rank, name)
+    _requirements.SYMMETRIC.check(topology, name)
+  rank = _requirements.check_positive(rank, f"{name}: rank")
   edges = edges_of(topology, name)
   weights = _signed_weights(topology, edges)
 
@@ -115,7 +115,7 @@ def power_gossip(
       def zeros(x):
         if not _is_matrix(x):
           return optax.MaskedNode()
-        h = _matrix(_averaging.accumulated(x))
+        h = _matrix(_tree.widen_leaf(x))
         shape = edges.slots, h.shape[side], min(rank, *h.shape)
         return jnp.zeros_like(h, shape=shape)
 
@@ -133,7 +133,7 @@ def power_gossip(
     leaves, structure = jax.tree.flatten(h)
     matrices = [_matrix(x) for x in leaves if _is_matrix(x)]
     p, q = (
-      _averaging.differing(jax.tree.leaves(factors), comm)
+      _averaging.mark_varying(jax.tree.leaves(factors), comm)
       for factors in (state.p, state.q)
     )
     if matrices:
@@ -150,7 +150,7 @@ def power_gossip(
       jax.tree.structure(state.q).unflatten(q),
     )
 
-  return around(name, inner, PowerGossipState, start, combine)
+  return wrap_inner(name, inner, PowerGossipState, start, combine)
 
 
 def _iterate(matrices, p, q, step, seed, edges, comm):
@@ -270,14 +270,6 @@ def _changes(p, q, weights):
     )
     for x, y in zip(p, q, strict=True)
   ]
-
-
-def _check_rank(rank: Any, name: str) -> int:
-  if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-    raise TypeError(f"{name}: rank={rank!r} must be an int.")
-  if rank < 1:
-    raise ValueError(f"{name}: rank={rank} must be at least 1.")
-  return int(rank)
 
 
 def _signed_weights(topology: Topology, edges: Edges) -> np.ndarray:

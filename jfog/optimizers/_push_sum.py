@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import descending
+from jfog.optimizers._transformation import with_learning_rate
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -87,23 +87,23 @@ def push_sum(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    _averaging.require_params(params, name)
-    biased = _averaging.copied(params)
+    _requirements.require_params(params, name)
+    biased = _tree.copy(params)
     return PushSumState(
       jnp.zeros([], jnp.int32), inner.init(params), biased, _one(biased)
     )
 
   def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
+    _requirements.require_params(params, name)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
     biased, weight = push(
-      (_averaging.local_step(state.biased, updates), state.weight), state.step
+      (_tree.local_step(state.biased, updates), state.weight), state.step
     )
     step = _averaging.next_step(state.step)
     return (
-      _averaging.difference(_averaging.over(biased, weight), params),
+      _tree.updates_to(_tree.divide(biased, weight), params),
       PushSumState(step, inner_state, biased, weight),
     )
 
@@ -175,35 +175,31 @@ def push_diging(
   push = _pushing(graph, name, check, comm)
 
   def start(params):
-    _averaging.require_params(params, name)
-    biased = _averaging.copied(params)
+    _requirements.require_params(params, name)
+    biased = _tree.copy(params)
     return (
       biased,
       _one(biased),
-      _averaging.zeros(params),
-      _averaging.zeros(params),
+      _tree.zeros_like(params),
+      _tree.zeros_like(params),
     )
 
   def advance(x, gradient, rate, state):
     del x  # the state's biased one is in its place
-    tracker = _averaging.plus(
-      state.tracker, _averaging.minus(gradient, state.gradient)
-    )
-    local = _averaging.plus(state.biased, _averaging.times(-rate, tracker))
+    tracker = _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
+    local = _tree.add(state.biased, _tree.scale(-rate, tracker))
     biased, weight, tracker = push((local, state.weight, tracker), state.step)
-    new = _averaging.over(biased, weight)
+    new = _tree.divide(biased, weight)
     return new, biased, weight, tracker, gradient
 
-  return descending(name, learning_rate, PushDigingState, start, advance)
+  return with_learning_rate(
+    name, learning_rate, PushDigingState, start, advance
+  )
 
 
 def _pushing(graph, name, check, comm) -> Averaging:
   return _averaging.as_averaging(
-    graph,
-    comm=comm,
-    check=check,
-    name=name,
-    requirement=_averaging.check_column_stochastic,
+    graph, name, check, comm, _requirements.COLUMN_STOCHASTIC
   )
 
 

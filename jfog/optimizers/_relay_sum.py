@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _requirements, _tree
 from jfog.optimizers._edge_exchange import Edges, edges_of
-from jfog.optimizers._transformation import around
+from jfog.optimizers._transformation import wrap_inner
 from jfog.primitives import allreduce, uniform
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
@@ -93,14 +93,14 @@ def relay_sum(
   for decentralized deep learning on heterogeneous data", 2021, arXiv 2110.04175.
   """
   name = "relay_sum"
-  _averaging.require_topology(tree, name)
+  _requirements.require_topology(tree, name)
   edges = edges_of(tree, name)
   if check:
     _check_tree(tree, name)
   unheard = _unheard(edges)
 
   def begin(params):
-    start = _averaging.copied(params)
+    start = _tree.copy(params)
     received = jax.tree.map(
       lambda x: jnp.zeros_like(x, shape=(edges.slots, *x.shape)), start
     )
@@ -122,7 +122,7 @@ def relay_sum(
 
     return jax.tree.map(average, h, received, start), start, received
 
-  return around(name, inner, RelaySumState, begin, combine)
+  return wrap_inner(name, inner, RelaySumState, begin, combine)
 
 
 def _check_tree(tree: Topology, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The two forms that most decentralized optimizers have as transformations."""
+"""The two forms of transformation that most decentralized optimizers have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,85 +7,86 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 
 
-def around(
+def wrap_inner(
   name: str,
   inner: optax.GradientTransformation,
   state_type: Callable[..., Any],
   start: Callable[[Any], tuple],
   combine: Callable[[Any, Any], tuple],
 ) -> optax.GradientTransformationExtraArgs:
-  """A transformation that combines what an inner one's local step leads to.
+  """A transformation that combines the results of an inner one's local steps.
 
       h = x + u,        x <- combine(h)
 
   Args:
-    name: the optimizer's, for error texts.
-    inner: the local optimizer, which gives `u`.
-    state_type: of the state: `(step, inner_state, *rest)`.
-    start: from the parameters to the rest of the first state.
-    combine: from `h`, in the accumulation dtype, and the state to the new
-      parameters and the rest of the new state, as one tuple.
+    name: name of the optimizer, for error texts.
+    inner: the local optimizer, with the updates `u`.
+    state_type: constructor of the state, of `(step, inner_state, *rest)`.
+    start: from the parameters to the `rest` of the initial state.
+    combine: from `h`, in the accumulation dtypes, and the state to the tuple of
+      the new parameters and the `rest` of the new state.
   """
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     step = jnp.zeros([], jnp.int32)
     return state_type(step, inner.init(params), *start(params))
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
+    _requirements.require_params(params, name)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
-    new, *rest = combine(_averaging.local_step(params, updates), state)
+    new, *rest = combine(_tree.local_step(params, updates), state)
     step = _averaging.next_step(state.step)
-    return (
-      _averaging.difference(new, params),
-      state_type(step, inner_state, *rest),
-    )
+    return _tree.updates_to(new, params), state_type(step, inner_state, *rest)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def descending(
+def with_learning_rate(
   name: str,
   learning_rate: Any,
   state_type: Callable[..., Any],
   start: Callable[[Any], tuple],
   advance: Callable[[Any, Any, jax.Array, Any], tuple],
 ) -> optax.GradientTransformationExtraArgs:
-  """A transformation with a step size of its own and no inner one.
+  """A transformation with a step size of its own and without an inner one.
 
   Args:
-    name: the optimizer's, for error texts.
+    name: name of the optimizer, for error texts.
     learning_rate: the step size, or a schedule of it.
-    state_type: of the state: `(step, *rest)`.
-    start: from the parameters to the rest of the first state.
+    state_type: constructor of the state, of `(step, *rest)`.
+    start: from the parameters to the `rest` of the initial state.
     advance: from the parameters and the gradient, both in the accumulation
-      dtype, the step size and the state to the new parameters and the rest of the
-      new state, as one tuple.
+      dtypes, the step size and the state to the tuple of the new parameters and
+      the `rest` of the new state.
 
   Raises:
     TypeError: if `learning_rate` is neither a real scalar nor a function.
   """
-  rate = _averaging.as_learning_rate(learning_rate, name)
+  rate = _requirements.as_learning_rate(learning_rate, name)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     return state_type(jnp.zeros([], jnp.int32), *start(params))
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     del extra
-    _averaging.require_params(params, name)
+    _requirements.require_params(params, name)
     new, *rest = advance(
-      _averaging.own(params),
-      _averaging.gradient(updates, params),
+      _tree.widen(params),
+      _tree.widen_gradient(updates, params),
       rate(state.step),
       state,
     )
     step = _averaging.next_step(state.step)
-    return _averaging.difference(new, params), state_type(step, *rest)
+    return _tree.updates_to(new, params), state_type(step, *rest)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.optimizers import _averaging
+from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.primitives import (
   Window,
   win_accumulate,
@@ -289,16 +289,16 @@ def window_push_sum(
   `DistributedPushSumOptimizer` of BlueFog.
   """
   name = "window_push_sum"
-  _averaging.require_topology(topology, name)
+  _requirements.require_topology(topology, name)
   if check:
-    _averaging.check_column_stochastic(topology, name)
-  every = _averaging.check_every(every, name)
+    _requirements.COLUMN_STOCHASTIC.check(topology, name)
+  every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
   least = _least_kept(topology.mixing_matrix)
 
   def init_fn(params) -> Any:
-    _averaging.require_params(params, name)
-    biased = _averaging.own(params)
+    _requirements.require_params(params, name)
+    biased = _tree.widen(params)
     window = win_create(
       biased,
       topology,
@@ -329,23 +329,23 @@ def window_push_sum(
   def update_fn(
     updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, Any]:
-    _averaging.require_params(params, name)
+    _requirements.require_params(params, name)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
     biased, window = _averaging.on_schedule(
       communicate,
       lambda operand, _: operand,
-      (_averaging.local_step(state.biased, updates), state.window),
+      (_tree.local_step(state.biased, updates), state.window),
       state.step,
       every,
       state.window.comm,
     )
     weight = win_associated_p(window)
-    new = jax.tree.map(lambda xs: (xs / weight).astype(xs.dtype), biased)
+    new = _tree.divide(biased, weight)
     step = _averaging.next_step(state.step)
     return (
-      _averaging.difference(new, params),
+      _tree.updates_to(new, params),
       WindowPushSumState(step, inner_state, biased, window),
     )
 
@@ -356,22 +356,20 @@ def _averaging_in_window(
   name, state_type, exchange, inner, topology, every, delay, check, comm
 ) -> optax.GradientTransformationExtraArgs:
   """What `window_put` and `window_get` share; `exchange` tells them apart."""
-  _averaging.require_topology(topology, name)
+  _requirements.require_topology(topology, name)
   if check:
-    _averaging.check_row_stochastic(topology, name)
-  every = _averaging.check_every(every, name)
+    _requirements.AVERAGING.check(topology, name)
+  every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    _averaging.require_params(params, name)
-    window = win_create(
-      _averaging.own(params), topology, delay=delay, comm=comm
-    )
+    _requirements.require_params(params, name)
+    window = win_create(_tree.widen(params), topology, delay=delay, comm=comm)
     return state_type(jnp.zeros([], jnp.int32), inner.init(params), window)
 
   def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
-    _averaging.require_params(params, name)
-    own = _averaging.own(params)
+    _requirements.require_params(params, name)
+    own = _tree.widen(params)
     combined, window = _averaging.on_schedule(
       lambda operand, _: exchange(*operand),
       lambda operand, _: operand[::-1],
@@ -384,9 +382,7 @@ def _averaging_in_window(
       updates, state.inner_state, params, **extra
     )
     # (c - x) + u: what the neighbors change, and what the gradient does.
-    updates = _averaging.local_step(
-      _averaging.difference(combined, own), updates
-    )
+    updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
     return updates, state_type(step, inner_state, window)
 
