@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from jfog import runtime
+from jfog import _dtypes, runtime
 from jfog.optimizers import Compressor, message_bytes
 from jfog.primitives import allreduce, varying
 from jfog.runtime import Communicator, MpiCommunicator, resolve
@@ -294,7 +294,11 @@ def _run_counted(record, advance, params, state, batches, steps, every, comm):
 
 def _square_distance(x: Any, y: Any) -> jax.Array:
   squares = jax.tree.map(
-    lambda x, y: jnp.sum(jnp.abs(_widen(x) - _widen(y)) ** 2), x, y
+    lambda x, y: jnp.sum(
+      jnp.abs(_dtypes.accumulated(x) - _dtypes.accumulated(y)) ** 2
+    ),
+    x,
+    y,
   )
   return sum(jax.tree.leaves(squares), jnp.zeros([]))
 
@@ -382,8 +386,3 @@ def _of_processes(comm: Communicator) -> MpiCommunicator:
       "jfog.diagnostics.bytes_per_step."
     )
   return comm
-
-
-def _widen(x: Any) -> jax.Array:
-  x = jnp.asarray(x)
-  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

@@ -14,16 +14,26 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part of jfog may import of the others. A part is a subpackage or a
 # module beside them.
 LAYERS = {
-  "topology": set(),
+  "_validation": set(),
+  "_dtypes": set(),
+  "topology": {"_validation"},
   "timeline": set(),
   "_compat": set(),
   "_build": set(),
-  "runtime": {"topology", "_compat", "_mpi", "_nccl", "_build"},
-  "primitives": {"runtime", "topology", "_compat", "timeline"},
-  "optimizers": {"primitives", "runtime", "topology", "_compat"},
+  "runtime": {
+    *("topology", "_compat", "_validation", "_mpi", "_nccl", "_build"),
+  },
+  "primitives": {
+    *("runtime", "topology", "_compat", "_dtypes", "_validation", "timeline"),
+  },
+  "optimizers": {
+    *("primitives", "runtime", "topology", "_compat", "_dtypes"),
+    "_validation",
+  },
   "launch": {"optimizers", "primitives", "runtime", "topology", "timeline"},
   "diagnostics": {
     *("optimizers", "primitives", "runtime", "topology", "timeline"),
+    *("_dtypes", "_validation"),
   },
 }
 LAYERS["cli"] = set(LAYERS)

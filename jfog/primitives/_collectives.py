@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad
 
-from jfog import _compat
+from jfog import _compat, _dtypes
 from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
 from jfog.primitives._nccl import Reduction
 from jfog.primitives._operation import Call
@@ -259,9 +259,7 @@ def _mesh_allreduce(x, op, comm):
     return x
   if x.dtype == jnp.bool_:
     return _mesh_extremum(x, "max", comm)
-  wide = _compat.varying(
-    x.astype(_pytree.accumulation_dtype(x.dtype)), comm.axes
-  )
+  wide = _compat.varying(x.astype(_dtypes.accumulation(x.dtype)), comm.axes)
   total = lax.psum(wide, comm.axes)
   return (total / comm.size if op == "mean" else total).astype(x.dtype)
 
@@ -277,7 +275,7 @@ def _mesh_extremum(x, op, comm):
     return number.astype(jnp.bool_)
   x = _compat.varying(x, comm.axes)
   if op == "prod":
-    wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+    wide = x.astype(_dtypes.accumulation(x.dtype))
     return jnp.prod(
       _mesh.gather(wide, comm.axes), axis=0, dtype=wide.dtype
     ).astype(x.dtype)
@@ -371,7 +369,7 @@ def _wires(leaves, op):
     elif x.dtype in (jnp.int16, jnp.uint16):
       wires.append(x.astype(x.dtype.name.replace("16", "32")))
     else:
-      wires.append(x.astype(_pytree.accumulation_dtype(x.dtype)))
+      wires.append(x.astype(_dtypes.accumulation(x.dtype)))
   flags = [jnp.isnan(x).astype(jnp.uint8) for x in leaves if _flags(x, op)]
   return [*wires, *flags]
 
@@ -443,9 +441,7 @@ def finish_allreduce(own, weights, received, static):
   op, size = static
   if _gathers(own, op):
     return [
-      jnp.prod(x.astype(_pytree.accumulation_dtype(x.dtype)), axis=0).astype(
-        x.dtype
-      )
+      jnp.prod(x.astype(_dtypes.accumulation(x.dtype)), axis=0).astype(x.dtype)
       for x in received
     ]
   wires: dict[int, jax.Array] = {}

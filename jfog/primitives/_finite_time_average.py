@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog import _compat
+from jfog import _compat, _dtypes
 from jfog.primitives import (
   _collectives,
   _ffi_attributes,
@@ -80,9 +80,7 @@ def finite_time_average(
   if not leaves or comm.backend in ("mesh", "single"):
     results = [_on_mesh(leaf, graph, rounds, comm) for leaf in leaves]
     return Call(leaves, structure, results)
-  wide = [
-    leaf.astype(_pytree.accumulation_dtype(leaf.dtype)) for leaf in leaves
-  ]
+  wide = [leaf.astype(_dtypes.accumulation(leaf.dtype)) for leaf in leaves]
   return Call(
     leaves,
     structure,
@@ -126,7 +124,7 @@ def _rounds(graph: Any, comm: Communicator) -> int:
 
 def _on_mesh(x, graph, rounds, comm) -> jax.Array:
   axes = comm.axes if comm.backend == "mesh" else ()
-  wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+  wide = x.astype(_dtypes.accumulation(x.dtype))
   if axes:
     wide = _compat.varying(wide, axes)
   if not isinstance(graph, ExactAverage):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog import _compat
+from jfog import _compat, _dtypes
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
@@ -169,7 +169,7 @@ def _mean_part(x, inside, comm):
 
 def _mean(rows):
   """The mean over axis 0; equal values return bit for bit."""
-  wide = rows.astype(_pytree.accumulation_dtype(rows.dtype))
+  wide = rows.astype(_dtypes.accumulation(rows.dtype))
   mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
   return mean.astype(rows.dtype)
 
@@ -331,7 +331,7 @@ def _wide_split(leaves, size):
   for x in _nccl.Packing(leaves).pack(leaves):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
       x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
-    wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+    wide = x.astype(_dtypes.accumulation(x.dtype))
     vectors.append(_split(wide, size))
   return vectors
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad
 
-from jfog import _compat
+from jfog import _compat, _dtypes
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
@@ -179,7 +179,7 @@ def mix_on_mesh(leaves, topology, row, axes, rank) -> list[jax.Array]:
 def _base(own, topology, row, rank):
   """`(first summand, what is subtracted from every received value)`."""
   if row is not None:
-    return row[rank].astype(_real(own.dtype)) * own, None
+    return row[rank].astype(_dtypes.real(own.dtype)) * own, None
   difference = _ffi_attributes.difference_rows(topology)
   if difference.all():
     return own, own
@@ -195,7 +195,7 @@ def _base(own, topology, row, rank):
 
 def _mix_permuted(x, topology, row, axes, rank):
   """On devices: one `ppermute` for each group of edges that fits in one."""
-  own = x.astype(_pytree.accumulation_dtype(x.dtype))
+  own = x.astype(_dtypes.accumulation(x.dtype))
   total, minus = _base(own, topology, row, rank)
   for group in permutations(topology):
     sources = np.full(topology.size, -1)
@@ -213,7 +213,7 @@ def _mix_permuted(x, topology, row, axes, rank):
 
 def _mix_gathered(x, topology, row, axes, rank):
   """On virtual ranks: each picks its in-neighbors, in ascending order."""
-  own = x.astype(_pytree.accumulation_dtype(x.dtype))
+  own = x.astype(_dtypes.accumulation(x.dtype))
   total, minus = _base(own, topology, row, rank)
   if total is None:
     total = _mesh.nothing(own)
@@ -251,18 +251,14 @@ def _weights(topology, sources, row, rank, dtype):
   receives = jnp.asarray(sources >= 0)[..., rank]
   if row is not None:
     picked = jnp.asarray(np.maximum(sources, 0))[..., rank]
-    return row.astype(_real(dtype))[picked], receives
+    return row.astype(_dtypes.real(dtype))[picked], receives
   table = topology.mixing_matrix[np.arange(topology.size), sources]
   return _at(np.where(sources >= 0, table, 0.0), rank, dtype), receives
 
 
 def _at(table: np.ndarray, rank: Any, dtype: Any) -> jax.Array:
   """This rank's entry of a table, rounded once to the accumulation dtype."""
-  return jnp.asarray(table.astype(_real(dtype)))[..., rank]
-
-
-def _real(dtype: Any) -> np.dtype:
-  return jnp.finfo(dtype).dtype
+  return jnp.asarray(table.astype(_dtypes.real(dtype)))[..., rank]
 
 
 # Between processes: the rules of the primitive.
@@ -321,7 +317,7 @@ def _tangents(
       step, select, *leaves, fixed=fixed, weighting=weighting, **params
     )
     for i, x in enumerate(fetched):
-      term = drow[j].astype(_real(x.dtype)) * x
+      term = drow[j].astype(_dtypes.real(x.dtype)) * x
       out[i] = ad.add_tangents(out[i], term.astype(x.dtype))
   return out
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
+from jfog import _dtypes
 from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
 from jfog.primitives._operation import Call
 from jfog.runtime import Axis, Communicator, resolve
@@ -256,7 +257,7 @@ def pair_gossip(
         value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
       if not difference:
         return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)
-      wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+      wide = x.astype(_dtypes.accumulation(x.dtype))
       return (wide + _scaled(other, value.astype(wide.dtype) - wide)).astype(
         x.dtype
       )
@@ -332,7 +333,7 @@ def _as_weights(weights: list[Any], name: str) -> Any:
 
 
 def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
-  wide = x.astype(_pytree.accumulation_dtype(x.dtype))
+  wide = x.astype(_dtypes.accumulation(x.dtype))
   scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
   return scaled.astype(x.dtype)
 

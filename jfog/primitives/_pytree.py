@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jfog import _dtypes
 from jfog.runtime import Communicator
 
 
@@ -96,28 +96,6 @@ def axis_sizes(
   return lengths
 
 
-def accumulation_dtype(dtype: Any) -> np.dtype:
-  """The dtype in which values of `dtype` are weighted and summed.
-
-  float32 for all floats of at most 32 bits, else the dtype itself.
-  """
-  dtype = jnp.dtype(dtype)
-  if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-    return jnp.dtype(jnp.float32)
-  return dtype
-
-
-# What the native core reads. Smaller floats travel as float32.
-_NATIVE = frozenset(
-  jnp.dtype(name)
-  for name in (
-    *("bool", "int8", "int16", "int32", "int64"),
-    *("uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-  )
-)
-
-
 def to_native(
   leaves: Sequence[jax.Array], names: Sequence[str], operation: str
 ) -> list[jax.Array]:
@@ -128,13 +106,12 @@ def to_native(
   """
   out = []
   for leaf, name in zip(leaves, names, strict=True):
-    if leaf.dtype not in _NATIVE:
-      if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-          f"{operation}: the leaf {name} has dtype {leaf.dtype}, which MPI "
-          f"does not carry; cast it to int8."
-        )
-      leaf = leaf.astype(jnp.float32)
+    try:
+      dtype = _dtypes.wire(leaf.dtype)
+    except TypeError as error:
+      raise TypeError(f"{operation}: the leaf {name}: {error}") from None
+    if leaf.dtype != dtype:
+      leaf = leaf.astype(dtype)
     out.append(leaf)
   return out
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jfog import _dtypes
 from jfog.primitives import _mesh, _pytree
 
 # A sum over more slots than this is a loop in the program.
@@ -75,7 +76,7 @@ def times(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 def sum_dtype(x: jax.Array) -> np.dtype:
   """The dtype in which values like `x` are weighted and summed."""
-  return _pytree.accumulation_dtype(x.dtype)
+  return _dtypes.accumulation(x.dtype)
 
 
 def along(values: Any, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jfog.topology import _validation
+from jfog import _validation
 from jfog.topology._schedule import Schedule
 
 Matrices = list[np.ndarray]  # of the rounds, each of shape (size, size)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfog.topology import _validation, _weights
+from jfog import _validation
+from jfog.topology import _weights
 from jfog.topology._schedule import Schedule
 from jfog.topology._topology import Topology
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jfog.topology import _plot, _topology, _validation
+from jfog import _validation
+from jfog.topology import _plot, _topology
 from jfog.topology._topology import Topology
 
 

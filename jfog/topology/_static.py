@@ -7,7 +7,8 @@ from typing import Any, Literal
 import networkx as nx
 import numpy as np
 
-from jfog.topology import _validation, _weights
+from jfog import _validation
+from jfog.topology import _weights
 from jfog.topology._topology import Topology, matrix_of
 
 _DRAWS = 100  # of a random graph, until one is connected

@@ -5,7 +5,7 @@ from typing import overload
 
 import numpy as np
 
-from jfog.topology import _validation
+from jfog import _validation
 from jfog.topology._schedule import Schedule
 from jfog.topology._static import circulant
 from jfog.topology._topology import Topology

@@ -10,7 +10,8 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from jfog.topology import _plot, _validation, _weights
+from jfog import _validation
+from jfog.topology import _plot, _weights
 
 TOLERANCE = 1e-9  # of the sums of rows and columns, and of symmetry
 
