@@ -302,13 +302,13 @@ class Collective : public Operation {
 
 class AllreduceOperation : public Collective {
  public:
-  AllreduceOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+  AllreduceOperation(std::shared_ptr<Communicator> comm, Payload leaves,
                      Reduction reduction)
       : Collective(std::move(comm), "allreduce", std::move(leaves), reduction),
         reduction_(reduction) {}
 
  private:
-  // Leaves of one wire type form one vector, whatever their number.
+  // Payload of one wire type form one vector, whatever their number.
   struct Vector {
     std::size_t count = 0;
     std::byte* wire = nullptr;
@@ -368,7 +368,7 @@ class AllreduceOperation : public Collective {
 
 class BroadcastOperation : public Collective {
  public:
-  BroadcastOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+  BroadcastOperation(std::shared_ptr<Communicator> comm, Payload leaves,
                      std::int64_t root)
       : Collective(std::move(comm), "broadcast", std::move(leaves), root),
         root_(static_cast<int>(root)) {}
@@ -409,7 +409,7 @@ class AllgatherOperation : public Collective {
  public:
   // `rows[i * size + r]` is the length of axis 0 that rank r brings of leaf i;
   // `row_bytes[i]` the bytes of one of it.
-  AllgatherOperation(std::shared_ptr<Communicator> comm, Leaves leaves,
+  AllgatherOperation(std::shared_ptr<Communicator> comm, Payload leaves,
                      Longs rows, std::vector<std::size_t> row_bytes)
       : Collective(std::move(comm), "allgather", std::move(leaves), 0) {
     const std::size_t size = this->comm().size();
@@ -532,14 +532,14 @@ Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
                        ffi::RemainingRets results, std::int64_t context,
                        std::int64_t mode) {
   JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "barrier"));
-  return Launch(std::make_shared<Meeting>(comm, "barrier", Leaves(), 0),
+  return Launch(std::make_shared<Meeting>(comm, "barrier", Payload(), 0),
                 results, mode);
 }
 
 }  // namespace
 
 ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
-                          const char* name, Leaves leaves,
+                          const char* name, Payload leaves,
                           std::uint64_t variant) {
   Meeting meeting(comm, name, std::move(leaves), variant);
   meeting.Start();

@@ -15,7 +15,7 @@ namespace jfog::mpi {
 // Waits until all ranks have come to this, with leaves and a variant like
 // these. A step of a collective operation that goes on without XLA.
 ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
-                          const char* name, Leaves leaves,
+                          const char* name, Payload leaves,
                           std::uint64_t variant);
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Allreduce);

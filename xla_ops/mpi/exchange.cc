@@ -15,7 +15,7 @@ constexpr std::size_t kShortShared = 512;
 }  // namespace
 
 Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
-                   Leaves leaves, std::uint64_t variant, Edges edges)
+                   Payload leaves, std::uint64_t variant, Edges edges)
     : Operation(std::move(comm), name, std::move(leaves), variant),
       edges_(std::move(edges)),
       payload_(this->leaves().payload_bytes),

@@ -46,7 +46,7 @@ class Exchange : public Operation {
     std::size_t end = 0;
   };
 
-  Exchange(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
+  Exchange(std::shared_ptr<Communicator> comm, const char* name, Payload leaves,
            std::uint64_t variant, Edges edges);
 
   // Writes the payload's bytes [begin, end) for a destination, by its index.

@@ -23,8 +23,8 @@ constexpr const char* kName = "finite_time_average";
 
 // The leaves in their places, from `input` to the outputs, without the memory.
 enum Input { kOperands, kOutputs };
-Leaves ViewOf(const Leaves& whole, Input input) {
-  Leaves view;
+Payload ViewOf(const Payload& whole, Input input) {
+  Payload view;
   view.leaves = whole.leaves;
   if (input == kOutputs) {
     for (Leaf& leaf : view.leaves) leaf.input = leaf.output;
@@ -38,7 +38,7 @@ Leaves ViewOf(const Leaves& whole, Input input) {
 // one of the two travels.
 class Hop : public Exchange {
  public:
-  Hop(std::shared_ptr<Communicator> comm, Leaves leaves, std::uint64_t variant,
+  Hop(std::shared_ptr<Communicator> comm, Payload leaves, std::uint64_t variant,
       const Round& round, std::byte* t, bool sends_s, bool late)
       : Exchange(std::move(comm), kName, std::move(leaves), variant,
                  {round.sources, round.destinations, /*alike=*/true, late}),
@@ -88,11 +88,11 @@ struct FiniteTimePlan : Plan {
 // starts when the one before it has ended.
 class FiniteTime : public Operation {
  public:
-  FiniteTime(const FiniteTimePlan& plan, Leaves leaves)
+  FiniteTime(const FiniteTimePlan& plan, Payload leaves)
       : Operation(plan.comm, kName, std::move(leaves),
                   static_cast<std::uint64_t>(plan.graph)),
         divides_(plan.is_exact) {
-    const Leaves& whole = this->leaves();
+    const Payload& whole = this->leaves();
     if (plan.is_exact) {
       sum_ = Buffer(whole.payload_bytes);
       std::memset(sum_.get(), 0, whole.payload_bytes);

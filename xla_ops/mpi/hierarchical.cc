@@ -43,7 +43,7 @@ constexpr const char* kName = "hierarchical_neighbor_allreduce";
 class Hierarchical : public Operation {
  public:
   // `members` are the ranks of this machine, `round` speaks of ranks.
-  Hierarchical(std::shared_ptr<Communicator> comm, Leaves leaves,
+  Hierarchical(std::shared_ptr<Communicator> comm, Payload leaves,
                std::uint64_t variant, const std::vector<int>& members,
                Round round)
       : Operation(std::move(comm), kName, std::move(leaves), variant),
@@ -113,7 +113,7 @@ class Hierarchical : public Operation {
   // The cut of the payload.
 
   void CutPayload() {
-    const Leaves& whole = leaves();
+    const Payload& whole = leaves();
     const std::size_t end =
         whole.size() == 0
             ? 0

@@ -16,7 +16,7 @@
 #include "mpi/communicator.h"
 #include "mpi/plan.h"
 #include "mpi/progress_engine.h"
-#include "mpi/window.h"
+#include "mpi/windows/window.h"
 
 namespace jfog::mpi {
 namespace {

@@ -9,7 +9,8 @@
 #include "mpi/lifecycle.h"
 #include "mpi/neighbor_allgather.h"
 #include "mpi/neighbor_allreduce.h"
-#include "mpi/windows.h"
+#include "mpi/windows/handlers.h"
+#include "mpi/windows/mutex.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace py = pybind11;

@@ -30,9 +30,9 @@ struct GatherPlan : Plan {
 
 // What one rank brings of all leaves, as a payload of its own: elements that
 // lie in the gathered leaves from `starts` on, which then move on behind it.
-Leaves PartOf(const Leaves& whole, const GatherPlan& plan, int rank,
-              std::vector<std::size_t>* starts) {
-  Leaves part;
+Payload PartOf(const Payload& whole, const GatherPlan& plan, int rank,
+               std::vector<std::size_t>* starts) {
+  Payload part;
   for (std::size_t i = 0; i < whole.size(); ++i) {
     Leaf leaf = whole[i];
     const std::size_t start = (*starts)[i] * SizeOf(leaf.type);
@@ -47,22 +47,22 @@ Leaves PartOf(const Leaves& whole, const GatherPlan& plan, int rank,
 }
 
 // The parts of ranks that lie one behind the other.
-std::vector<Leaves> PartsOf(const Leaves& whole, const GatherPlan& plan,
-                            const std::vector<int>& ranks) {
+std::vector<Payload> PartsOf(const Payload& whole, const GatherPlan& plan,
+                             const std::vector<int>& ranks) {
   std::vector<std::size_t> starts(whole.size(), 0);
-  std::vector<Leaves> parts;
+  std::vector<Payload> parts;
   for (int rank : ranks) parts.push_back(PartOf(whole, plan, rank, &starts));
   return parts;
 }
 
-std::vector<std::size_t> Sizes(const std::vector<Leaves>& parts) {
+std::vector<std::size_t> Sizes(const std::vector<Payload>& parts) {
   std::vector<std::size_t> sizes;
-  for (const Leaves& part : parts) sizes.push_back(part.payload_bytes);
+  for (const Payload& part : parts) sizes.push_back(part.payload_bytes);
   return sizes;
 }
 
 // Ranks bring different lengths, so what must agree are all of them.
-std::uint64_t Signature(const Leaves& leaves, const GatherPlan& plan) {
+std::uint64_t Signature(const Payload& leaves, const GatherPlan& plan) {
   std::uint64_t signature = leaves.size();
   for (const Leaf& leaf : leaves) {
     signature = Mix(signature, static_cast<std::uint64_t>(leaf.type));
@@ -75,8 +75,8 @@ std::uint64_t Signature(const Leaves& leaves, const GatherPlan& plan) {
 // y = [x_j for j in sources], along the first axis.
 class Gather : public Exchange {
  public:
-  Gather(const GatherPlan& plan, const char* name, Leaves whole,
-         std::uint64_t variant, const Round& round, std::vector<Leaves> parts)
+  Gather(const GatherPlan& plan, const char* name, Payload whole,
+         std::uint64_t variant, const Round& round, std::vector<Payload> parts)
       : Exchange(
             plan.comm, name, std::move(whole), variant,
             {round.sources, round.destinations, true, false, Sizes(parts)}),
@@ -84,7 +84,7 @@ class Gather : public Exchange {
     SetSignature(Signature(leaves(), plan));
     // What is behind the last part is padding.
     std::vector<std::size_t> filled(leaves().size(), 0);
-    for (const Leaves& part : parts_) {
+    for (const Payload& part : parts_) {
       for (std::size_t i = 0; i < part.size(); ++i) {
         filled[i] += part[i].bytes();
       }
@@ -127,16 +127,16 @@ class Gather : public Exchange {
     return parts_[s].bytes;
   }
 
-  const std::vector<Leaves> parts_;  // of the sources
+  const std::vector<Payload> parts_;  // of the sources
 };
 
 // Its transpose: y = sum_i c_i[my part], each destination getting back its own
 // part of c.
 class Scatter : public Exchange {
  public:
-  Scatter(const GatherPlan& plan, const char* name, Leaves whole,
-          std::uint64_t variant, const Round& round, std::vector<Leaves> parts,
-          Leaves own)
+  Scatter(const GatherPlan& plan, const char* name, Payload whole,
+          std::uint64_t variant, const Round& round, std::vector<Payload> parts,
+          Payload own)
       : Exchange(plan.comm, name, std::move(whole), variant,
                  {round.destinations, round.sources, false, false,
                   std::vector<std::size_t>(round.destinations.size(),
@@ -187,8 +187,8 @@ class Scatter : public Exchange {
     return parts_[d].bytes;
   }
 
-  const std::vector<Leaves> parts_;  // of the destinations
-  const Leaves own_;
+  const std::vector<Payload> parts_;  // of the destinations
+  const Payload own_;
 };
 
 constexpr const char* kAllgather = "neighbor_allgather";
@@ -234,12 +234,12 @@ Completion Call(const char* name, bool transposed,
   }
   if (transposed) JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
   if (plan.mode == kStart) leaves.Stage(/*apart=*/true);
-  std::vector<Leaves> parts = PartsOf(leaves, plan, round->sources);
+  std::vector<Payload> parts = PartsOf(leaves, plan, round->sources);
   const std::uint64_t variant = Mix(plan.graph, plan.first + at);
   std::shared_ptr<Exchange> operation;
   if (transposed) {
     std::vector<std::size_t> starts(leaves.size(), 0);
-    Leaves own = PartOf(leaves, plan, me, &starts);
+    Payload own = PartOf(leaves, plan, me, &starts);
     operation =
         std::make_shared<Scatter>(plan, name, std::move(leaves), variant,
                                   *round, std::move(parts), std::move(own));

@@ -16,7 +16,7 @@ namespace jfog::mpi {
 // The weighted sum of one's own payload and those of the sources.
 class Average : public Exchange {
  public:
-  Average(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
+  Average(std::shared_ptr<Communicator> comm, const char* name, Payload leaves,
           std::uint64_t variant, Round round, bool late = false)
       : Exchange(std::move(comm), name, std::move(leaves), variant,
                  {std::move(round.sources), std::move(round.destinations),

@@ -1,24 +1,15 @@
-// The leaves of one operation: their layout inside a message, their signature.
+// Payload of an operation: its leaves, their offsets in a message, signature.
 #include "mpi/payload.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "common/text.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
-namespace {
 
-// Cache lines of a leaf are cache lines of the payload.
-constexpr std::size_t kAlignment = 64;
-
-std::size_t RoundUp(std::size_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
-}  // namespace
-
-std::uint64_t Leaves::Signature() const {
+std::uint64_t Payload::Signature() const {
   std::uint64_t hash = size();
   for (const Leaf& leaf : leaves) {
     hash = Mix(hash, static_cast<std::uint64_t>(leaf.type));
@@ -27,15 +18,15 @@ std::uint64_t Leaves::Signature() const {
   return hash;
 }
 
-std::string Leaves::Describe() const {
+std::string Payload::Describe() const {
   std::vector<Shape> shapes;
   for (const Leaf& leaf : leaves) shapes.push_back({leaf.type, leaf.count});
   return jfog::Describe(shapes);
 }
 
-void Leaves::Stage(bool apart) {
-  const auto shares = [apart](const Leaf& leaf) {
-    return !apart && leaf.output_count == leaf.count;
+void Payload::Stage(bool separate_outputs) {
+  const auto shares = [separate_outputs](const Leaf& leaf) {
+    return !separate_outputs && leaf.output_count == leaf.count;
   };
   std::size_t total = payload_bytes;
   for (const Leaf& leaf : leaves) {
@@ -55,7 +46,7 @@ void Leaves::Stage(bool apart) {
   }
 }
 
-void Leaves::ComputeOffsets() {
+void Payload::ComputeOffsets() {
   payload_bytes = bytes = 0;
   for (Leaf& leaf : leaves) {
     leaf.offset = payload_bytes;
@@ -64,7 +55,7 @@ void Leaves::ComputeOffsets() {
   }
 }
 
-std::size_t Leaves::BytesIn(std::size_t begin, std::size_t end) const {
+std::size_t Payload::BytesIn(std::size_t begin, std::size_t end) const {
   std::size_t sum = 0;
   ForEachRun(begin, end,
              [&](const Leaf& leaf, std::size_t, std::size_t count,
@@ -72,8 +63,8 @@ std::size_t Leaves::BytesIn(std::size_t begin, std::size_t end) const {
   return sum;
 }
 
-std::size_t Leaves::Cut(std::size_t begin, std::size_t end, std::size_t part,
-                        std::size_t parts) const {
+std::size_t Payload::Cut(std::size_t begin, std::size_t end, std::size_t part,
+                         std::size_t parts) const {
   if (part == 0) return begin;
   std::size_t wanted = BytesIn(begin, end) * part / parts;
   std::size_t cut = end;
@@ -89,9 +80,31 @@ std::size_t Leaves::Cut(std::size_t begin, std::size_t end, std::size_t part,
   return cut;
 }
 
-ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
-                                ffi::RemainingRets* results) {
-  Leaves leaves;
+void Payload::CopyOut(std::size_t begin, std::size_t end,
+                      std::byte* message) const {
+  ForEachRun(begin, end,
+             [&](const Leaf& leaf, std::size_t first, std::size_t count,
+                 std::size_t at) {
+               const std::size_t width = SizeOf(leaf.type);
+               std::memcpy(message + at, leaf.input + first * width,
+                           count * width);
+             });
+}
+
+void Payload::CopyIn(std::size_t begin, std::size_t end,
+                     const std::byte* message) const {
+  ForEachRun(begin, end,
+             [&](const Leaf& leaf, std::size_t first, std::size_t count,
+                 std::size_t at) {
+               const std::size_t width = SizeOf(leaf.type);
+               std::memcpy(leaf.output + first * width, message + at,
+                           count * width);
+             });
+}
+
+ffi::ErrorOr<Payload> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
+                                 ffi::RemainingRets* results) {
+  Payload leaves;
   const std::size_t size = args.size() < first ? 0 : args.size() - first;
   if (results != nullptr && results->size() != size) {
     return ffi::Unexpected(
@@ -122,7 +135,7 @@ ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
 }
 
 bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
-                Leaves* leaves) {
+                Payload* leaves) {
   if (args.size() != leaves->size() || results.size() != leaves->size()) {
     return false;
   }

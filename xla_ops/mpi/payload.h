@@ -1,4 +1,4 @@
-// The leaves of one operation: their layout inside a message, their signature.
+// Payload of an operation: its leaves, their offsets in a message, signature.
 #ifndef JFOG_XLA_OPS_MPI_PAYLOAD_H_
 #define JFOG_XLA_OPS_MPI_PAYLOAD_H_
 
@@ -25,13 +25,14 @@ struct Leaf {
   std::size_t output_bytes() const { return output_count * SizeOf(type); }
 };
 
-// All leaves of a pytree form one payload, every leaf at an offset that suits
-// its alignment.
-struct Leaves {
+// The leaves of one operation as a single payload. Each leaf starts at a
+// multiple of a cache line, so cache lines of a leaf are cache lines of the
+// payload.
+struct Payload {
   std::vector<Leaf> leaves;
   std::size_t payload_bytes = 0;
-  std::size_t bytes = 0;  // of the payload without what aligns it
-  Buffer staging;
+  std::size_t bytes = 0;  // of the leaves, without padding
+  Buffer staging;         // owns inputs and outputs after `Stage`
 
   std::size_t size() const { return leaves.size(); }
   const Leaf& operator[](std::size_t i) const { return leaves[i]; }
@@ -44,38 +45,48 @@ struct Leaves {
   // "3 leaves, float32 x 1200, ..."
   std::string Describe() const;
 
-  // Copies the inputs to memory of our own, for an operation that outlives its
-  // call. Outputs of the same length share it, or none where `apart`.
-  void Stage(bool apart = false);
-  // Gives the leaves their places in the payload.
+  // Copies the inputs to memory of this object, for an operation that outlives
+  // its call. An output of the input's length shares the input's memory, unless
+  // `separate_outputs`.
+  void Stage(bool separate_outputs = false);
+  // Sets the offset of each leaf, and the totals.
   void ComputeOffsets();
 
-  // The leaves' own bytes in [begin, end) of the payload.
+  // Bytes of leaves, without padding, in [begin, end) of the payload.
   std::size_t BytesIn(std::size_t begin, std::size_t end) const;
-  // The place, between two elements, that has `part` of `parts` of those before
-  // it.
+  // The offset in [begin, end), between two elements, with about `part / parts`
+  // of the range's bytes before it.
   std::size_t Cut(std::size_t begin, std::size_t end, std::size_t part,
                   std::size_t parts) const;
 
-  // Calls `f(leaf, first, count, bytes)` for every run of elements of one leaf
-  // between two multiples of 64 bytes of the payload; `bytes` counts from
-  // `begin`.
+  // Copies bytes [begin, end) of the payload from the inputs to a message.
+  void CopyOut(std::size_t begin, std::size_t end, std::byte* message) const;
+  // Copies bytes [begin, end) of the payload from a message to the outputs.
+  void CopyIn(std::size_t begin, std::size_t end,
+              const std::byte* message) const;
+
+  // Calls `f(leaf, first, count, at)` for each run of `count` elements of one
+  // leaf, from element `first` on, in bytes [begin, end) of the payload; `at`
+  // is the run's offset from `begin`. Both bounds are multiples of the
+  // elements' widths, such as cache lines.
   template <typename F>
   void ForEachRun(std::size_t begin, std::size_t end, F f) const;
 };
 
-// Reads the operands from `first` on, and one result for each if `results` are
-// given; without them outputs are null and counted like the inputs.
-ffi::ErrorOr<Leaves> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
-                                ffi::RemainingRets* results);
+// Reads the operands from `first` on and, unless `results` is null, one result
+// for each; without results the outputs are null and as long as the inputs.
+ffi::ErrorOr<Payload> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
+                                 ffi::RemainingRets* results);
 
-// Takes the places of operands and results of a later call; false if those are
-// not leaves of the same types and lengths.
+// Points the leaves at the operands and results of a later call; false if these
+// differ in number, type or length.
 bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
-                Leaves* leaves);
+                Payload* leaves);
+
+using Leaves = Payload;
 
 template <typename F>
-void Leaves::ForEachRun(std::size_t begin, std::size_t end, F f) const {
+void Payload::ForEachRun(std::size_t begin, std::size_t end, F f) const {
   // The last leaf that starts at or before `begin`.
   std::size_t low = 0, high = leaves.size();
   while (high - low > 1) {

@@ -1,34 +1,34 @@
-// Windows: what a rank exposes, and slots that its in-neighbors write.
-#include "mpi/window.h"
+// Windows of this process: a value that each rank exposes, and slots that its
+// in-neighbors write.
+#include "mpi/windows/window.h"
 
 #include <algorithm>
 #include <cstring>
 #include <new>
 #include <random>
+#include <utility>
 
 #include "common/weighted_sum.h"
 #include "mpi/collectives.h"
-#include "mpi/window_service.h"
-#include "mpi/window_transfer.h"
 
 namespace jfog::mpi {
 namespace {
 
 constexpr std::chrono::microseconds kNap{100};
 
-// What the windows of a communicator share.
+// State that the windows of one communicator share.
 struct Group {
-  MPI_Comm machine = MPI_COMM_NULL;  // of ranks that share memory
-  std::vector<int> local;            // of each rank its number there, or -1
-  std::uint64_t windows = 0;         // made so far
+  MPI_Comm machine = MPI_COMM_NULL;  // the ranks that share memory
+  std::vector<int> local;     // of each rank its rank in `machine`, or -1
+  std::uint64_t windows = 0;  // made so far
 };
 
 struct Registry {
   std::mutex mutex;
   std::map<const Communicator*, Group> groups;
-  std::map<std::uint32_t, std::shared_ptr<Window>> by_number;
-  // A number of an earlier process, as a checkpoint may hold it, should not be
-  // that of a window of this one.
+  std::map<std::uint32_t, std::shared_ptr<Window>> by_handle;
+  // Starts at random, so that a handle of an earlier process, for instance in a
+  // checkpoint, does not match a window of this one.
   std::uint32_t next = std::random_device()();
   bool ended = false;
 };
@@ -39,7 +39,7 @@ Registry& TheRegistry() {
   return *registry;
 }
 
-// Collective, in the first window of a communicator.
+// Collective, for the first window of a communicator.
 Group MakeGroup(const Communicator& comm) {
   int lowest = comm.rank();
   for (int rank = comm.size() - 1; rank >= 0 && comm.lanes(); --rank) {
@@ -55,17 +55,17 @@ Group MakeGroup(const Communicator& comm) {
 }  // namespace
 
 ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
-    std::shared_ptr<Communicator> comm, WindowPlan plan, Leaves leaves) {
+    std::shared_ptr<Communicator> comm, WindowPlan plan, Payload payload) {
   static const char* const kName = "win_create";
-  for (const Leaf& leaf : leaves) {
+  for (const Leaf& leaf : payload) {
     if (!HasSum(leaf.type)) {
       return ffi::Unexpected(MakeError(
           ffi::ErrorCode::kInvalidArgument,
           std::string(kName) + " has no sums of " + NameOf(leaf.type)));
     }
   }
-  Leaves described;
-  described.leaves = leaves.leaves;
+  Payload described;
+  described.leaves = payload.leaves;
   described.ComputeOffsets();
   ffi::Error error =
       CheckedBarrier(comm, kName, std::move(described), plan.variant);
@@ -77,13 +77,15 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   Registry& registry = TheRegistry();
   Group group;
   {
+    // The lock is not held over the collective calls below, which wait for
+    // other ranks while other threads look windows up.
     std::lock_guard<std::mutex> lock(registry.mutex);
     group = registry.groups[comm.get()];
   }
   if (group.machine == MPI_COMM_NULL) group = MakeGroup(*comm);
-  window->id_ = group.windows++;
+  window->global_id_ = group.windows++;
 
-  // p starts as 1, in the dtype in which it undergoes the data's arithmetic.
+  // p starts as 1, in the dtype that follows the arithmetic of the data.
   alignas(8) std::byte one[8];
   Leaf p{window->plan_.p_type, 1, 1, one, nullptr, 0};
   if (p.type == DataType::F64) {
@@ -93,85 +95,95 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
     const float value = 1;
     std::memcpy(one, &value, sizeof(value));
   }
-  if (window->has_p()) leaves.leaves.push_back(p);
-  leaves.ComputeOffsets();
-  window->layout_.leaves = leaves.leaves;
+  if (window->has_p()) payload.leaves.push_back(p);
+  payload.ComputeOffsets();
+  window->layout_.leaves = payload.leaves;
   window->layout_.ComputeOffsets();
 
-  const std::size_t payload = leaves.payload_bytes;
-  const int records = 1 + static_cast<int>(window->plan_.sources.size());
-  const std::size_t bytes = WindowMemory::Bytes(payload, records);
-  window->parts_.resize(comm->size());
-  window->shared_ = SharedMemory::Make(group.machine, bytes);
-  if (window->shared_ != nullptr) {
-    for (int rank = 0; rank < comm->size(); ++rank) {
-      if (group.local[rank] < 0) continue;
-      window->parts_[rank] =
-          WindowMemory(window->shared_->of(group.local[rank]), payload);
-    }
-  } else {
-    try {
-      window->private_ = Buffer(bytes);
-    } catch (const std::bad_alloc&) {
-      comm->Fail(ffi::ErrorCode::kResourceExhausted,
-                 "win_create on rank " + std::to_string(comm->rank()) +
-                     " has no memory for " + std::to_string(bytes) + " bytes");
-      return ffi::Unexpected(comm->Refusal());
-    }
-    window->parts_[comm->rank()] =
-        WindowMemory(window->private_.get(), payload);
-  }
-  window->own_ = window->parts_[comm->rank()];
-  window->own_.Initialize(records);
-  for (int record = 0; record < records; ++record) {
-    if (record > 0 && window->plan_.zero_init) {
-      std::memset(window->own_.payload(record), 0, payload);
-    } else {
-      WriteScaled(leaves, 1, window->own_.payload(record));
-    }
-  }
-  {
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    registry.groups[comm.get()] = group;
-    window->number_ = registry.next++;
-    registry.by_number.emplace(window->number_, window);
-  }
-  const bool all_near =
-      std::all_of(window->parts_.begin(), window->parts_.end(),
-                  [](const WindowMemory& part) { return bool(part); });
-  if (!all_near) ServeWindows(comm);
-  // Nobody writes before all can read.
-  error = CheckedBarrier(comm, kName, Leaves(), window->id_);
+  error = window->AllocateMemory(group.machine, group.local);
   if (error.failure()) return ffi::Unexpected(std::move(error));
+  window->FillRecords(payload);
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.groups[comm.get()] = group;
+  window->local_handle_ = registry.next++;
+  registry.by_handle.emplace(window->local_handle_, window);
   return window;
 }
 
-Leaves Window::At(const std::byte* payload) const {
-  Leaves leaves;
-  leaves.leaves = layout_.leaves;
-  leaves.ComputeOffsets();
-  for (Leaf& leaf : leaves.leaves) leaf.input = payload + leaf.offset;
-  return leaves;
+// Collective over `machine`.
+ffi::Error Window::AllocateMemory(MPI_Comm machine,
+                                  const std::vector<int>& local) {
+  const int records = 1 + static_cast<int>(plan_.sources.size());
+  const std::size_t payload = layout_.payload_bytes;
+  const std::size_t bytes = WindowMemory::Bytes(payload, records);
+  parts_.resize(comm_->size());
+  shared_ = SharedMemory::Make(machine, bytes);
+  if (shared_ != nullptr) {
+    for (int rank = 0; rank < comm_->size(); ++rank) {
+      if (local[rank] < 0) continue;
+      parts_[rank] = WindowMemory(shared_->of(local[rank]), payload);
+    }
+  } else {
+    try {
+      private_ = Buffer(bytes);
+    } catch (const std::bad_alloc&) {
+      comm_->Fail(ffi::ErrorCode::kResourceExhausted,
+                  "win_create on rank " + std::to_string(comm_->rank()) +
+                      " has no memory for " + std::to_string(bytes) + " bytes");
+      return comm_->Refusal();
+    }
+    parts_[comm_->rank()] = WindowMemory(private_.get(), payload);
+  }
+  own_ = parts_[comm_->rank()];
+  own_.Initialize(records);
+  return ffi::Error::Success();
 }
 
-ffi::Error Window::Complete(Leaves* leaves, const char* name) const {
-  const std::size_t size = layout_.size() - has_p();
-  bool alike = leaves->size() == size;
-  for (std::size_t i = 0; alike && i < size; ++i) {
-    alike = (*leaves)[i].type == layout_[i].type &&
-            (*leaves)[i].count == layout_[i].count;
+// Every record starts as this rank's own value, or a slot as zero.
+void Window::FillRecords(const Payload& payload) {
+  WriteScaled(payload, 1, own_.payload(0));
+  for (std::size_t k = 0; k < plan_.sources.size(); ++k) {
+    std::byte* slot = own_.payload(1 + static_cast<int>(k));
+    if (plan_.zero_init) {
+      std::memset(slot, 0, payload.payload_bytes);
+    } else {
+      WriteScaled(payload, 1, slot);
+    }
   }
-  if (!alike) {
+}
+
+bool Window::has_remote_parts() const {
+  return !std::all_of(parts_.begin(), parts_.end(),
+                      [](const WindowMemory& part) { return bool(part); });
+}
+
+Payload Window::PayloadAt(const std::byte* bytes) const {
+  Payload payload;
+  payload.leaves = layout_.leaves;
+  payload.ComputeOffsets();
+  for (Leaf& leaf : payload.leaves) leaf.input = bytes + leaf.offset;
+  return payload;
+}
+
+ffi::Error Window::BindPayload(Payload* payload, const char* name) const {
+  const std::size_t size = layout_.size() - has_p();
+  bool matches = payload->size() == size;
+  for (std::size_t i = 0; matches && i < size; ++i) {
+    matches = (*payload)[i].type == layout_[i].type &&
+              (*payload)[i].count == layout_[i].count;
+  }
+  if (!matches) {
     return MakeError(ffi::ErrorCode::kInvalidArgument,
-                     std::string(name) + " of " + leaves->Describe() +
+                     std::string(name) + " of " + payload->Describe() +
                          " on a window of " + layout_.Describe());
   }
   if (has_p()) {
-    // Only this rank's updates write it, and operations run one by one.
+    // Read without the record's lock: only updates of this rank write its p,
+    // and XLA runs this rank's window operations one after the other.
     Leaf p = layout_[size];
     p.input = own_.payload(0) + p.offset;
-    leaves->leaves.push_back(p);
-    leaves->ComputeOffsets();
+    payload->leaves.push_back(p);
+    payload->ComputeOffsets();
   }
   return ffi::Error::Success();
 }
@@ -199,73 +211,40 @@ ffi::Error Window::Acquire(TicketLock& lock, int rank,
   if (lock.Acquire(may_wait)) return ffi::Error::Success();
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   comm_->Fail(ffi::ErrorCode::kDeadlineExceeded,
-              title + " waited for what another rank has locked on rank " +
+              title + " waited for a lock that another rank holds on rank " +
                   std::to_string(rank) +
                   "; has it died, or does it keep a win_mutex? (the limit is "
                   "jfog.init(timeout=...))");
   return comm_->Refusal();
 }
 
-ffi::Error Window::LockOne(int rank) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto held = held_.find(rank);
-    if (held != held_.end() && held->second == std::this_thread::get_id()) {
-      return MakeError(ffi::ErrorCode::kFailedPrecondition,
-                       "win_mutex of rank " + std::to_string(rank) +
-                           " inside of one that has taken it already");
-    }
-  }
-  if (const WindowMemory& there = part(rank)) {
-    JFOG_RETURN_IF_ERROR(Acquire(there.head().mutex, rank, "win_mutex"));
-  } else {
-    JFOG_RETURN_IF_ERROR(
-        AskFor(shared_from_this(), WindowRequest::kLock, rank));
-  }
+bool Window::IsHeldByThisThread(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
-  held_[rank] = std::this_thread::get_id();
-  return ffi::Error::Success();
+  const auto holder = holders_.find(rank);
+  return holder != holders_.end() &&
+         holder->second == std::this_thread::get_id();
 }
 
-ffi::Error Window::UnlockOne(int rank) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    held_.erase(rank);
-  }
-  if (const WindowMemory& there = part(rank)) {
-    there.head().mutex.Release();
-    return ffi::Error::Success();
-  }
-  return AskFor(shared_from_this(), WindowRequest::kUnlock, rank);
+void Window::SetHolder(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  holders_[rank] = std::this_thread::get_id();
 }
 
-ffi::Error Window::Lock(const std::vector<int>& ranks) {
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    ffi::Error error = LockOne(ranks[i]);
-    if (error.success()) continue;
-    while (i > 0) UnlockOne(ranks[--i]);
-    return error;
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error Window::Unlock(const std::vector<int>& ranks) {
-  ffi::Error first;
-  for (int rank : ranks) {
-    ffi::Error error = UnlockOne(rank);
-    if (first.success()) first = std::move(error);
-  }
-  return first;
+void Window::ClearHolder(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  holders_.erase(rank);
 }
 
 ffi::Error Window::Free() {
   Registry& registry = TheRegistry();
   {
+    // The lock is dropped before the wait, so that the service can look up
+    // other windows meanwhile.
     std::lock_guard<std::mutex> lock(registry.mutex);
-    registry.by_number.erase(number_);
+    registry.by_handle.erase(local_handle_);
   }
   own_.head().state.store(WindowMemory::kFreed, std::memory_order_release);
-  // What was started has to end.
+  // Operations that this rank started still use the memory of other ranks.
   const Clock::time_point start = Clock::now();
   while (active_.load(std::memory_order_acquire) > 0) {
     JFOG_RETURN_IF_ERROR(comm_->Refusal());
@@ -278,8 +257,9 @@ ffi::Error Window::Free() {
     }
     std::this_thread::sleep_for(kNap);
   }
-  // When all have come here nobody reaches for anybody's part any more.
-  JFOG_RETURN_IF_ERROR(CheckedBarrier(comm_, "win_free", Leaves(), id_));
+  // After this barrier no rank has an operation in flight on any part.
+  JFOG_RETURN_IF_ERROR(
+      CheckedBarrier(comm_, "win_free", Payload(), global_id_));
   std::fill(parts_.begin(), parts_.end(), WindowMemory());
   own_ = WindowMemory();
   if (shared_ != nullptr) shared_->Free();
@@ -288,15 +268,16 @@ ffi::Error Window::Free() {
   return ffi::Error::Success();
 }
 
-ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* number,
+ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* handle,
                                                  const char* name) {
   Registry& registry = TheRegistry();
   std::shared_ptr<Window> window;
   {
-    // ThreadSanitizer knows nothing of how XLA passes the number on.
+    // The handle is read under the lock that `WriteHandle` takes, because
+    // ThreadSanitizer does not see how XLA passes buffers between threads.
     std::lock_guard<std::mutex> lock(registry.mutex);
-    const auto found = registry.by_number.find(*number);
-    if (found != registry.by_number.end()) window = found->second;
+    const auto found = registry.by_handle.find(*handle);
+    if (found != registry.by_handle.end()) window = found->second;
   }
   if (window == nullptr) {
     return ffi::Unexpected(
@@ -311,16 +292,19 @@ ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* number,
   return window;
 }
 
-void WriteNumber(const Window& window, std::uint32_t* number) {
+void WriteHandle(const Window& window, std::uint32_t* handle) {
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
-  *number = window.number();
+  *handle = window.local_handle();
 }
 
-std::shared_ptr<Window> FindWindow(const Communicator& comm, std::uint64_t id) {
+std::shared_ptr<Window> FindWindow(const Communicator& comm,
+                                   std::uint64_t global_id) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
-  for (const auto& [number, window] : registry.by_number) {
-    if (window->comm().get() == &comm && window->id() == id) return window;
+  for (const auto& [handle, window] : registry.by_handle) {
+    if (window->comm().get() == &comm && window->global_id() == global_id) {
+      return window;
+    }
   }
   return nullptr;
 }
@@ -336,15 +320,17 @@ void LeaveWindows(const Communicator* comm) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
   if (comm == nullptr) registry.ended = true;
-  for (auto it = registry.by_number.begin(); it != registry.by_number.end();) {
+  for (auto it = registry.by_handle.begin(); it != registry.by_handle.end();) {
     const Window& window = *it->second;
     if (comm != nullptr && window.comm().get() != comm) {
       ++it;
       continue;
     }
+    // Ranks that share the memory read the state there; remote ranks get it
+    // from the service.
     window.own().head().state.store(WindowMemory::kEnded,
                                     std::memory_order_release);
-    it = registry.by_number.erase(it);
+    it = registry.by_handle.erase(it);
   }
   if (comm != nullptr) registry.groups.erase(comm);
 }

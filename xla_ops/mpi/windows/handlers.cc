@@ -1,30 +1,33 @@
-// Handlers of windows.
-#include "mpi/windows.h"
+// FFI handlers of windows.
+#include "mpi/windows/handlers.h"
 
 #include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "common/weighted_sum.h"
 #include "mpi/call.h"
-#include "mpi/window.h"
-#include "mpi/window_transfer.h"
+#include "mpi/collectives.h"
+#include "mpi/windows/service.h"
+#include "mpi/windows/transfer.h"
+#include "mpi/windows/window.h"
 
 namespace jfog::mpi {
 namespace {
 
 using Ints = ffi::Span<const std::int32_t>;
-using Number = ffi::BufferR0<ffi::U32>;
+using HandleBuffer = ffi::BufferR0<ffi::U32>;
 
+constexpr const char* kCreate = "win_create";
 constexpr const char* kUpdate = "win_update";
 
-// How an associated p is stored; numbered as in _windows.py.
+// Dtypes of an associated p, in the order of the Python side.
 constexpr DataType kAssociated[] = {DataType::PRED, DataType::F32,
                                     DataType::F64};
 
-// An attribute that was made one longer, because it may not be empty.
+// Drops the last element of an attribute: Python appends one, since an FFI
+// array may not be empty.
 std::vector<int> WithoutLast(Ints ints) {
   return std::vector<int>(ints.begin(), ints.end() - 1);
 }
@@ -51,31 +54,33 @@ ffi::ErrorOr<std::vector<double>> ReadWeights(const ffi::AnyBuffer& weights,
       MakeError(ffi::ErrorCode::kInternal, "malformed operand of weights"));
 }
 
-// The result of an operation that gives the window back.
-ffi::ErrorOr<Leaves> ReadResult(ffi::RemainingRets results, std::int64_t mode) {
-  Leaves leaves;
+// The result of an operation that returns the window's handle.
+ffi::ErrorOr<Payload> ReadResult(ffi::RemainingRets results,
+                                 std::int64_t mode) {
+  Payload result;
   Leaf leaf{DataType::U32, 1, 1, nullptr, nullptr, 0};
   if (mode == kWhole) {
-    auto number = results.get<Number>(0);
-    if (!number) return ffi::Unexpected(number.error());
-    leaf.output = reinterpret_cast<std::byte*>((*number)->typed_data());
+    auto handle = results.get<HandleBuffer>(0);
+    if (!handle) return ffi::Unexpected(handle.error());
+    leaf.output = reinterpret_cast<std::byte*>((*handle)->typed_data());
   }
-  leaves.leaves.push_back(leaf);
-  leaves.ComputeOffsets();
+  result.leaves.push_back(leaf);
+  result.ComputeOffsets();
   if (mode == kStart) {
-    leaves.staging = Buffer(leaves.payload_bytes);
-    leaves[0].output = leaves.staging.get();
+    result.staging = Buffer(result.payload_bytes);
+    result[0].output = result.staging.get();
   }
-  return leaves;
+  return result;
 }
 
 Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
-                         ffi::Result<ffi::Token>, ffi::Result<Number> number,
-                         std::int64_t context, std::int64_t, std::int64_t graph,
+                         ffi::Result<ffi::Token>,
+                         ffi::Result<HandleBuffer> handle, std::int64_t context,
+                         std::int64_t, std::int64_t graph,
                          std::int64_t structure, Ints sources,
                          Ints destinations, Ints slots, std::int64_t zero_init,
                          std::int64_t associated) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "win_create"));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, kCreate));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
   WindowPlan plan;
   for (std::int64_t part : {graph, structure, zero_init, associated}) {
@@ -88,11 +93,15 @@ Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
   plan.p_type = kAssociated[associated];
   JFOG_ASSIGN_OR_RETURN(window,
                         Window::Make(comm, std::move(plan), std::move(leaves)));
-  WriteNumber(*window, number->typed_data());
+  if (window->has_remote_parts()) ServeWindows(comm);
+  // No rank writes to a window before its owner can look it up.
+  JFOG_RETURN_IF_ERROR(
+      CheckedBarrier(comm, kCreate, Payload(), window->global_id()));
+  WriteHandle(*window, handle->typed_data());
   return ffi::Error::Success();
 }
 
-constexpr const char* TitleOf(WindowRequest::Kind kind) {
+constexpr const char* NameOf(WindowRequest::Kind kind) {
   switch (kind) {
     case WindowRequest::kPut:
       return "win_put";
@@ -103,21 +112,21 @@ constexpr const char* TitleOf(WindowRequest::Kind kind) {
   }
 }
 
-// A put, an accumulate or a get.
+// Put, accumulate and get.
 template <WindowRequest::Kind kKind>
-Completion TransferImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
+Completion TransferImpl(ffi::Token, HandleBuffer handle, ffi::AnyBuffer weights,
                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                         ffi::RemainingRets results, std::int64_t,
                         std::int64_t mode, Ints peers) {
-  constexpr const char* kName = TitleOf(kKind);
-  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), kName));
+  constexpr const char* kName = NameOf(kKind);
+  JFOG_ASSIGN_OR_RETURN(window, FindWindow(handle.typed_data(), kName));
   std::vector<int> ranks = WithoutLast(peers);
   JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, ranks.size()));
   JFOG_ASSIGN_OR_RETURN(result, ReadResult(results, mode));
-  Leaves value;
+  Payload value;
   if (kKind != WindowRequest::kGet) {
     JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
-    JFOG_RETURN_IF_ERROR(window->Complete(&leaves, kName));
+    JFOG_RETURN_IF_ERROR(window->BindPayload(&leaves, kName));
     value = std::move(leaves);
   }
   return Launch(std::make_shared<WindowTransfer>(
@@ -129,7 +138,7 @@ Completion TransferImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
 auto TransferBinding() {
   return ffi::Ffi::Bind()
       .Arg<ffi::Token>()      // order in
-      .Arg<Number>()          // the window
+      .Arg<HandleBuffer>()    // the window
       .Arg<ffi::AnyBuffer>()  // weights, of peers
       .RemainingArgs()        // leaves; none of a get
       .Ret<ffi::Token>()      // order out
@@ -139,8 +148,8 @@ auto TransferBinding() {
       .Attr<Ints>("peers");
 }
 
-// Sums the leaves and what lies in the slots, all of which are locked.
-void Combine(const Window& window, const Leaves& leaves,
+// y = weights[0] x + sum_i weights[1 + i] slot_i, under the locks of the slots.
+void Combine(const Window& window, const Payload& leaves,
              const std::vector<int>& records,
              const std::vector<double>& weights, bool difference) {
   std::vector<Term> terms(records.size());
@@ -155,15 +164,16 @@ void Combine(const Window& window, const Leaves& leaves,
   }
 }
 
-Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
-                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
-                         ffi::RemainingRets results, std::int64_t,
-                         std::int64_t mode, Ints peers, std::int64_t difference,
-                         std::int64_t reset, std::int64_t expose) {
+Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
+                         ffi::AnyBuffer weights, ffi::RemainingArgs args,
+                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
+                         std::int64_t, std::int64_t mode, Ints peers,
+                         std::int64_t difference, std::int64_t reset,
+                         std::int64_t expose) {
   if (mode != kWhole || results.size() != args.size() + 1) {
     return MakeError(ffi::ErrorCode::kInternal, "malformed call of win_update");
   }
-  JFOG_ASSIGN_OR_RETURN(window, FindWindow(number.typed_data(), kUpdate));
+  JFOG_ASSIGN_OR_RETURN(window, FindWindow(handle.typed_data(), kUpdate));
   const std::vector<int> ranks = WithoutLast(peers);
   JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, 1 + ranks.size()));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
@@ -172,9 +182,9 @@ Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
     if (!y) return y.error();
     leaves[i].output = static_cast<std::byte*>((*y)->untyped_data());
   }
-  auto result = results.get<Number>(leaves.size());
+  auto result = results.get<HandleBuffer>(leaves.size());
   if (!result) return result.error();
-  JFOG_RETURN_IF_ERROR(window->Complete(&leaves, kUpdate));
+  JFOG_RETURN_IF_ERROR(window->BindPayload(&leaves, kUpdate));
   alignas(8) std::byte p[8];
   if (window->has_p()) leaves[leaves.size() - 1].output = p;
 
@@ -184,6 +194,9 @@ Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
       std::string(kUpdate) + " on rank " + std::to_string(rank);
   std::vector<int> records;
   for (int source : ranks) records.push_back(window->RecordOf(source));
+  // Holding all locks for the whole sum makes the update atomic: data and p of
+  // a put are both in it, or both not. In-neighbors hold one lock each, so the
+  // order in which these are taken does not matter.
   for (int record : records) {
     JFOG_RETURN_IF_ERROR(window->Acquire(own.record(record).lock, rank, title));
   }
@@ -205,14 +218,15 @@ Completion WinUpdateImpl(ffi::Token, Number number, ffi::AnyBuffer weights,
     }
     exposed.lock.Release();
   }
-  WriteNumber(*window, (*result)->typed_data());
+  WriteHandle(*window, (*result)->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error WinVersionImpl(ffi::Token, Number number, ffi::Result<ffi::Token>,
+ffi::Error WinVersionImpl(ffi::Token, HandleBuffer handle,
+                          ffi::Result<ffi::Token>,
                           ffi::Result<ffi::BufferR1<ffi::S32>> versions,
                           std::int64_t, std::int64_t) {
-  auto window = FindWindow(number.typed_data(), "win_version");
+  auto window = FindWindow(handle.typed_data(), "win_version");
   if (!window) return window.error();
   for (int rank = 0; rank < (*window)->comm()->size(); ++rank) {
     const int record = (*window)->RecordOf(rank);
@@ -226,75 +240,42 @@ ffi::Error WinVersionImpl(ffi::Token, Number number, ffi::Result<ffi::Token>,
   return ffi::Error::Success();
 }
 
-ffi::Error WinAssociatedPImpl(ffi::Token, Number number,
+ffi::Error WinAssociatedPImpl(ffi::Token, HandleBuffer handle,
                               ffi::Result<ffi::Token>,
                               ffi::Result<ffi::AnyBuffer> p, std::int64_t,
                               std::int64_t) {
-  auto window = FindWindow(number.typed_data(), "win_associated_p");
+  auto window = FindWindow(handle.typed_data(), "win_associated_p");
   if (!window) return window.error();
-  const Leaves& layout = (*window)->layout();
+  const Payload& layout = (*window)->layout();
   if (!(*window)->has_p() ||
       p->element_type() != layout[layout.size() - 1].type) {
     return MakeError(ffi::ErrorCode::kInternal,
                      "malformed call of win_associated_p");
   }
   const Leaf& leaf = layout[layout.size() - 1];
-  // Only this rank's updates write it.
+  // Without the record's lock: only updates of this rank write its p.
   std::memcpy(p->untyped_data(), (*window)->own().payload(0) + leaf.offset,
               leaf.bytes());
   return ffi::Error::Success();
 }
 
-ffi::Error WinFreeImpl(ffi::Token, Number number, ffi::Result<ffi::Token>,
-                       ffi::Result<Number> result, std::int64_t, std::int64_t) {
-  auto window = FindWindow(number.typed_data(), "win_free");
+ffi::Error WinFreeImpl(ffi::Token, HandleBuffer handle, ffi::Result<ffi::Token>,
+                       ffi::Result<HandleBuffer> result, std::int64_t,
+                       std::int64_t) {
+  auto window = FindWindow(handle.typed_data(), "win_free");
   if (!window) return window.error();
-  WriteNumber(**window, result->typed_data());
+  WriteHandle(**window, result->typed_data());
   return (*window)->Free();
-}
-
-void ThrowIf(const ffi::Error& error) {
-  if (error.success()) return;
-  const char* const codes[] = {"OK",
-                               "CANCELLED",
-                               "UNKNOWN",
-                               "INVALID_ARGUMENT",
-                               "DEADLINE_EXCEEDED",
-                               "NOT_FOUND",
-                               "ALREADY_EXISTS",
-                               "PERMISSION_DENIED",
-                               "RESOURCE_EXHAUSTED",
-                               "FAILED_PRECONDITION",
-                               "ABORTED",
-                               "OUT_OF_RANGE",
-                               "UNIMPLEMENTED",
-                               "INTERNAL"};
-  throw std::runtime_error(
-      std::string(codes[static_cast<int>(
-          error.errc().value_or(ffi::ErrorCode::kUnknown))]) +
-      ": " + error.message());
 }
 
 }  // namespace
 
-void LockWindow(std::uint32_t number, const std::vector<int>& ranks) {
-  auto window = FindWindow(&number, "win_mutex");
-  if (!window) return ThrowIf(window.error());
-  ThrowIf((*window)->Lock(ranks));
-}
-
-void UnlockWindow(std::uint32_t number, const std::vector<int>& ranks) {
-  auto window = FindWindow(&number, "win_mutex");
-  if (!window) return ThrowIf(window.error());
-  ThrowIf((*window)->Unlock(ranks));
-}
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinCreate, WinCreateImpl,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // leaves
-                                  .Ret<ffi::Token>()  // order out
-                                  .Ret<Number>()      // the window
+                                  .Arg<ffi::Token>()    // order in
+                                  .RemainingArgs()      // leaves
+                                  .Ret<ffi::Token>()    // order out
+                                  .Ret<HandleBuffer>()  // the window
                                   .Attr<std::int64_t>("context")
                                   .Attr<std::int64_t>("mode")
                                   .Attr<std::int64_t>("graph")
@@ -316,7 +297,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WinGet, TransferImpl<WindowRequest::kGet>,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinUpdate, WinUpdateImpl,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Token>()      // order in
-                                  .Arg<Number>()          // the window
+                                  .Arg<HandleBuffer>()    // the window
                                   .Arg<ffi::AnyBuffer>()  // weights, own first
                                   .RemainingArgs()        // leaves
                                   .Ret<ffi::Token>()      // order out
@@ -331,7 +312,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WinUpdate, WinUpdateImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinVersion, WinVersionImpl,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Token>()               // order in
-                                  .Arg<Number>()                   // the window
+                                  .Arg<HandleBuffer>()             // the window
                                   .Ret<ffi::Token>()               // order out
                                   .Ret<ffi::BufferR1<ffi::S32>>()  // by rank
                                   .Attr<std::int64_t>("context")
@@ -340,7 +321,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WinVersion, WinVersionImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAssociatedP, WinAssociatedPImpl,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::Token>()      // order in
-                                  .Arg<Number>()          // the window
+                                  .Arg<HandleBuffer>()    // the window
                                   .Ret<ffi::Token>()      // order out
                                   .Ret<ffi::AnyBuffer>()  // p
                                   .Attr<std::int64_t>("context")
@@ -348,10 +329,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAssociatedP, WinAssociatedPImpl,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WinFree, WinFreeImpl,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .Arg<Number>()      // the window
-                                  .Ret<ffi::Token>()  // order out
-                                  .Ret<Number>()      // the number it had
+                                  .Arg<ffi::Token>()    // order in
+                                  .Arg<HandleBuffer>()  // the window
+                                  .Ret<ffi::Token>()    // order out
+                                  .Ret<HandleBuffer>()  // its handle
                                   .Attr<std::int64_t>("context")
                                   .Attr<std::int64_t>("mode"));
 

@@ -1,6 +1,6 @@
-// One rank's part of a window in memory: its value, its slots, their locks.
-#ifndef JFOG_XLA_OPS_MPI_WINDOW_MEMORY_H_
-#define JFOG_XLA_OPS_MPI_WINDOW_MEMORY_H_
+// Memory of one rank's part of a window: exposed value, slots, locks.
+#ifndef JFOG_XLA_OPS_MPI_WINDOWS_MEMORY_H_
+#define JFOG_XLA_OPS_MPI_WINDOWS_MEMORY_H_
 
 #include <atomic>
 #include <chrono>
@@ -12,16 +12,17 @@
 
 namespace jfog::mpi {
 
-// Excludes threads and processes that share memory, in the order in which they
-// come: a writer without a pause cannot keep a reader away. Whoever gives up
-// has a turn that never ends, so what was locked is of no use any more.
+// Fair lock between threads and between processes that share memory: first
+// come, first served, so that a writer without a pause cannot starve a reader.
+// A caller that gives up leaves a ticket that is never released, so the lock
+// cannot be acquired again.
 class TicketLock {
  public:
-  // False, if `may_wait` says so before it is this caller's turn.
+  // False if `may_wait` returns false before it is this caller's turn.
   bool Acquire(const std::function<bool()>& may_wait);
   void Release() { serving_.fetch_add(1, std::memory_order_release); }
 
-  // In two steps, for who has other things to do meanwhile.
+  // Acquisition in two steps, for a caller that polls.
   std::uint32_t TakeTicket() {
     return next_.fetch_add(1, std::memory_order_relaxed);
   }
@@ -36,36 +37,37 @@ class TicketLock {
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 static_assert(std::atomic<std::int64_t>::is_always_lock_free);
 
-// A view of memory that may be shared: a head, and records. Record 0 is the
-// value that is exposed, which its owner writes and others read; record 1 + k
-// is the slot of the k-th in-neighbor, who writes it, and the owner reads it.
+// A view of memory that may be shared: a head, then records. Record 0 is the
+// exposed value, written by its owner and read by other ranks; record 1 + k is
+// the slot of the k-th in-neighbor, written by that neighbor and read by the
+// owner.
 class WindowMemory {
  public:
   enum State : std::int32_t {
     kOpen = 0,
     kFreed = 1,  // by its owner
-    kEnded = 2,  // its owner has left
+    kEnded = 2,  // its owner has left the communicator
   };
   struct Head {
     std::atomic<std::int32_t> state{kOpen};
-    TicketLock mutex;  // the user's
+    TicketLock mutex;  // jfog.win_mutex
   };
   struct Record {
     TicketLock lock;
-    std::atomic<std::int64_t> version{0};
+    std::atomic<std::int64_t> version{0};  // writes since the last update
   };
 
   static std::size_t Bytes(std::size_t payload_bytes, int records);
 
   WindowMemory() = default;
   WindowMemory(std::byte* memory, std::size_t payload_bytes);
-  // Makes head and records.
+  // Constructs the head and the records in place.
   void Initialize(int records);
 
   explicit operator bool() const { return memory_ != nullptr; }
   Head& head() const;
   Record& record(int i) const;
-  // The payload of a record, to be used under its lock.
+  // The payload of a record; access it under the record's lock.
   std::byte* payload(int i) const;
   State state() const {
     return static_cast<State>(head().state.load(std::memory_order_acquire));
@@ -76,11 +78,11 @@ class WindowMemory {
   std::size_t payload_bytes_ = 0;
 };
 
-// `to = weight leaves` and `to += weight leaves`, where `to` is a payload of
-// such leaves. A weight of 1 writes the bits.
-void WriteScaled(const Leaves& leaves, double weight, std::byte* to);
-void AddScaled(const Leaves& leaves, double weight, std::byte* to);
+// `to = weight * payload` and `to += weight * payload`, where `to` is laid out
+// like the payload. A weight of 1 copies the bits.
+void WriteScaled(const Payload& payload, double weight, std::byte* to);
+void AddScaled(const Payload& payload, double weight, std::byte* to);
 
 }  // namespace jfog::mpi
 
-#endif  // JFOG_XLA_OPS_MPI_WINDOW_MEMORY_H_
+#endif  // JFOG_XLA_OPS_MPI_WINDOWS_MEMORY_H_

@@ -1,5 +1,5 @@
-// One rank's part of a window in memory: its value, its slots, their locks.
-#include "mpi/window_memory.h"
+// Memory of one rank's part of a window: exposed value, slots, locks.
+#include "mpi/windows/memory.h"
 
 #include <sched.h>
 
@@ -13,7 +13,8 @@
 namespace jfog::mpi {
 namespace {
 
-// Who holds a lock copies memory, or waits for a core to do so.
+// A lock is held for the copy of a payload, or longer if its holder waits for a
+// core: yield the core first, then sleep.
 constexpr int kYields = 200;
 constexpr std::chrono::microseconds kNap{50};
 constexpr std::size_t kHeadBytes = RoundUp(sizeof(WindowMemory::Head));
@@ -23,8 +24,8 @@ constexpr std::size_t kRecordBytes = RoundUp(sizeof(WindowMemory::Record));
 
 bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
   const std::uint32_t ticket = TakeTicket();
-  for (int looks = 0; !IsTurn(ticket); ++looks) {
-    if (looks < kYields) {
+  for (int polls = 0; !IsTurn(ticket); ++polls) {
+    if (polls < kYields) {
       sched_yield();
     } else if (may_wait()) {
       std::this_thread::sleep_for(kNap);
@@ -60,8 +61,8 @@ std::byte* WindowMemory::payload(int i) const {
   return reinterpret_cast<std::byte*>(&record(i)) + kRecordBytes;
 }
 
-void WriteScaled(const Leaves& leaves, double weight, std::byte* to) {
-  for (const Leaf& leaf : leaves) {
+void WriteScaled(const Payload& payload, double weight, std::byte* to) {
+  for (const Leaf& leaf : payload) {
     if (leaf.count == 0) continue;
     if (weight == 1) {
       std::memcpy(to + leaf.offset, leaf.input, leaf.bytes());
@@ -72,8 +73,8 @@ void WriteScaled(const Leaves& leaves, double weight, std::byte* to) {
   }
 }
 
-void AddScaled(const Leaves& leaves, double weight, std::byte* to) {
-  for (const Leaf& leaf : leaves) {
+void AddScaled(const Payload& payload, double weight, std::byte* to) {
+  for (const Leaf& leaf : payload) {
     if (leaf.count == 0) continue;
     std::byte* sum = to + leaf.offset;
     WeightedSum(leaf.type, leaf.count, sum, 1, {{leaf.input, weight}},

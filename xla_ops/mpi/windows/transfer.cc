@@ -1,5 +1,5 @@
 // Puts, accumulates and gets: operations on windows of other ranks.
-#include "mpi/window_transfer.h"
+#include "mpi/windows/transfer.h"
 
 #include <cstring>
 #include <utility>
@@ -7,8 +7,8 @@
 namespace jfog::mpi {
 
 WindowTransfer::WindowTransfer(std::shared_ptr<Window> window, const char* name,
-                               WindowRequest::Kind kind, Leaves result,
-                               Leaves value, std::vector<int> peers,
+                               WindowRequest::Kind kind, Payload result,
+                               Payload value, std::vector<int> peers,
                                std::vector<double> weights)
     : Operation(window->comm(), name, window->NextOperation()),
       window_(std::move(window)),
@@ -18,7 +18,7 @@ WindowTransfer::WindowTransfer(std::shared_ptr<Window> window, const char* name,
       weights_(std::move(weights)) {
   mutable_leaves() = std::move(result);
   comm().CountOperation();
-  window_->Begin();
+  window_->BeginOperation();
 }
 
 ffi::Error WindowTransfer::Post() {
@@ -28,32 +28,36 @@ ffi::Error WindowTransfer::Post() {
       remote.peer = i;
       continue;
     }
-    // One that is gone does not keep the others from theirs.
-    ffi::Error error = Reach(i);
+    // An error at one peer, which may have freed the window, does not keep the
+    // transfers to the others from completing.
+    ffi::Error error = TransferShared(i);
     if (outcome_.success()) outcome_ = std::move(error);
   }
   if (remote_transfers_.empty()) return ffi::Error::Success();
+  // MPI sends from a buffer of this operation: the operands are XLA's, and may
+  // be reused before a send completes that fails or is abandoned.
   if (has_payload()) value_.Stage();
   Resize(remote_transfers_.size() * kMessages);
   for (std::size_t i = 0; i < remote_transfers_.size(); ++i) {
-    JFOG_RETURN_IF_ERROR(Ask(i));
+    JFOG_RETURN_IF_ERROR(SendRequest(i));
   }
   return ffi::Error::Success();
 }
 
-ffi::Error WindowTransfer::Reach(std::size_t peer) {
+ffi::Error WindowTransfer::TransferShared(std::size_t peer) {
   const int rank = peers_[peer];
   const WindowMemory& there = window_->part(rank);
   const std::size_t bytes = window_->layout().bytes;
   if (kind_ == WindowRequest::kGet) {
-    // The own slot is locked first, as in nothing else that takes two locks.
+    // Only a get takes two locks: this rank's own slot, then record 0 of the
+    // peer. No rank takes them in the other order, so there is no deadlock.
     JFOG_RETURN_IF_ERROR(CheckState(rank, there.state()));
     TicketLock& lock = there.record(0).lock;
     WindowMemory::Record& slot = window_->own().record(window_->RecordOf(rank));
     JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
     ffi::Error error = window_->Acquire(lock, rank, Title());
     if (error.success()) {
-      WriteScaled(window_->At(there.payload(0)), weights_[peer],
+      WriteScaled(window_->PayloadAt(there.payload(0)), weights_[peer],
                   window_->own().payload(window_->RecordOf(rank)));
       slot.version.fetch_add(1, std::memory_order_relaxed);
       lock.Release();
@@ -65,6 +69,7 @@ ffi::Error WindowTransfer::Reach(std::size_t peer) {
   const int record = window_->RecordAt(rank);
   TicketLock& lock = there.record(record).lock;
   JFOG_RETURN_IF_ERROR(window_->Acquire(lock, rank, Title()));
+  // Under the lock, after a wait in which the peer may have freed the window.
   ffi::Error error = CheckState(rank, there.state());
   if (error.success()) {
     if (kind_ == WindowRequest::kPut) {
@@ -79,11 +84,11 @@ ffi::Error WindowTransfer::Reach(std::size_t peer) {
   return error;
 }
 
-ffi::Error WindowTransfer::Ask(std::size_t number) {
+ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   RemoteTransfer& remote = remote_transfers_[number];
   const int rank = peers_[remote.peer];
   WindowRequest request;
-  request.window = window_->id();
+  request.window = window_->global_id();
   request.bytes = has_payload() ? value_.payload_bytes : 0;
   request.weight = weights_[remote.peer];
   request.kind = kind_;
@@ -93,6 +98,7 @@ ffi::Error WindowTransfer::Ask(std::size_t number) {
   std::memcpy(remote.request.get(), &request, sizeof(request));
   remote.reply = Buffer(sizeof(WindowReply));
   const std::size_t first = number * kMessages;
+  // The receive goes first, so that the reply finds it posted.
   JFOG_MPI_RETURN_IF_ERROR(
       MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
                 remote.tag, comm().control_comm(), Slot(first + kReply)));
@@ -118,6 +124,8 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
       const auto state = static_cast<WindowMemory::State>(reply.state);
       ffi::Error error = CheckState(rank, state);
       if (error.success() && kind_ == WindowRequest::kGet) {
+        // The value follows a reply of success only, so its receive, into a
+        // buffer of the payload's length, is not posted before.
         const std::size_t bytes = window_->layout().payload_bytes;
         remote.value = Buffer(bytes);
         JFOG_MPI_RETURN_IF_ERROR(
@@ -132,18 +140,19 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
     }
     case kValue:
       remote.answered = true;
-      return Take(rank, weights_[remote.peer], remote.value.get());
+      return WriteSlot(rank, weights_[remote.peer], remote.value.get());
     default:
       return ffi::Error::Success();
   }
 }
 
-ffi::Error WindowTransfer::Take(int rank, double weight,
-                                const std::byte* value) {
+ffi::Error WindowTransfer::WriteSlot(int rank, double weight,
+                                     const std::byte* value) {
   const int record = window_->RecordOf(rank);
   WindowMemory::Record& slot = window_->own().record(record);
   JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
-  WriteScaled(window_->At(value), weight, window_->own().payload(record));
+  WriteScaled(window_->PayloadAt(value), weight,
+              window_->own().payload(record));
   slot.version.fetch_add(1, std::memory_order_relaxed);
   slot.lock.Release();
   comm().CountReceived(rank, window_->layout().bytes);
@@ -155,13 +164,14 @@ ffi::Error WindowTransfer::CheckState(int rank,
   switch (state) {
     case WindowMemory::kFreed:
       return MakeError(ffi::ErrorCode::kFailedPrecondition,
-                       Title() + " reaches for rank " + std::to_string(rank) +
+                       Title() + " accesses the window of rank " +
+                           std::to_string(rank) +
                            ", which has freed the window; call jfog.barrier "
                            "before jfog.win_free");
     case WindowMemory::kEnded:
       return MakeError(ffi::ErrorCode::kAborted,
-                       Title() + " reaches for rank " + std::to_string(rank) +
-                           ", which has already ended");
+                       Title() + " accesses the window of rank " +
+                           std::to_string(rank) + ", which has already ended");
     default:
       return ffi::Error::Success();
   }
@@ -170,7 +180,7 @@ ffi::Error WindowTransfer::CheckState(int rank,
 ffi::Error WindowTransfer::Drained(bool* ended) {
   *ended = true;
   if (outcome_.success() && leaves().size() > 0) {
-    WriteNumber(*window_, reinterpret_cast<std::uint32_t*>(leaves()[0].output));
+    WriteHandle(*window_, reinterpret_cast<std::uint32_t*>(leaves()[0].output));
   }
   return outcome_;
 }
@@ -193,10 +203,10 @@ void WindowTransfer::Leak() {
   }
 }
 
-ffi::Error AskFor(std::shared_ptr<Window> window, WindowRequest::Kind kind,
-                  int rank) {
-  WindowTransfer transfer(std::move(window), "win_mutex", kind, Leaves(),
-                          Leaves(), {rank}, {1.0});
+ffi::Error RequestMutex(std::shared_ptr<Window> window,
+                        WindowRequest::Kind kind, int rank) {
+  WindowTransfer transfer(std::move(window), "win_mutex", kind, Payload(),
+                          Payload(), {rank}, {1.0});
   transfer.Start();
   return transfer.Complete();
 }

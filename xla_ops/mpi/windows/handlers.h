@@ -1,9 +1,6 @@
-// Handlers of windows.
-#ifndef JFOG_XLA_OPS_MPI_WINDOWS_H_
-#define JFOG_XLA_OPS_MPI_WINDOWS_H_
-
-#include <cstdint>
-#include <vector>
+// FFI handlers of windows.
+#ifndef JFOG_XLA_OPS_MPI_WINDOWS_HANDLERS_H_
+#define JFOG_XLA_OPS_MPI_WINDOWS_HANDLERS_H_
 
 #include "xla/ffi/api/ffi.h"
 
@@ -18,11 +15,6 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(WinVersion);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(WinAssociatedP);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(WinFree);
 
-// The mutexes of these ranks, ascending, in the window of this number. Throw
-// what JAX would raise.
-void LockWindow(std::uint32_t number, const std::vector<int>& ranks);
-void UnlockWindow(std::uint32_t number, const std::vector<int>& ranks);
-
 }  // namespace jfog::mpi
 
-#endif  // JFOG_XLA_OPS_MPI_WINDOWS_H_
+#endif  // JFOG_XLA_OPS_MPI_WINDOWS_HANDLERS_H_

@@ -1,5 +1,5 @@
-// What ranks that share no memory with this one ask of its windows.
-#include "mpi/window_service.h"
+// Service of this rank's windows to remote ranks: requests, replies, tags.
+#include "mpi/windows/service.h"
 
 #include <algorithm>
 #include <cstring>
@@ -10,25 +10,29 @@
 
 #include "mpi/buffer_pool.h"
 #include "mpi/progress_engine.h"
-#include "mpi/window.h"
+#include "mpi/windows/window.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 namespace {
 
-// Works for one communicator, on the engine's thread that reads notes.
+// The service of one communicator. All calls are on the progress thread that
+// reads control messages, so its state needs no lock. A lock of a record is
+// held for a copy only; the user's mutex may be held for long, so requests for
+// it are queued and polled.
 class WindowService {
  public:
   explicit WindowService(std::shared_ptr<Communicator> comm)
       : comm_(std::move(comm)), arriving_(comm_->size()) {}
 
-  // Does what can be done without waiting; whether more is to come.
+  // Handles what has arrived. Returns whether requests or replies are still in
+  // flight, which is when the thread polls without a pause.
   bool Serve() {
     bool busy = ReadRequests();
     for (int source = 0; source < comm_->size(); ++source) {
       busy = Receive(source) || busy;
     }
-    GiveMutexes();
+    GrantMutexes();
     for (auto it = sent_.begin(); it != sent_.end();) {
       int done = 0;
       const bool ended =
@@ -40,7 +44,7 @@ class WindowService {
   }
 
  private:
-  // A value on its way to a slot.
+  // A put or an accumulate whose payload is in flight.
   struct Arrival {
     WindowRequest request;
     Buffer payload;
@@ -50,7 +54,7 @@ class WindowService {
     Buffer bytes;
     MPI_Request request = MPI_REQUEST_NULL;
   };
-  // A rank that wants the mutex of this one.
+  // A remote rank that waits for the mutex of this rank.
   struct Waiting {
     int source;
     WindowRequest request;
@@ -75,16 +79,17 @@ class WindowService {
                    MPI_STATUS_IGNORE) != MPI_SUCCESS) {
         return any;
       }
-      Begin(status.MPI_SOURCE, request);
+      Handle(status.MPI_SOURCE, request);
     }
   }
 
-  void Begin(int source, const WindowRequest& request) {
+  void Handle(int source, const WindowRequest& request) {
     std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
     switch (request.kind) {
       case WindowRequest::kPut:
       case WindowRequest::kAccumulate: {
-        // Also where it is too late for it: the payload comes in any case.
+        // Received even if the window is gone: the source sends the payload
+        // together with the request.
         Arrival arrival{request, Buffer(request.bytes)};
         MPI_Irecv(arrival.payload.get(),
                   static_cast<int>(request.bytes / kLineBytes), Line(), source,
@@ -93,7 +98,7 @@ class WindowService {
         return;
       }
       case WindowRequest::kGet:
-        return Show(source, request, window);
+        return SendValue(source, request, window);
       case WindowRequest::kLock:
         if (window == nullptr) return Reply(source, request, GoneState(*comm_));
         waiting_.push_back(
@@ -105,7 +110,9 @@ class WindowService {
     }
   }
 
-  // Whether a payload of that rank is on its way. They are used in their order.
+  // Writes the payloads of a rank that have arrived, in the order of its
+  // requests, so that its later put overwrites the earlier one. Returns whether
+  // one is still in flight.
   bool Receive(int source) {
     auto& arriving = arriving_[source];
     while (!arriving.empty()) {
@@ -116,41 +123,42 @@ class WindowService {
       } else if (!done) {
         return true;
       } else {
-        Write(source, first);
+        WriteSlot(source, first);
       }
       arriving.pop_front();
     }
     return false;
   }
 
-  void Write(int source, const Arrival& arrival) {
+  void WriteSlot(int source, const Arrival& arrival) {
     const WindowRequest& request = arrival.request;
     const std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(request.record);
-    // Nobody is to be told of an error: the communicator has failed then.
+    // After an error without a reply: the communicator has failed.
     if (window->Acquire(record.lock, comm_->rank(), "a put").failure()) return;
-    const Leaves leaves = window->At(arrival.payload.get());
+    const Payload value = window->PayloadAt(arrival.payload.get());
     std::byte* slot = window->own().payload(request.record);
     if (request.kind == WindowRequest::kPut) {
-      WriteScaled(leaves, request.weight, slot);
+      WriteScaled(value, request.weight, slot);
     } else {
-      AddScaled(leaves, request.weight, slot);
+      AddScaled(value, request.weight, slot);
     }
     record.version.fetch_add(1, std::memory_order_relaxed);
     record.lock.Release();
     Reply(source, request, WindowMemory::kOpen);
   }
 
-  // Answers with the value that this rank exposes.
-  void Show(int source, const WindowRequest& request,
-            const std::shared_ptr<Window>& window) {
+  // Replies with the value that this rank exposes.
+  void SendValue(int source, const WindowRequest& request,
+                 const std::shared_ptr<Window>& window) {
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(0);
     if (window->Acquire(record.lock, comm_->rank(), "a get").failure()) return;
     const std::size_t bytes = window->layout().payload_bytes;
     Buffer value(bytes);
     std::memcpy(value.get(), window->own().payload(0), bytes);
+    // The lock is dropped before the sends: a writer does not wait for MPI.
     record.lock.Release();
     Reply(source, request, WindowMemory::kOpen);
     Sent& sent = sent_.emplace_back();
@@ -160,7 +168,8 @@ class WindowService {
               &sent.request);
   }
 
-  void GiveMutexes() {
+  // Tickets keep the order of requests and of ranks that share the memory.
+  void GrantMutexes() {
     waiting_.remove_if([this](const Waiting& waiting) {
       if (!waiting.window->own().head().mutex.IsTurn(waiting.ticket)) {
         return false;

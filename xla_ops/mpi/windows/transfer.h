@@ -7,31 +7,32 @@
 #include <vector>
 
 #include "mpi/operation.h"
-#include "mpi/window.h"
-#include "mpi/window_service.h"
+#include "mpi/windows/service.h"
+#include "mpi/windows/window.h"
 
 namespace jfog::mpi {
 
-// Reaches at once for the parts that lie in shared memory, and asks the service
-// of the other ranks. It is in no order with operations of other ranks, and its
-// errors, but for the deadline, leave the communicator as it is.
+// An operation on the windows of some peers. Parts in shared memory are
+// accessed when it is posted; remote parts by a request to the service of their
+// rank. It is not in the ordered chain: other ranks take no part in it. Its
+// errors, other than the deadline's, do not fail the communicator.
 class WindowTransfer : public Operation {
  public:
-  // `result` holds the leaves of the result, or none; `value` those of a put or
-  // an accumulate, the associated p among them. One weight for each peer.
+  // `result` holds the leaf of the window's handle, or none; `value` the leaves
+  // of a put or an accumulate, and the associated p. One weight for each peer.
   WindowTransfer(std::shared_ptr<Window> window, const char* name,
-                 WindowRequest::Kind kind, Leaves result, Leaves value,
+                 WindowRequest::Kind kind, Payload result, Payload value,
                  std::vector<int> peers, std::vector<double> weights);
 
  private:
-  // What goes on with a rank that is far away.
+  // The messages with one remote peer.
   struct RemoteTransfer {
-    std::size_t peer = 0;  // its place among the peers
+    std::size_t peer = 0;  // index into `peers_`
     Buffer request, reply, value;
     int tag = 0;
     bool answered = false;
   };
-  // Its messages.
+  // Request slots of a remote peer.
   enum { kRequest, kPayload, kReply, kValue, kMessages };
 
   ffi::Error Post() override;
@@ -39,12 +40,14 @@ class WindowTransfer : public Operation {
   ffi::Error Drained(bool* ended) override;
   std::vector<int> Missing() const override;
   void Leak() override;
-  void Ended() override { window_->End(); }
+  void Ended() override { window_->EndOperation(); }
   bool is_ordered() const override { return false; }
 
-  ffi::Error Reach(std::size_t peer);
-  ffi::Error Ask(std::size_t number);
-  ffi::Error Take(int rank, double weight, const std::byte* value);
+  // The whole transfer with a peer that shares memory.
+  ffi::Error TransferShared(std::size_t peer);
+  ffi::Error SendRequest(std::size_t number);
+  // Writes a value from a peer to its slot here.
+  ffi::Error WriteSlot(int rank, double weight, const std::byte* value);
   ffi::Error CheckState(int rank, WindowMemory::State state) const;
   bool has_payload() const {
     return kind_ == WindowRequest::kPut || kind_ == WindowRequest::kAccumulate;
@@ -52,16 +55,16 @@ class WindowTransfer : public Operation {
 
   std::shared_ptr<Window> window_;
   WindowRequest::Kind kind_;
-  Leaves value_;
+  Payload value_;
   std::vector<int> peers_;
   std::vector<double> weights_;
   std::vector<RemoteTransfer> remote_transfers_;
-  ffi::Error outcome_;
+  ffi::Error outcome_;  // of all peers: the first error
 };
 
-// Asks a rank that is far away for its mutex, or gives it back, and waits.
-ffi::Error AskFor(std::shared_ptr<Window> window, WindowRequest::Kind kind,
-                  int rank);
+// Locks or unlocks the mutex of a remote rank; blocking.
+ffi::Error RequestMutex(std::shared_ptr<Window> window,
+                        WindowRequest::Kind kind, int rank);
 
 }  // namespace jfog::mpi
 

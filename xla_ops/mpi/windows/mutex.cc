@@ -1,0 +1,102 @@
+// Mutexes of windows, for jfog.win_mutex.
+#include "mpi/windows/mutex.h"
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "mpi/windows/service.h"
+#include "mpi/windows/transfer.h"
+#include "mpi/windows/window.h"
+
+namespace jfog::mpi {
+namespace {
+
+constexpr const char* kName = "win_mutex";
+
+ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
+  // A second acquisition by the same thread would wait for itself.
+  if (window->IsHeldByThisThread(rank)) {
+    return MakeError(ffi::ErrorCode::kFailedPrecondition,
+                     "win_mutex of rank " + std::to_string(rank) +
+                         " inside of one that has taken it already");
+  }
+  if (const WindowMemory& there = window->part(rank)) {
+    JFOG_RETURN_IF_ERROR(window->Acquire(there.head().mutex, rank, kName));
+  } else {
+    JFOG_RETURN_IF_ERROR(RequestMutex(window, WindowRequest::kLock, rank));
+  }
+  window->SetHolder(rank);
+  return ffi::Error::Success();
+}
+
+ffi::Error Unlock(const std::shared_ptr<Window>& window, int rank) {
+  window->ClearHolder(rank);
+  if (const WindowMemory& there = window->part(rank)) {
+    there.head().mutex.Release();
+    return ffi::Error::Success();
+  }
+  return RequestMutex(window, WindowRequest::kUnlock, rank);
+}
+
+// All ranks take mutexes in ascending order, so no cycle of waits arises.
+ffi::Error LockAll(const std::shared_ptr<Window>& window,
+                   const std::vector<int>& ranks) {
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    ffi::Error error = Lock(window, ranks[i]);
+    if (error.success()) continue;
+    while (i > 0) Unlock(window, ranks[--i]);
+    return error;
+  }
+  return ffi::Error::Success();
+}
+
+// Unlocks all of them, and returns the first error.
+ffi::Error UnlockAll(const std::shared_ptr<Window>& window,
+                     const std::vector<int>& ranks) {
+  ffi::Error first;
+  for (int rank : ranks) {
+    ffi::Error error = Unlock(window, rank);
+    if (first.success()) first = std::move(error);
+  }
+  return first;
+}
+
+// An exception with the text of the JaxRuntimeError of a handler's error.
+void ThrowIf(const ffi::Error& error) {
+  if (error.success()) return;
+  const char* const codes[] = {"OK",
+                               "CANCELLED",
+                               "UNKNOWN",
+                               "INVALID_ARGUMENT",
+                               "DEADLINE_EXCEEDED",
+                               "NOT_FOUND",
+                               "ALREADY_EXISTS",
+                               "PERMISSION_DENIED",
+                               "RESOURCE_EXHAUSTED",
+                               "FAILED_PRECONDITION",
+                               "ABORTED",
+                               "OUT_OF_RANGE",
+                               "UNIMPLEMENTED",
+                               "INTERNAL"};
+  throw std::runtime_error(
+      std::string(codes[static_cast<int>(
+          error.errc().value_or(ffi::ErrorCode::kUnknown))]) +
+      ": " + error.message());
+}
+
+}  // namespace
+
+void LockWindow(std::uint32_t handle, const std::vector<int>& ranks) {
+  auto window = FindWindow(&handle, kName);
+  if (!window) return ThrowIf(window.error());
+  ThrowIf(LockAll(*window, ranks));
+}
+
+void UnlockWindow(std::uint32_t handle, const std::vector<int>& ranks) {
+  auto window = FindWindow(&handle, kName);
+  if (!window) return ThrowIf(window.error());
+  ThrowIf(UnlockAll(*window, ranks));
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,49 @@
+// Service of this rank's windows to remote ranks: requests, replies, tags.
+#ifndef JFOG_XLA_OPS_MPI_WINDOWS_SERVICE_H_
+#define JFOG_XLA_OPS_MPI_WINDOWS_SERVICE_H_
+
+#include <mpi.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "mpi/communicator.h"
+
+namespace jfog::mpi {
+
+// First message of a remote operation. The payload of a put or an accumulate
+// follows it.
+struct WindowRequest {
+  enum Kind : std::int32_t { kPut, kAccumulate, kGet, kLock, kUnlock };
+  std::uint64_t window = 0;  // its global id
+  std::uint64_t bytes = 0;   // of the payload
+  double weight = 1;
+  Kind kind = kPut;
+  std::int32_t record = 0;
+  std::int32_t tag = 0;  // of the reply
+  std::int32_t padding = 0;
+};
+
+// Completes a request. The payload of a get follows it.
+struct WindowReply {
+  std::int32_t state = 0;  // a WindowMemory::State; kOpen: success
+};
+
+// Tags on the communicator of control messages. A request's number selects the
+// tags of its reply and of the reply's payload.
+constexpr int kRequestTag = 5;
+constexpr int kRequestPayloadTag = 6;
+int ReplyTag(std::uint64_t request);
+int ReplyPayloadTag(int reply_tag);
+
+// Payloads are counted in units of 64 bytes, since MPI counts in an int.
+constexpr int kLineBytes = 64;
+MPI_Datatype Line();
+
+// Serves the requests of remote ranks on the progress thread that reads control
+// messages, also while this rank computes or sleeps.
+void ServeWindows(const std::shared_ptr<Communicator>& comm);
+
+}  // namespace jfog::mpi
+
+#endif  // JFOG_XLA_OPS_MPI_WINDOWS_SERVICE_H_
