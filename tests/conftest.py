@@ -6,6 +6,10 @@ forms, `[mpi-3]` and so on, are run by one job for each number of ranks; every
 form is reported by its own name. The jobs run one after the other, beside the
 tests that need this process only. Tests that start jobs of their own come last.
 
+Without options the quick suite runs: each operation, place and optimizer once
+(support/suite.py has the rules). `--full` runs every test but the stress tests,
+which `--soak` adds.
+
 With `--backend nccl` the MPI forms alone run, by NCCL on GPUs; where there is no
 GPU one line says that they did not. With `--backend emulated` they run by jfog's
 NCCL handlers on the emulation of NCCL and the CUDA driver in tests/emulation.
@@ -37,6 +41,7 @@ _PROGRAMS = os.environ.get("JFOG_TEST_PROGRAMS", "")  # where they lie compiled
 _BACKEND = os.environ.get("JFOG_TEST_BACKEND", "mpi")
 _RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", ""))
 _DEVICES = 4
+_QUICK_MINUTES, _FULL_MINUTES = 6, 25  # measured on a quiet machine
 # LLVM's optimisations are not what is tested, and take long.
 _XLA_FLAGS = [
   "--xla_backend_optimization_level=0",
@@ -53,7 +58,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 # Importing them starts JAX, which reads XLA_FLAGS.
-from support import compilation, emulated  # noqa: E402
+from support import compilation, emulated, suite  # noqa: E402
 
 import jfog  # noqa: E402
 import jfog.launch  # noqa: E402
@@ -140,6 +145,7 @@ def pytest_configure(config):
     "mpi(*sizes, soak=()): on MPI run with these numbers of ranks only, and with "
     "those of soak if --soak is given",
   )
+  config.addinivalue_line("markers", "full: long; runs with --full")
   config.addinivalue_line("markers", "soak: long; runs with --soak only")
   config.addinivalue_line(
     "markers",
@@ -147,10 +153,31 @@ def pytest_configure(config):
   )
 
 
+def pytest_report_header(config):
+  """Names the suite that runs."""
+  if _RANKS:
+    return None
+  if config.getoption("--soak"):
+    return "full suite with stress tests"
+  if config.getoption("--full"):
+    return f"full suite (about {_FULL_MINUTES} minutes on 2 cores)"
+  return (
+    f"quick suite (about {_QUICK_MINUTES} minutes on 2 cores); "
+    f"--full runs everything (about {_FULL_MINUTES} minutes)"
+  )
+
+
 def pytest_addoption(parser):
   """Declares the options."""
   parser.addoption(
-    "--soak", action="store_true", help="run soak and stress tests at length"
+    "--full",
+    action="store_true",
+    help="run every test on every number of ranks, not the quick suite only",
+  )
+  parser.addoption(
+    "--soak",
+    action="store_true",
+    help="run soak and stress tests at length, and the full suite",
   )
   parser.addoption(
     "--backend",
@@ -284,7 +311,7 @@ def _mpi_size(item) -> int | None:
 
 
 def pytest_collection_modifyitems(config, items):
-  """Orders tests by whom they need, and leaves soak tests to `--soak`."""
+  """Selects the suite, and orders tests by the processes that they need."""
   backend = config.getoption("--backend")
   if backend != "mpi" and not _RANKS:
     others = [item for item in items if _mpi_size(item) is None]
@@ -295,6 +322,10 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.skip(reason=marker.args[0]))
       elif backend == "nccl" and _no_gpu():
         item.add_marker(pytest.mark.skip(reason=_no_gpu()))
+  if not (_RANKS or config.getoption("--full") or config.getoption("--soak")):
+    named = [arg for arg in config.args if "::" in arg]
+    items[:], others = suite.quick(items, named)
+    config.hook.pytest_deselected(items=others)
   for item in items:
     if item.get_closest_marker("soak") and not config.getoption("--soak"):
       item.add_marker(pytest.mark.skip(reason="long; run with --soak"))

@@ -336,7 +336,9 @@ SCENES = {
 
 
 @pytest.fixture(
-  scope="module", params=["0", "1"], ids=["non-blocking", "blocking"]
+  scope="module",
+  params=["0", pytest.param("1", marks=pytest.mark.full)],
+  ids=["non-blocking", "blocking"],
 )
 def said(emulation, request):
   """What both ranks say in every scene, in both modes of communicators."""
@@ -432,7 +434,9 @@ def test_nothing_is_left_behind(said):
 
 
 @pytest.mark.parametrize(
-  "blocking", ["0", "1"], ids=["non-blocking", "blocking"]
+  "blocking",
+  ["0", pytest.param("1", marks=pytest.mark.full)],
+  ids=["non-blocking", "blocking"],
 )
 def test_a_rank_that_never_connects(emulation, blocking):
   program = """
@@ -462,7 +466,7 @@ def test_ranked_tests_pass_on_the_emulation():
   done = subprocess.run(
     [
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-      *("--backend", "emulated", "-k", "mpi-2 or mpi-4x2"),
+      *("--full", "--backend", "emulated", "-k", "mpi-2 or mpi-4x2"),
       *(f"tests/test_{name}.py" for name in EMULATED),
     ],
     cwd=ROOT,

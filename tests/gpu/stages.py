@@ -119,7 +119,7 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
     backend = "emulated" if rehearsal else "nccl"
     names = REHEARSED if rehearsal else RANKED
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["--backend", backend, "-k", f"mpi-{ranks}", "-rfE"]
+    command += ["--full", "--backend", backend, "-k", f"mpi-{ranks}", "-rfE"]
     command += ["--job-deadline", str(slow * deadline - 15)]
     command += [f"tests/test_{name}.py" for name in names]
     return job(

@@ -1,0 +1,120 @@
+"""The quick suite: the forms of tests that `pytest` runs without `--full`.
+
+Four rules keep the quick suite short:
+
+1. An MPI test runs on one number of ranks (`SIZES`, in order of preference). Tests
+   that need more than four ranks belong to the full suite.
+2. The files in `FULL_FILES` start whole programs or jobs of their own. They belong
+   to the full suite, except for the tests in `QUICK_TESTS`.
+3. The tests in `FULL_TESTS` take long to compile or to run; some of them only in
+   the places named there.
+4. `@pytest.mark.full` marks single tests and parameters, `@pytest.mark.soak` those
+   that need `--soak`.
+
+A test that is named on the command line by its full id (`file.py::test`) always
+runs.
+"""
+
+import re
+
+SIZES = ("3", "4x2", "2", "4", "3x1", "1", "3x3")
+
+FULL_FILES = {
+  "test_asynchrony.py": "windows under load, on several networks",
+  "test_examples.py": "every example, in simulation and on MPI",
+  "test_failures.py": "jobs that fail",
+  "test_gpu_benchmark.py": "the models of the GPU benchmark",
+  "test_gpu_check.py": "the driver of the GPU check",
+  "test_mpi4jax.py": "mpi4jax in the same program",
+  "test_shared_memory_channel.py": "every length, graph and number of hosts",
+}
+
+QUICK_TESTS = {
+  "test_an_exception_on_one_rank",
+  "test_resource_allocation",
+  "test_leaves_across_chunks",
+  "test_ranks_may_weight_differently",
+}
+
+# The places by the beginning of their names; none means all.
+FULL_TESTS: dict[str, tuple[str, ...]] = {
+  # Optimizers: every combination compiles a program of its own in each place.
+  "test_chained_masked_and_in_several_steps": ("simulate",),
+  "test_half_parameters_have_float32_states": (),
+  "test_a_restored_state_goes_on_bit_for_bit": (),
+  "test_exact_methods_reach_the_minimizer_where_averaging_stalls": (),
+  "test_disagreement_grows_by_the_largest_root": (),
+  "test_identities": (),
+  "test_no_drift_in_float32": (),
+  "test_iterates_are_those_of_the_dense_recursion": ("mpi", "mesh"),
+  "test_gradient_allreduce_is_the_dense_recursion": ("mpi",),
+  "test_power_gossip_is_the_dense_recursion": ("mesh", "simulate-8", "mpi"),
+  "test_relay_sum_is_the_dense_recursion_and_exact": ("simulate-8", "mpi"),
+  "test_constant_values_are_averaged_after_diameter_steps": (),
+  "test_push_sum_at_random_paces_reaches_the_average": ("mpi",),
+  "test_training_at_random_paces_comes_close": ("mpi",),
+  # Operations
+  "test_every_size_in_simulation": (),
+  "test_exact_diffusion_does_not_drift_in_float32": ("mesh", "mpi"),
+  "test_the_exchange_goes_on_while_nobody_waits": (),
+  # Jobs of their own
+  "test_mpirun_that_does_not_end_is_ended": (),
+  "test_killed_rank_ends_the_job": (),
+  "test_a_rank_that_leaves_mpi_unfinished_ends_the_job": (),
+  "test_ranks_may_end_at_different_times": (),
+  "test_ranked_tests_pass_on_the_emulation": (),
+}
+
+
+def place_of(item) -> str:
+  """The name of the place of a test's form, "" if the test has none."""
+  return str(
+    getattr(item, "callspec", None) and item.callspec.params.get("place", "")
+  )
+
+
+def is_slow(item) -> bool:
+  """Whether rules 2 to 4 leave a form of a test to the full suite."""
+  if item.get_closest_marker("full") or item.get_closest_marker("soak"):
+    return True
+  name = item.originalname
+  if item.path.name in FULL_FILES and name not in QUICK_TESTS:
+    return True
+  places = FULL_TESTS.get(name)
+  return places is not None and (
+    not places or place_of(item).startswith(places)
+  )
+
+
+def _size(item) -> str:
+  """The number of ranks of an MPI form as its name shows it."""
+  found = re.match(r"mpi-(\d+(?:x\d+)?)$", place_of(item))
+  return found[1] if found else ""
+
+
+def quick(items, named=()) -> tuple[list, list]:
+  """Splits tests into those of the quick suite and the others.
+
+  Args:
+    items: the collected tests.
+    named: ids from the command line, whose tests run in any case.
+
+  Returns:
+    The quick tests and the rest, both in the given order.
+  """
+  chosen: dict[str, str] = {}  # test without its number of ranks -> size
+  for item in items:
+    size = _size(item)
+    if size in SIZES and not is_slow(item):
+      key = item.nodeid.replace(f"mpi-{size}", "mpi")
+      best = min(chosen.get(key, size), size, key=SIZES.index)
+      chosen[key] = best
+  runs, rest = [], []
+  for item in items:
+    size = _size(item)
+    key = item.nodeid.replace(f"mpi-{size}", "mpi")
+    one_size = not size or chosen.get(key) == size
+    is_named = any(item.nodeid.startswith(name) for name in named)
+    quick = is_named or (one_size and not is_slow(item))
+    (runs if quick else rest).append(item)
+  return runs, rest
