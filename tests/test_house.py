@@ -1,15 +1,16 @@
-"""The rules of the house: layers, lists, sources and what files may say."""
+"""The rules of the house: layers, sources, lengths and language.
 
-import ast
+The checks lie in support/house.py; test_house_checks.py plants an offense for each of
+them. CONTRIBUTING.md says how to write; this file holds what a machine can check.
+"""
+
 import pathlib
-import re
 import subprocess
 
 import pytest
+from support import house, measure
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "jfog"
-MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part of jfog may import of the others. A part is a subpackage or a
 # module beside them.
@@ -44,14 +45,69 @@ ROOT_IMPORTERS = {
 }
 
 
-def name(path):
-  """A module's path as the tests' names show it."""
-  return str(path.relative_to(PACKAGE))
+# Circles by the letter that cannot fail: the root package is in sys.modules before
+# any of its modules.
+ALLOWED_IMPORTS = [("jfog.runtime._extensions", "jfog")]
 
+# The rooms of xla_ops below its operations.
+TRANSPORT = {
+  *("mpi/buffer_pool", "mpi/communicator", "mpi/consistency_check"),
+  *("mpi/control_messages", "mpi/datatypes", "mpi/operation", "mpi/payload"),
+  *("mpi/progress_engine", "mpi/shared_memory", "mpi/shared_memory_channel"),
+  *("mpi/wire_format", "nccl/api", "nccl/communicator", "nccl/device"),
+  *("nccl/dynamic_library", "nccl/group", "nccl/in_flight", "nccl/operation"),
+  "nccl/watchdog",
+}
 
-def part(path):
-  """The part of jfog that a module belongs to."""
-  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+# Modules and folders of jfog/primitives that hold no feature.
+INFRASTRUCTURE = {
+  *("operation", "primitive", "lowering", "pytree", "ffi_attributes"),
+  *("attributes", "weighted_sum", "mesh", "nccl", "window_slots"),
+}
+WITHOUT_SOURCE = {
+  "allgather": "in collectives.cc, with which it shares its base",
+  "allreduce": "in collectives.cc, with which it shares its base",
+  "barrier": "in collectives.cc, with which it shares its base",
+  "broadcast": "in collectives.cc, with which it shares its base",
+  "finite_time_average": "rounds of neighbor_allreduce and neighbor_allgather",
+  "pair_gossip": "neighbor_allreduce with one in-neighbor",
+  "peers": "neighbor_allreduce with the edges of one call",
+}
+TESTED_BY = {
+  "allgather": "test_collectives",
+  "allreduce": "test_collectives",
+  "barrier": "test_collectives",
+  "broadcast": "test_collectives",
+  "pair_gossip": "test_peers",
+}
+
+# p90 and the longest file; to be lowered to 400 and 600 where they are above.
+LENGTHS = {
+  ("jfog", measure.PYTHON): (450, 983),
+  ("xla_ops", measure.CPP): (400, 741),
+  ("tests", measure.PYTHON): (570, 901),
+}
+ANNOTATED = 0.5  # of the arguments in jfog; to be raised to 0.9
+
+# Includes and copies that are not yet right; to become 0.
+INCLUDE_CIRCLES = 1
+INCLUDES_UPWARD = 8
+EQUAL_RUNS = 6
+
+# The beginnings of names of files without a banned word; to become the whole tree.
+CLEAN = (
+  "tests/house_numbers",
+  "tests/support/measure.py",
+  "tests/support/suite.py",
+)
+# Files that hold the banned words themselves.
+WORD_LISTS = (
+  "tests/support/house.py",
+  "tests/test_house.py",
+  "tests/test_house_checks.py",
+)
+# Texts with a banned word that stay, with the reason.
+WORDS_THAT_STAY: dict[str, str] = {}
 
 
 def tracked():
@@ -74,140 +130,82 @@ def tracked():
   ]
 
 
-def imports(path):
-  """Pairs of a line and the dotted names it imports, relative ones resolved."""
-  package = ["jfog", *path.relative_to(PACKAGE).parent.parts]
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.Import):
-      for alias in node.names:
-        yield node.lineno, alias.name
-    elif isinstance(node, ast.ImportFrom):
-      base = package[: len(package) + 1 - node.level] if node.level else []
-      base = [*base, *(node.module or "").split(".")]
-      for alias in node.names:
-        yield node.lineno, ".".join([*filter(None, base), alias.name])
+def require(offenses):
+  """Fails with one offense per line."""
+  assert not offenses, "\n".join(["", *offenses])
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_imports_go_downward_only(path):
-  if path == PACKAGE / "__init__.py":
-    return  # the list of everything
-  here = part(path)
-  assert here in LAYERS, f"say in LAYERS where jfog/{name(path)} stands"
-  for line, target in imports(path):
-    head, _, rest = target.partition(".")
-    if head != "jfog":
-      continue
-    there = rest.partition(".")[0]
-    if not there:
-      assert name(path) in ROOT_IMPORTERS, (
-        f"jfog/{name(path)}:{line} imports jfog itself, which imports it"
-      )
-    elif there != here:
-      assert there in LAYERS[here], (
-        f"jfog/{name(path)}:{line} looks up: {here} imports {target}"
-      )
+def test_imports_go_downward_only():
+  require(house.imports_upward(ROOT, LAYERS, ROOT_IMPORTERS))
 
 
 def test_layers_have_no_cycle():
-  done = {"_mpi", "_nccl"}
-  while rest := {p for p in LAYERS if p not in done}:
-    ready = {p for p in rest if LAYERS[p] <= done}
-    assert ready, f"these import each other: {sorted(rest)}"
-    done |= ready
+  assert not house.circle(LAYERS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_private_jax_is_imported_in_compat_only(path):
-  if path == PACKAGE / "_compat.py":
-    return
-  for line, target in imports(path):
-    assert not re.match(r"(jax|jaxlib)(\.\w+)*\._\w", target), (
-      f"jfog/{name(path)}:{line} imports {target}; only _compat.py may"
-    )
-  for number, text in enumerate(path.read_text().splitlines(), 1):
-    assert "jax._src" not in text, f"jfog/{name(path)}:{number} says jax._src"
+def test_imports_have_no_cycle():
+  require(house.import_circles(ROOT, ALLOWED_IMPORTS))
 
 
-@pytest.mark.parametrize(
-  "path", [p for p in MODULES if p.name == "__init__.py"], ids=name
-)
-def test_init_is_a_list(path):
-  docstring, *rest = ast.parse(path.read_text()).body
-  assert isinstance(docstring, ast.Expr), (
-    f"jfog/{name(path)}:1 has no docstring"
-  )
-  for node in rest:
-    where = f"jfog/{name(path)}:{node.lineno}"
-    assert isinstance(node, ast.ImportFrom), f"{where} is no import"
-    for alias in node.names:
-      assert alias.name == alias.asname, (
-        f"{where}: write `import {alias.name} as {alias.name}`"
-      )
+def test_private_jax_is_imported_in_compat_only():
+  require(house.private_jax(ROOT))
 
 
-@pytest.mark.parametrize(
-  "path",
-  [*MODULES, *sorted(ROOT.glob("tests/**/*.py"))],
-  ids=lambda p: str(p.relative_to(ROOT)),
-)
-def test_a_file_opens_with_a_line_that_says_what_it_holds(path):
-  docstring = ast.get_docstring(ast.parse(path.read_text()))
-  assert docstring, f"{path.relative_to(ROOT)} has no docstring"
-  first = docstring.splitlines()[0]
-  assert first.endswith("."), f"{path.relative_to(ROOT)}: {first!r}"
+def test_init_is_a_list():
+  require(house.inits_with_code(ROOT))
 
 
-def test_a_header_or_source_opens_with_a_comment():
-  for path in sorted((ROOT / "xla_ops").rglob("*.*")):
-    if path.suffix in (".cc", ".h"):
-      first = path.read_text().splitlines()[0]
-      assert re.match(r"// \S", first), f"{path.relative_to(ROOT)}: {first!r}"
+def test_a_file_opens_with_a_line_about_its_contents():
+  require(house.without_opening_line(ROOT))
 
 
 def test_both_builds_take_the_same_folders():
-  cmake = (ROOT / "CMakeLists.txt").read_text()
-  bazel = (ROOT / "BUILD.bazel").read_text()
-  folders = sorted(path.name for path in (ROOT / "xla_ops").iterdir())
-  assert sorted(set(re.findall(r"xla_ops/(\w+)/\*\.cc", cmake))) == folders
-  taken = re.findall(r"xla_ops/(\w+)/(?:\*\*/)?\*\.cc", bazel)
-  assert sorted(set(taken)) == folders
+  require(house.unequal_builds(ROOT))
 
 
 @pytest.mark.parametrize("backend", ["mpi", "nccl"])
 def test_the_stub_describes_the_native_module(backend):
-  module = (ROOT / "xla_ops" / backend / "module.cc").read_text()
-  stub = ast.parse((PACKAGE / f"_{backend}.pyi").read_text()).body
-  described = {n.name: n for n in stub if isinstance(n, ast.FunctionDef)}
-  table = {
-    entry.split('"')[1]: re.findall(r'py::arg\("(\w+)"\)', entry)
-    for entry in module.split("m.def(")[1:]
-  }
-  assert table == {
-    name: [argument.arg for argument in node.args.args]
-    for name, node in described.items()
-  }
+  require(house.stub_differences(ROOT, backend))
 
 
-def test_mpi_and_nccl_share_nothing_but_common():
-  for path in sorted((ROOT / "xla_ops").rglob("*.*")):
-    folder = path.relative_to(ROOT / "xla_ops").parts[0]
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-      if match := re.match(r'#include "(common|mpi|nccl)/', line):
-        assert match[1] in ("common", folder), (
-          f"{path.relative_to(ROOT)}:{number} includes another folder's header"
-        )
+def test_includes_have_no_cycle():
+  offenses = house.include_circles(ROOT)
+  assert len(offenses) <= INCLUDE_CIRCLES, offenses
 
 
-def test_no_file_speaks_of_the_machine_it_was_written_on():
-  homes = [f"/{folder}/" for folder in ("work", "root", "home", "Users")]
-  pattern = re.compile(rf"(?<![\w.$}}-])({'|'.join(homes)})")
-  for path in tracked():
-    try:
-      text = path.read_text()
-    except UnicodeDecodeError:
-      continue  # a picture
-    for number, line in enumerate(text.splitlines(), 1):
-      assert not pattern.search(line), (
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-      )
+def test_includes_go_downward_only():
+  offenses = house.includes_upward(ROOT, TRANSPORT)
+  require([o for o in offenses if o.endswith("another backend")])
+  assert len(offenses) <= INCLUDES_UPWARD, offenses
+
+
+def test_each_feature_has_a_source_and_a_test_of_its_name():
+  require(house.missing_stems(ROOT, INFRASTRUCTURE, WITHOUT_SOURCE, TESTED_BY))
+
+
+@pytest.mark.parametrize("folder, suffixes", LENGTHS)
+def test_files_are_short(folder, suffixes):
+  require(house.lengths(ROOT, folder, suffixes, *LENGTHS[folder, suffixes]))
+
+
+def test_arguments_are_annotated():
+  require(house.few_annotations(ROOT, "jfog", ANNOTATED))
+
+
+def test_banned_words_stay_out():
+  paths = [
+    path
+    for path in tracked()
+    if (name := str(path.relative_to(ROOT))).startswith(CLEAN)
+    and name not in WORD_LISTS
+  ]
+  require(house.words(ROOT, paths, WORDS_THAT_STAY))
+
+
+def test_both_backends_share_code_instead_of_copies():
+  offenses = house.equal_runs(ROOT, 6)
+  assert len(offenses) <= EQUAL_RUNS, offenses
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on():
+  require(house.machine_paths(ROOT, tracked()))
