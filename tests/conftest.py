@@ -42,7 +42,7 @@ _BACKEND = os.environ.get("JFOG_TEST_BACKEND", "mpi")
 _RANK = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", ""))
 _DEVICES = 4
 _QUICK_MINUTES, _FULL_MINUTES = 6, 25  # measured on a quiet machine
-# LLVM's optimisations are not what is tested, and take long.
+# LLVM's optimizations are not under test, and take long.
 _XLA_FLAGS = [
   "--xla_backend_optimization_level=0",
   "--xla_llvm_disable_expensive_passes=true",
@@ -115,7 +115,7 @@ class Place:
     return (jax.jit(fun) if self.kind == "mesh" else fun)(*stacked)
 
   def mine(self, stacked: Any) -> Any:
-    """What of a stacked truth can be compared with the result of `run`."""
+    """The part of a stacked truth that corresponds to the result of `run`."""
     if self.kind in ("simulate", "mesh"):
       return stacked
     rank = jfog.rank()
@@ -183,7 +183,7 @@ def pytest_addoption(parser):
     "--backend",
     choices=("mpi", "nccl", "emulated"),
     default="mpi",
-    help="who carries the ranked tests: MPI, NCCL, or the emulation of NCCL",
+    help="transport of the ranked tests: MPI, NCCL, or the emulation of NCCL",
   )
   parser.addoption(
     "--job-deadline",
@@ -194,7 +194,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-  """Gives a test the places it is meant for."""
+  """Parametrizes a test over its places."""
   if "place" not in metafunc.fixturenames:
     return
   mpi = metafunc.definition.get_closest_marker("mpi")
@@ -286,7 +286,7 @@ class _Job:
 _nodeids: dict[int, list[str]] = {}
 _jobs: dict[int, concurrent.futures.Future[_Job]] = {}
 
-# Their tests start jobs, with deadlines and with what they count on.
+# Their tests start jobs of their own, with deadlines that need a quiet machine.
 _STARTING_JOBS = {
   "test_asynchrony.py",
   "test_examples.py",
@@ -340,7 +340,7 @@ def _no_gpu() -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-  """Says that tests with a GPU did not run, if they did not."""
+  """Notes that the tests on GPUs did not run, if they did not."""
   if not _RANKS and config.getoption("--backend") == "nccl" and _no_gpu():
     terminalreporter.write_line(
       f"NOTE: no test ran by NCCL, for there is no GPU: {_no_gpu()}"
@@ -355,7 +355,7 @@ def _turn(item) -> int:
 
 
 def pytest_collection_finish(session):
-  """Notes which tests every job has to run."""
+  """Collects the tests of every job."""
   for item in session.items:
     size = _mpi_size(item)
     if size is not None and not item.get_closest_marker("skip"):
@@ -376,21 +376,21 @@ def pytest_runtestloop(session):
     for size, job in _jobs.items():
       try:
         job.set_result(_run_job(size, _nodeids[size], soak, backend, deadline))
-      except BaseException as error:  # told to whom it concerns
+      except BaseException as error:  # raised by the tests of this job
         job.set_exception(error)
 
   threading.Thread(target=run, daemon=True).start()
 
 
 def pytest_runtest_setup(item):
-  """Lets the common jobs end before a test starts one of its own."""
+  """Waits for the common jobs before a test starts a job of its own."""
   if not _RANKS and _turn(item) == 2:
     concurrent.futures.wait(_jobs.values())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-  """Reports what the ranks said of a test instead of running it here."""
+  """Reports the ranks' results of a test instead of running it here."""
   size = _mpi_size(pyfuncitem)
   if size is None:
     return None
@@ -467,7 +467,7 @@ def _run_job(
 
 
 def pytest_runtest_logreport(report):
-  """Inside of a job: writes this rank's word on each test."""
+  """Inside of a job: writes this rank's result of each test."""
   if not _RANKS or (report.when != "call" and report.outcome == "passed"):
     return
   text = report.longreprtext

@@ -84,7 +84,7 @@ def test_a_public_name_is_documented(value):
     return  # a constant; a comment or the module's text says what it is
   text = inspect.getdoc(value) or ""
   assert text.split("\n")[0].endswith((".", ":", "?")), (
-    f"the docstring opens with {text[:80]!r}, which is no sentence"
+    f"the docstring opens with {text[:80]!r}, which is not a sentence"
   )
   if inspect.isfunction(value):
     assert "Example:" in text and ">>> " in text, "the docstring has no Example"

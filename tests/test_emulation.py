@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 RANKS = 3
 DEADLINE = 60.0  # seconds; it takes a few
 
-# What a rank of the job runs, with the scenario's lines after it.
+# The program of a rank, with the scenario's lines after it.
 HEAD = """
 import ctypes, os, sys, time
 import ml_dtypes, numpy as np
@@ -256,13 +256,13 @@ for sizes in ((4, 6), (6, 4), (5, 5)):
 finish(comm)
 libc.unsetenv(b"JFOG_EMULATION_MISMATCH")
 
-# A receive of more than was sent, and of what nobody sends, hang until abort.
+# A receive of more than was sent, or without a send, hangs until abort.
 comm = communicator(ids[2])
 small, large = device(np.zeros(4)), device(np.zeros(8))
 count = device(np.ones(1, np.int32))
 sync()
 with group(comm):
-  # What has ended of a group that hangs is there for another stream to see.
+  # The finished part of a group that hangs is visible to another stream.
   call("ncclAllReduce", count, count, word(1), DTYPES["int32"], 0, comm, stream)
   if rank == 0:
     send(small, 4, "float64", 1, comm)
@@ -284,7 +284,7 @@ assert lib.jfog_emulation_faults() == 0
 if rank == 1:
   np.testing.assert_array_equal(host(large, np.zeros(8))[:4], np.zeros(4))
 
-# A rank dies: the others hang, are told, and abort.
+# A rank dies: the others hang, see the asynchronous error, and abort.
 comm = communicator(ids[3])
 if rank == 2:
   os.kill(os.getpid(), 9)

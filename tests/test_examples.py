@@ -180,7 +180,7 @@ def test_async_push_sum_on_mpi(tmp_path):
 
 @pytest.fixture(scope="module")
 def linear_models(tmp_path_factory):
-  """What a simulation of three ranks prints, and its curves."""
+  """The output of a simulation of three ranks, and its curves."""
   folder = tmp_path_factory.mktemp("linear_models")
   methods = ("adapt_then_combine", "exact_diffusion", "relay_sum")
   text = run(

@@ -1,4 +1,4 @@
-"""What of `benchmarks/gpu.py` needs no GPU, and its job on a stand-in of one."""
+"""The parts of `benchmarks/gpu.py` without a GPU, and its job on a stand-in."""
 
 import importlib
 import json

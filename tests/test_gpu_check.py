@@ -75,7 +75,7 @@ def test_a_bad_job_costs_only_its_own_result(check, tmp_path, name):
     log = logs.read("stage-1-bad.log").decode()
   if name == "leaves a process":
     child = pathlib.Path("/proc", log.split()[1], "stat")
-    # Nobody may have waited for what is left of it.
+    # Its remains may not have been reaped.
     assert not child.exists() or child.read_text().split()[2] in "ZX"
 
 

@@ -31,7 +31,7 @@ ALL = (*SOME, "simulate-8x4", "mpi-2x1", "mpi-6x2", "mpi-8x4", "mpi-8x2")
 
 
 def matrix(graph, place, step=0):
-  """What all ranks do: the mean inside, the graph between."""
+  """The function of all ranks: the mean inside, the graph between."""
   inside = reference.mean(place.local_size)
   return np.kron(reference.mixing(graph, step), inside)
 
@@ -307,7 +307,7 @@ def test_machines_of_different_sizes(place, rng, monkeypatch):
     jfog.init(timeout=60)
 
 
-# What is wrong is refused before anything is sent, on every rank alike.
+# Errors are raised before the first message, on every rank.
 
 
 @pytest.mark.places("simulate-6x2", "mesh-4x2", "mpi-4x2", "single")

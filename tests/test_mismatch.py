@@ -12,10 +12,10 @@ from jfog import topology
 
 pytestmark = [
   pytest.mark.places("mpi-2", "mpi-3", "mpi-4"),
-  pytest.mark.host("NCCL tells it in the next call: see test_nccl.py"),
+  pytest.mark.host("NCCL reports it in the next call: see test_nccl.py"),
 ]
 TIMEOUT = 3.0
-# What waits for seconds, and waits in the same way for any number of ranks.
+# Tests that wait for seconds, in the same way for any number of ranks.
 asleep = pytest.mark.places("mpi-3")
 
 
@@ -218,7 +218,7 @@ def test_a_new_world_works_after_a_failure(world):
 @asleep
 @pytest.mark.parametrize("local_size", [None, 1])
 def test_a_mutex_that_is_not_given_back(world, local_size):
-  """Whoever waits for it gets an error, and nobody hangs."""
+  """Its peers get an error, and no rank hangs."""
   jfog.shutdown()
   world = jfog.init(timeout=TIMEOUT, local_size=local_size)
   win = jfog.win_create(jnp.ones(3), topology.ring(world.size))

@@ -105,7 +105,7 @@ def test_dozens_of_interleaved_operations(place, mpi4jax, soak):
       if results and (rank + k) % 7 == 0:  # waits for what is under way
         x = x + 0 * results[-1][0]
       results.append(operation(k, x))
-    if rank % 2:  # nobody looks at some results on odd ranks
+    if rank % 2:  # some results are unused on odd ranks
       results = [r if k % 5 else r[:1] for k, r in enumerate(results)]
     return [(r.min(), r.max()) for r in results]
 

@@ -1,4 +1,4 @@
-"""NCCL without a GPU: its library, how it is missed, and jfog on an emulation."""
+"""NCCL without a GPU: its library, errors without it, and jfog on an emulation."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ DEADLINE = 300  # seconds; a quiet machine needs a tenth of it
 
 
 def run(program, *, ranks=0, **environment):
-  """What a program prints, and its exit code; on ranks if there are any."""
+  """The output and exit code of a program, on ranks if `ranks` is not 0."""
   command = launch.command_line(["-np", str(ranks)]) if ranks else []
   done = subprocess.run(
     [*command, sys.executable, "-c", textwrap.dedent(program)],
@@ -191,8 +191,8 @@ def test_where_there_is_no_gpu_one_line_says_so():
   assert "passed" not in done.stdout
 
 
-# Failures, on the emulation: what one rank does wrong, and what the others say.
-# One job plays all of them, each in a world of its own.
+# Failures on the emulation: the error of one rank, and its report on the others.
+# One job runs all scenes, each in a world of its own.
 
 HEAD = """
 import os, time, warnings
@@ -341,7 +341,7 @@ SCENES = {
   ids=["non-blocking", "blocking"],
 )
 def said(emulation, request):
-  """What both ranks say in every scene, in both modes of communicators."""
+  """The output of both ranks in every scene, in both modes of communicators."""
   play = HEAD
   for name, (deadline, scene) in SCENES.items():
     play += f"""
@@ -371,7 +371,7 @@ def texts(said, name):
 
 
 def test_a_rank_that_does_not_come(said):
-  """The next call says who waited for whom, and how long."""
+  """The next call's error names the waiting rank, its peer and the time."""
   ((text,), _) = said["a rank that does not come"]
   assert "DEADLINE_EXCEEDED" in text and "float32 x 5" in text
   assert "jfog: neighbor_allreduce #1 on rank 0 waited 2." in text
@@ -408,7 +408,7 @@ def test_an_error_that_nccl_reports_later(said):
 
 
 def test_no_device_memory(said):
-  """The rank that has none says so, its neighbour that it waits in vain."""
+  """The error names the memory there, and the missing peer on the neighbor."""
   first, second = texts(said, "no device memory")
   assert "jfog:" in first and "OUT_OF_MEMORY" in first
   assert "neighbor_allreduce #0 on rank 1" in second

@@ -151,10 +151,14 @@ def test_neighbor_allreduce_is_one_exchange(graph):
   assert call.results == slots(width)
   assert call.aliases == {}
   assert rounds(call) == expected
-  told = call.attributes
-  assert (told["context"], told["mode"], told["slots"]) == (7, 0, width)
-  assert (told["selects"], told["apart"]) == (0, 0)
-  assert told["operation"] == "neighbor_allreduce"
+  attributes = call.attributes
+  assert (attributes["context"], attributes["mode"], attributes["slots"]) == (
+    7,
+    0,
+    width,
+  )
+  assert (attributes["selects"], attributes["apart"]) == (0, 0)
+  assert attributes["operation"] == "neighbor_allreduce"
 
 
 def test_large_leaves_travel_alone():
@@ -214,8 +218,12 @@ def test_peers_are_read_from_the_device():
   assert call.target == "peer_allreduce"
   assert call.operands == ["5xi32", *slots(3)]
   assert call.results == slots(2)
-  told = call.attributes
-  assert (told["selects"], told["source_count"], told["apart"]) == (1, 2, 1)
+  attributes = call.attributes
+  assert (
+    attributes["selects"],
+    attributes["source_count"],
+    attributes["apart"],
+  ) == (1, 2, 1)
   (call,) = calls(
     lambda x, peer: jfog.pair_gossip(x, peer, comm=world()), TREE, STEP
   )
@@ -356,7 +364,7 @@ STARTED = {
 
 @pytest.mark.parametrize("target", STARTED)
 def test_what_is_started_is_finished_where_it_is_waited_for(target):
-  """What comes in is staged, so the start says how many bytes that are."""
+  """The start states the size of the receive buffers, which are staged."""
   leaf = jnp.ones((3, 4))
   start = STARTED[target]
   begun, waited = calls(

@@ -25,7 +25,7 @@ def sources(graph, rank, step=0):
 
 
 def gathered(graph, x, step=0):
-  """What every rank gets: a list, for lengths may differ."""
+  """The result of every rank: a list, as lengths may differ."""
   return [
     np.concatenate([x[j] for j in sources(graph, i, step)] or [x[i][:0]])
     for i in range(graph.size)
@@ -136,7 +136,7 @@ def test_rounds_of_different_lengths_need_a_known_step(place):
   n = place.size
   graph = one_peer(star(n))
   x = np.zeros(2, np.float32)
-  # Each rank for itself: the centre hears from all, in every round.
+  # Per rank: the center of the star has one in-neighbor in every round.
   totals = {len(sources(graph, jfog.rank(), t)) for t in range(len(graph))}
   if len(totals) > 1:
     with pytest.raises(ValueError, match="traced step"):
@@ -250,7 +250,7 @@ def test_peers_in_the_order_of_their_keys(place, rng):
   np.testing.assert_array_equal(fun(parts[rank], peers), truth)
 
 
-# What is wrong is refused before anything is sent, on every rank alike.
+# Errors are raised before the first message, on every rank.
 
 
 @pytest.mark.mpi(2)

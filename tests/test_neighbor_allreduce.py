@@ -418,7 +418,7 @@ def test_a_traced_step_compiles_to_one_branch(place, x):
   assert text.count("stablehlo.case") == 1
 
 
-# What is wrong is refused before anything is sent, on every rank alike.
+# Errors are raised before the first message, on every rank.
 
 
 @pytest.mark.mpi(2, 3)

@@ -1,4 +1,4 @@
-"""What long runs and repetition show: no drift, and the same bits each time."""
+"""Long runs and repetition: no drift, and the same bits each time."""
 
 import jax
 import jax.numpy as jnp

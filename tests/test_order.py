@@ -32,7 +32,7 @@ def test_many_large_independent_operations(place, soak):
         results.append(jfog.allreduce(x))
       else:
         results.append(jfog.neighbor_allreduce(x, graphs[k % 3]))
-    if rank % 2:  # nobody looks at some results on odd ranks
+    if rank % 2:  # some results are unused on odd ranks
       results = [r if k % 5 else r[:1] for k, r in enumerate(results)]
     return [(r.min(), r.max()) for r in results]
 

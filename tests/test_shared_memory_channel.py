@@ -97,7 +97,7 @@ def test_many_at_once(place, machines):
 
 
 def test_a_sender_far_ahead(place, machines):
-  """Nobody sends to rank 0, which goes through all steps before others come."""
+  """Rank 0 has no in-neighbor, and runs all steps before the others start."""
   n, rank = place.size, jfog.rank()
   graph = topology.Topology(_path(n), connected=False)
   count, steps = 3 * CHUNK + 1, 12
@@ -112,7 +112,7 @@ def test_a_sender_far_ahead(place, machines):
 
 
 def test_ranks_may_weight_differently(place, machines):
-  """Who scales what it sends uses no lane; the others' chunks are the same."""
+  """Scaled messages bypass the shared-memory channel; their chunks are equal."""
   n, rank = place.size, jfog.rank()
   count = 4 * CHUNK + 9
   right, left = (rank + 1) % n, (rank - 1) % n
@@ -126,7 +126,7 @@ def test_ranks_may_weight_differently(place, machines):
 
 
 def _path(n):
-  """Rank r listens to r - 1 alone, rank 0 to nobody."""
+  """Rank r receives from r - 1 only, rank 0 from no rank."""
   matrix = np.eye(n)
   for r in range(1, n):
     matrix[r, r - 1 : r + 1] = 0.5

@@ -37,7 +37,7 @@ constexpr std::size_t kQuarantine = std::size_t{64} << 20;
 
 const CudaContext kContext = reinterpret_cast<CudaContext>(0xc0de0);
 
-// Who calls what how often, and which calls are to fail.
+// Counts of calls, and the calls that are to fail.
 struct Ledger {
   std::mutex mutex;
   std::map<std::string, long> calls;
@@ -46,12 +46,12 @@ struct Ledger {
   std::atomic<long> primary_contexts{0};
 
   Ledger() {
-    const char* const told = std::getenv("JFOG_EMULATION_FAIL");
+    const char* const spec = std::getenv("JFOG_EMULATION_FAIL");
     char function[64];
     long call;
     int code;
-    if (told &&
-        std::sscanf(told, "%63[^:]:%ld:%d", function, &call, &code) == 3)
+    if (spec &&
+        std::sscanf(spec, "%63[^:]:%ld:%d", function, &call, &code) == 3)
       failures[function] = {call, code};
   }
 };
@@ -621,7 +621,7 @@ int cuMemsetD8Async(DevicePointer to, unsigned char byte, std::size_t count,
   return Fill(__func__, to, byte, count, stream);
 }
 
-// What tests ask.
+// Queries for tests.
 
 // How often production has called a function.
 long jfog_emulation_calls(const char* function) {

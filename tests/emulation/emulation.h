@@ -30,7 +30,7 @@
 
 #include "nccl/api.h"
 
-// Opens every exported function: counts the call, and fails it if told to.
+// Opens every exported function: counts the call, and fails it on request.
 #define JFOG_ENTER(type)                                         \
   do {                                                           \
     if (const int injected = ::jfog::emulation::Enter(__func__)) \

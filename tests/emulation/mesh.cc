@@ -45,8 +45,8 @@ int NewSocket() {
 }
 
 bool EndsWithGarbage() {
-  const char* const told = std::getenv("JFOG_EMULATION_MISMATCH");
-  return told && std::strcmp(told, "garbage") == 0;
+  const char* const mode = std::getenv("JFOG_EMULATION_MISMATCH");
+  return mode && std::strcmp(mode, "garbage") == 0;
 }
 
 }  // namespace

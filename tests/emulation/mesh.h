@@ -65,7 +65,7 @@ class Mesh {
   struct Link {
     int socket = -1;
     bool lost = false;
-    bool stuck = false;  // bytes that nobody expects lie before the next
+    bool stuck = false;  // bytes without a receive lie before the next
     Frame frame{};
     std::size_t frame_received = 0;
     std::uint64_t left = 0;  // bytes of the frame's message

@@ -78,7 +78,7 @@ struct Operation {
 
   std::size_t bytes() const { return count * SizeOf(type); }
   bool collective() const { return kind > Kind::kRecv; }
-  // What both sides of a collective's message agree on.
+  // Fields that must be equal on both sides of a collective's message.
   std::uint32_t signature() const {
     if (!collective()) return 0;
     std::uint32_t value = 17;
@@ -112,7 +112,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // Connects in the background.
   void Start();
-  // What ncclCommGetAsyncError says; a poll.
+  // The result of ncclCommGetAsyncError; a poll.
   Result Poll();
   // Whether it can be used now; else a text is left behind.
   Result Ready(const char* function);
@@ -331,8 +331,8 @@ bool Communicator::CheckAll(const std::vector<Operation>& operations) {
       right &= CheckMemory(operation.function, range.begin, range.size,
                            Memory::kDevice);
   }
-  // What one operation writes, nobody else may touch, but for NCCL's in-place
-  // forms of one collective.
+  // No other operation may touch the memory that one writes, but for NCCL's
+  // in-place forms of one collective.
   for (std::size_t i = 0; i < operations.size(); ++i) {
     for (const Range& written : Written(operations[i])) {
       for (std::size_t j = 0; j < operations.size(); ++j) {
@@ -363,7 +363,7 @@ bool Communicator::CheckAll(const std::vector<Operation>& operations) {
 
 void Communicator::Execute(const std::vector<Operation>& operations) {
   std::vector<Message> sends, receives;
-  // What reductions receive.
+  // Buffers that reductions receive into.
   std::vector<std::vector<char>> parts(operations.size());
   std::vector<const Operation*> to_self, from_self;
   for (std::size_t i = 0; i < operations.size(); ++i) {
@@ -429,8 +429,7 @@ void Communicator::Execute(const std::vector<Operation>& operations) {
   if (mesh_.Move(sends, receives, end, stop_, lost_) && !matched) Hang();
 }
 
-// What is left to do once everything has been sent, so that buffers in place
-// may be written, and received.
+// Runs after all sends and receives, when in-place buffers may be written.
 void Communicator::End(const Operation& operation,
                        const std::vector<char>& parts) {
   const std::size_t bytes = operation.bytes();
@@ -458,7 +457,7 @@ void Communicator::End(const Operation& operation,
          operation.to);
 }
 
-// What one thread's group holds of one communicator.
+// The operations of one communicator in one thread's group.
 struct Batch {
   std::shared_ptr<Communicator> communicator;
   CudaStream handle;

@@ -9,7 +9,7 @@
 
 namespace jfog::emulation {
 
-// Bytes of one element, 0 for what is no type.
+// Bytes of one element, 0 for an unknown type.
 std::size_t SizeOf(nccl::ElementType type);
 
 // Reduces `count` elements of each input, in the order of the ranks; `result`

@@ -146,7 +146,7 @@ def _run_job(job: Job, left: float) -> dict:
         except subprocess.TimeoutExpired:
           outcome = f"timed out after {deadline:.0f} s"
         _kill(mark)
-        # What hangs in the driver of a stuck GPU cannot be killed.
+        # A process that hangs in the driver of a stuck GPU cannot be killed.
         with contextlib.suppress(subprocess.TimeoutExpired):
           process.wait(5)
     seconds = time.monotonic() - begin

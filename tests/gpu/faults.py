@@ -42,7 +42,7 @@ def many(x, steps):
 
 
 def error_of(call):
-  """What goes wrong in a call, or in the next one on the communicator."""
+  """The error of a call, or of the next one on the communicator."""
   for each in (call, lambda: jfog.allreduce(jnp.ones(2))):
     try:
       jax.block_until_ready(each())

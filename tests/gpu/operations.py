@@ -23,7 +23,7 @@ from jfog import topology  # noqa: E402
 N, RANK = world.size, world.rank
 RING, EXPONENTIAL = topology.ring(N), topology.exponential(N)
 # Directed: rank 0 receives from all, the others from the rank before. No two rows
-# are alike, so that a matrix and its transpose differ on two ranks already.
+# are equal, so that a matrix and its transpose differ on two ranks already.
 edges = np.roll(np.eye(N), 1, axis=0) if N > 1 else np.zeros((1, 1))
 edges[0, 1:] = 1
 weights = edges + np.diag(1.0 + np.arange(N))
@@ -257,7 +257,7 @@ def handles_between_programs():
 
 
 def unused_results():
-  """What nobody reads is sent all the same."""
+  """An operation without a reader of its result still communicates."""
   x = stacked("float32", 4, seed=14)
 
   @jax.jit

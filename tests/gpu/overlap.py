@@ -1,7 +1,7 @@
 """Exchanges beside computation, and training steps with and without averaging.
 
 Stage 6. On one GPU the ranks share its processors as well as its memory, so that
-computation of one rank slows that of the other in every form alike: ratios count.
+computation of one rank slows that of the other equally in every form: ratios count.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What the programs of the GPU check share: the world, cases, and their facts.
+"""Shared parts of the GPU check's programs: the world, cases, and their facts.
 
 A program runs on every rank of a job that `check` has started. It appends facts
 to the file that JFOG_GPU_FACTS names, one JSON object a line, as soon as each is
@@ -25,7 +25,7 @@ _TEXT = 6000  # bytes of an error that ranks exchange
 
 
 class NotApplicable(Exception):
-  """What a case raises, on all ranks, that means nothing on so many ranks."""
+  """Raised on all ranks by a case that does not apply to their number."""
 
 
 def require(condition, reason):

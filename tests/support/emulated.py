@@ -91,8 +91,8 @@ def _finish(commands) -> None:
 
 def compiler() -> list[str]:
   """The command of the machine's C++ compiler, empty if there is none."""
-  if told := os.environ.get("CXX"):
-    return shlex.split(told)
+  if command := os.environ.get("CXX"):
+    return shlex.split(command)
   for name in ("c++", "g++", "clang++"):
     if found := shutil.which(name):
       return [found]
@@ -124,7 +124,7 @@ def wrap(library, registrations: dict) -> dict:
   """Makes handlers for XLA:GPU run in XLA:CPU.
 
   Args:
-    library: what `load` returned, or the library's path.
+    library: the result of `load`, or the library's path.
     registrations: targets with their capsule, or with one for each stage.
 
   Returns:
@@ -143,13 +143,13 @@ def wrap(library, registrations: dict) -> dict:
 
 
 def carry_jfog(path) -> ctypes.CDLL:
-  """Lets this process's jfog take the emulation for NCCL and its CPU for a GPU.
+  """Makes this process use the emulation as NCCL, and its CPU as a GPU.
 
-  All operations that are compiled for CPUs go by jfog's NCCL handlers from then
-  on, where the world's backend is `"nccl"`.
+  From then on all operations compiled for CPUs run jfog's NCCL handlers, where the
+  world's backend is `"nccl"`.
 
   Args:
-    path: what `build` has returned.
+    path: the result of `build`.
 
   Returns:
     The emulation.

@@ -405,7 +405,8 @@ WORDS = {
   r"(?<=\s)told\b": "name the noun: attributes, reports",
   r"\bbur(y|ied)\b": "leak deliberately",
   r"\bwho(m|ever)\b": "name the rank or the caller",
-  r"\b(is|are) no\b": "does not, is not a",
+  # "there is no GPU" is plain English; "rank 5 is no rank" is not.
+  r"(?<!there )\b(is|are) no\b": "does not, is not a",
   r"\bnobody\b": "no rank, no thread",
   r"neighbour|colour|behaviour|favour|centre\b": "American spelling",
   r"(optim|initial|synchron|serial|normal|recogn|organ|summar)is(e|ing|ation)": (

@@ -89,7 +89,7 @@ def powers_below(size, base):
 
 
 # Local optimizers: each is a function of all ranks' gradients and parameters,
-# one row for each rank, to all ranks' updates; it keeps its state to itself.
+# one row for each rank, to all ranks' updates; its state is in its closure.
 
 
 def sgd(rate, momentum=0.0, nesterov=False):

@@ -10,7 +10,7 @@ import sysconfig
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Runs at the start of Python. An editable installation finds its modules before
-# PYTHONPATH does. What a rank is to preload must not come into mpirun.
+# PYTHONPATH does. A rank's preloaded library must not be loaded into mpirun.
 _SITECUSTOMIZE = """\
 import os, sys
 sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in repr(f)]
@@ -31,7 +31,7 @@ raise SystemExit(not _mpi.__file__.startswith(os.environ["JFOG_STAGE"]))
 
 
 def stage(folder, built, ranks=2, **environment):
-  """Puts the package together and makes sure that ranks load what was built.
+  """Assembles the package and verifies that ranks load the built modules.
 
   Args:
     folder: where the copy of the package is to be.
