@@ -11,7 +11,7 @@ Without options the quick suite runs: each operation, place and optimizer once
 which `--soak` adds.
 
 With `--backend nccl` the MPI forms alone run, by NCCL on GPUs; where there is no
-GPU one line says that they did not. With `--backend emulated` they run by jfog's
+GPU one line reports that they did not. With `--backend emulated` they run by jfog's
 NCCL handlers on the emulation of NCCL and the CUDA driver in tests/emulation.
 """
 

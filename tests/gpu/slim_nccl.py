@@ -5,7 +5,7 @@ layout: what is left out is zeroed, so that the copy compresses to what is left.
 
 Source: the format of fat binaries, as `cuobjdump` lists them; it is not
 documented. Each container has a header of 16 bytes and entries, each with a
-header that says its kind, its size and the architecture.
+header with its kind, its size and the architecture.
 """
 
 import argparse
