@@ -131,13 +131,16 @@ def visible_cuda_devices() -> str:
   return xla_bridge.CUDA_VISIBLE_DEVICES.value
 
 
-def begin_order_anew() -> None:
-  """Lets the operations to come in this thread not depend on those before.
+def reset_runtime_tokens() -> None:
+  """Drops this thread's runtime tokens, so that an earlier error is not inherited.
 
-  After one has failed all later ones would fail with its error, for the token
-  that they pass on is part of its results.
+  The token is one of the results of an operation. After a failure all later
+  operations would depend on it and fail with the same error.
   """
   dispatch.runtime_tokens.clear()
+
+
+begin_order_anew = reset_runtime_tokens
 
 
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

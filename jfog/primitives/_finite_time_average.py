@@ -1,6 +1,5 @@
 """The exact average in finitely many rounds, each an exchange with few peers."""
 
-import hashlib
 from typing import Any
 
 import jax
@@ -14,15 +13,20 @@ from jfog.primitives import (
   _collectives,
   _ffi_attributes,
   _mesh,
-  _nccl,
   _neighbor_allreduce,
   _operation,
   _primitive,
   _pytree,
+  nccl,
 )
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.runtime import Communicator, resolve
 from jfog.topology import ExactAverage, Schedule, Topology
+from jfog.topology._neighbor_table import (
+  csr_attributes,
+  digest,
+  neighbor_table,
+)
 
 _NAME = "finite_time_average"
 
@@ -77,15 +81,18 @@ def finite_time_average(
   leaves, names, structure = _pytree.flatten(x, _NAME)
   _pytree.require_inexact(leaves, names, _NAME)
   rounds = _rounds(graph, comm)
-  if not leaves or comm.backend in ("mesh", "single"):
-    results = [_on_mesh(leaf, graph, rounds, comm) for leaf in leaves]
-    return Call(leaves, structure, results)
-  wide = [leaf.astype(_dtypes.accumulation(leaf.dtype)) for leaf in leaves]
-  return Call(
+
+  def operands() -> list[jax.Array]:
+    wide = [x.astype(_dtypes.accumulation(x.dtype)) for x in leaves]
+    return _pytree.to_native(wide, names, _NAME)
+
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: [_on_mesh(x, graph, rounds, comm) for x in leaves],
     primitive=finite_time_average_p,
-    operands=_pytree.to_native(wide, names, _NAME),
+    operands=operands,
     params={"graph": graph, "comm": comm},
   )
 
@@ -153,11 +160,6 @@ def _shifted(x, shift, axes, comm):
 # Between processes: the rules of the primitive.
 
 
-def _abstract_eval(*operands, fixed, **params):
-  del fixed, params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
-
-
 def _transpose(cotangents, *, fixed, graph, comm):
   # The exact average is symmetric.
   return finite_time_average_p.bind(
@@ -169,24 +171,25 @@ def _attributes(mode, *leaves, graph, comm):
   del leaves
   is_exact = isinstance(graph, ExactAverage)
   if is_exact:
-    digest = hashlib.blake2b(repr(graph).encode(), digest_size=8).digest()
-    fingerprint = int.from_bytes(digest, "little", signed=True)
-    table = _ffi_attributes.rows_table(
+    fingerprint = digest(repr(graph).encode())
+    table = csr_attributes(
       [
         (
           {(comm.rank - hop.shift) % comm.size: 1.0},
           [(comm.rank + hop.shift) % comm.size],
-          1.0,
-          False,
         )
         for hop in graph.rounds
-      ]
+      ],
+      [1.0] * len(graph),
+      [False] * len(graph),
     )
     inclusive = [hop.send_inclusive for hop in graph.rounds]
   else:
     fingerprint = _ffi_attributes.fingerprint(graph)
     rounds = graph.rounds_to_exact_average()
-    table = _ffi_attributes.table(Schedule(graph.rounds[:rounds]), comm.rank)
+    table = neighbor_table(Schedule(graph.rounds[:rounds])).attributes(
+      comm.rank
+    )
     inclusive = [True] * rounds
   return _ffi_attributes.numbered(
     _NAME,
@@ -208,13 +211,13 @@ def _attributes(mode, *leaves, graph, comm):
 
 def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
   del fixed
-  packing = _nccl.Packing(leaves)
+  packing = nccl.Packing.of(leaves)
   own = packing.pack(leaves)
 
   def exchanged(t, values, rounds, slots):
-    send = _nccl.exchange(
+    send = nccl.exchange(
       _NAME,
-      _nccl.Mode.WHOLE,
+      nccl.Mode.WHOLE,
       comm,
       0,
       values,
@@ -235,29 +238,28 @@ def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
       exclusive = [x + y[0] for x, y in zip(exclusive, received, strict=True)]
     return packing.unpack([x / graph.size for x in inclusive])
   for t, topology in enumerate(graph.rounds[: _rounds(graph, comm)]):
-    rounds = _nccl.rounds_of(topology, comm.rank)
-    slots = _nccl.slots_of(rounds)
-    row = _nccl.row_of_graph(topology, comm.rank, 0, slots)
+    rounds = nccl.rounds_of(topology, comm.rank)
+    slots = nccl.slots_of(rounds)
+    row = nccl.row_of_graph(topology, comm.rank, 0)
     received = exchanged(t, own, rounds, slots)
-    own = _nccl.average(own, row, received, slots)
+    own = nccl.average(own, row, received, slots)
   return packing.unpack(own)
 
 
 finite_time_average_p = _primitive.define(
   _NAME,
-  abstract_eval=_abstract_eval,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    whole=_rounds_on_gpus,
-    send=lambda mode, fixed, leaves, *, graph, comm: (
+  on_gpus=nccl.OnGpus(
+    blocking=_rounds_on_gpus,
+    encode=lambda mode, fixed, leaves, *, graph, comm: (
       _collectives.send_allreduce(
         mode, fixed, leaves, op="mean", comm=comm, operation=_NAME
       )
     ),
     received=_collectives.received_allreduce,
-    finish=_collectives.finish_allreduce,
+    decode=_collectives.finish_allreduce,
     static=lambda *, graph, comm: ("mean", comm.size),
   ),
 )

@@ -13,16 +13,17 @@ from jfog import _compat, _dtypes
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
-  _nccl,
   _neighbor_allreduce,
   _operation,
   _primitive,
   _pytree,
   _weighted_sum,
+  nccl,
 )
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Schedule, Topology
+from jfog.topology._neighbor_table import neighbor_table
 
 _NAME = "hierarchical_neighbor_allreduce"
 
@@ -89,20 +90,18 @@ def hierarchical_neighbor_allreduce(
   comm = resolve(comm)
   leaves, names, structure = _pytree.flatten(x, _NAME)
   _pytree.require_inexact(leaves, names, _NAME)
-  if comm.backend in ("mpi", "nccl"):
+  if comm.is_native:
     comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
   graph = _check_machine_graph(machine_graph, comm)
   index = _ffi_attributes.step_index(graph, step, _NAME)
-  if not leaves or comm.backend in ("mesh", "single"):
-    mixed = _on_mesh(leaves, graph, index, comm) if leaves else []
-    return Call(leaves, structure, mixed)
-  index = np.int32(index) if isinstance(index, int) else index
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: _on_mesh(leaves, graph, index, comm),
     primitive=hierarchical_neighbor_allreduce_p,
     fixed=(index,),
-    operands=_pytree.to_native(leaves, names, _NAME),
+    operands=lambda: _pytree.to_native(leaves, names, _NAME),
     params={"graph": graph, "comm": comm},
   )
 
@@ -184,18 +183,13 @@ def _join(part, like, inside):
 # Between processes: the rules of the primitive.
 
 
-def _abstract_eval(*operands, fixed, **params):
-  del params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
-
-
 def _transpose(cotangents, *operands, fixed, graph, comm):
   # The adjoint of W (x) J is W.T (x) J.
   return hierarchical_neighbor_allreduce_p.bind(
     *operands,
     *cotangents,
     fixed=fixed,
-    graph=_neighbor_allreduce.turned(graph),
+    graph=_neighbor_allreduce.transposed(graph),
     comm=comm,
   )
 
@@ -211,8 +205,7 @@ def _attributes(mode, *leaves, graph, comm):
       "context": np.int64(comm.context),
       "graph": np.int64(_ffi_attributes.fingerprint(graph)),
       "members": np.array(members, np.int32),
-      **_ffi_attributes.table(
-        graph,
+      **neighbor_table(graph).attributes(
         comm.machine_rank,
         lambda machine: comm.ranks_of(machine)[place],
       ),
@@ -224,7 +217,7 @@ def _attributes(mode, *leaves, graph, comm):
 
 
 def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
-  packing = _nccl.Packing(leaves)
+  packing = nccl.Packing.of(leaves)
   vectors = packing.pack(leaves)
   size, place = comm.local_size, comm.local_rank
   parts = vectors
@@ -247,26 +240,28 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
       for x, got in zip(split, received, strict=True)
     ]
   if comm.machine_size > 1:
-    rounds = _nccl.rounds_of(graph, comm.machine_rank)
-    slots = _nccl.slots_of(rounds)
+    rounds = nccl.rounds_of(graph, comm.machine_rank)
+    slots = nccl.slots_of(rounds)
     send = _exchange(comm.machines, fixed[0], parts, rounds, graph, like=leaves)
-    row = _nccl.row_of_graph(graph, comm.machine_rank, fixed[0], slots)
+    row = nccl.row_of_graph(graph, comm.machine_rank, fixed[0])
     received = call(
       send, [jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in parts]
     )
-    parts = _nccl.average(parts, row, received, slots)
+    parts = nccl.average(parts, row, received, slots)
   else:
-    row = _nccl.row_of_graph(graph, 0, fixed[0], 0)
-    parts = _nccl.average(parts, row, [x[None][:0] for x in parts], 0)
+    row = nccl.row_of_graph(graph, 0, fixed[0])
+    parts = nccl.average(parts, row, [x[None][:0] for x in parts], 0)
   if size > 1:
-    told = _nccl.told(
-      _nccl.Mode.WHOLE,
+    attributes = nccl.common_attributes(
+      nccl.Mode.WHOLE,
       comm.local,
       _NAME,
       _ffi_attributes.fingerprint(graph),
       leaves,
     )
-    received = call(_nccl.Send("allgather", told, parts), _avals(split, size))
+    received = call(
+      nccl.Send("allgather", attributes, parts), _avals(split, size)
+    )
     parts = [
       y.reshape(-1)[: len(x)] for x, y in zip(vectors, received, strict=True)
     ]
@@ -275,9 +270,9 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
 
 def _exchange(comm, step, parts, rounds, graph, **kwargs):
   variant = (_ffi_attributes.fingerprint(graph), "hierarchical")
-  return _nccl.exchange(
+  return nccl.exchange(
     _NAME,
-    _nccl.Mode.WHOLE,
+    nccl.Mode.WHOLE,
     comm,
     step,
     parts,
@@ -301,13 +296,13 @@ def _avals(split, rows):
 # machine has received.
 
 
-def _start_on_gpus(mode, fixed, leaves, *, graph, comm):
-  rounds = _nccl.rounds_of(graph, comm.machine_rank)
+def _encode_start(mode, fixed, leaves, *, graph, comm):
+  rounds = nccl.rounds_of(graph, comm.machine_rank)
   inside = getattr(comm.local, "context", -1)
   across = getattr(comm.machines, "context", -1)
   if comm.machine_size == 1:
     across, rounds = -1, [([], [])] * len(rounds)
-  send = _nccl.exchange(
+  send = nccl.exchange(
     "hierarchical_start",
     mode,
     comm,
@@ -328,7 +323,7 @@ def _start_on_gpus(mode, fixed, leaves, *, graph, comm):
 def _wide_split(leaves, size):
   """The packed leaves in rows, complex ones as pairs, of 32 bits or more."""
   vectors = []
-  for x in _nccl.Packing(leaves).pack(leaves):
+  for x in nccl.Packing.of(leaves).pack(leaves):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
       x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
     wide = x.astype(_dtypes.accumulation(x.dtype))
@@ -346,15 +341,11 @@ def _received(results, static):
 
 def _finish(own, row, received, static):
   del static
-  packing = _nccl.Packing(own)
-  self_weight, difference, weights, reads = _nccl.Row.of(row)
+  packing = nccl.Packing.of(own)
   mixed = _weighted_sum.combine(
     [x[:, 0] for x in received],
     [jnp.moveaxis(x[:, 1:], 1, 0) for x in received],
-    self_weight,
-    weights,
-    reads,
-    difference,
+    *row,
   )
   vectors = []
   for x, size, dtype in zip(mixed, packing.sizes, packing.dtypes, strict=True):
@@ -367,26 +358,24 @@ def _finish(own, row, received, static):
 
 
 def _weigh(fixed, *, graph, comm):
-  slots = _machine_slots(graph, comm)
-  return _nccl.row_of_graph(graph, comm.machine_rank, fixed[0], slots)
+  return nccl.row_of_graph(graph, comm.machine_rank, fixed[0])
 
 
 def _machine_slots(graph, comm):
-  return _nccl.slots_of(_nccl.rounds_of(graph, comm.machine_rank))
+  return nccl.slots_of(nccl.rounds_of(graph, comm.machine_rank))
 
 
 hierarchical_neighbor_allreduce_p = _primitive.define(
   _NAME,
-  abstract_eval=_abstract_eval,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    whole=_steps_on_gpus,
-    send=_start_on_gpus,
+  on_gpus=nccl.OnGpus(
+    blocking=_steps_on_gpus,
+    encode=_encode_start,
     received=_received,
-    finish=_finish,
-    weigh=_weigh,
+    decode=_finish,
+    weights=_weigh,
     static=lambda *, graph, comm: (
       comm.local_size,
       _machine_slots(graph, comm),

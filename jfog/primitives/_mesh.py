@@ -1,6 +1,7 @@
-"""What the mesh renditions of all operations share."""
+"""Parts of the mesh renditions that several operations share."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,17 +33,51 @@ def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   return stacked.reshape(ranks, *x.shape)
 
 
-def nothing(x: jax.Array) -> jax.Array:
-  """What can be added to any value and leaves its bits: -0 for floats."""
+def additive_identity(x: jax.Array) -> jax.Array:
+  """The neutral element of addition in the dtype of `x`: -0 for floats.
+
+  A sum with -0 keeps the bits of the other summand; 0 + -0 would lose a sign.
+  """
   zero = jnp.zeros_like(x)
   return -zero if jnp.issubdtype(x.dtype, jnp.inexact) else zero
+
+
+nothing = additive_identity
+
+
+def on_nonempty(
+  rendition: Callable[[list[jax.Array]], Sequence[jax.Array]],
+  leaves: Sequence[jax.Array],
+) -> list[jax.Array]:
+  """Runs a mesh rendition on the leaves that have elements.
+
+  The result of an empty leaf is empty, too, and only its shape and dtype are
+  computed. XLA:CPU up to the version of JAX 0.11 crashes in its combiner of
+  collectives when an empty operand comes with another of the same dtype.
+  """
+  full = [i for i, x in enumerate(leaves) if x.size]
+  if len(full) == len(leaves):
+    return list(rendition(list(leaves)))
+  empty = [i for i, x in enumerate(leaves) if not x.size]
+  results: list[Any] = [None] * len(leaves)
+  shapes = jax.eval_shape(
+    lambda *x: rendition(list(x)), *(leaves[i] for i in empty)
+  )
+  for i, shape in zip(empty, shapes, strict=True):
+    results[i] = _compat.zeros(shape)
+  if full:
+    computed = rendition([leaves[i] for i in full])
+    for i, result in zip(full, computed, strict=True):
+      results[i] = result
+  return results
 
 
 def uniform(value: Any, comm: Communicator) -> Any:
   """The same integer or bool on every rank of a mesh: the largest one.
 
-  What chooses a branch around a collective must not differ between ranks. Under
-  `simulate` it would be batched besides, and every branch computed.
+  The index of a branch around a collective must be equal on all ranks. Under
+  `simulate` a batched index would turn the switch into a computation of all
+  branches, and the maximum over the axis is not batched.
   """
   if not isinstance(comm, Axis) or not isinstance(value, jax.core.Tracer):
     return value

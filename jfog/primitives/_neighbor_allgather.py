@@ -10,23 +10,23 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad
 
 from jfog import _compat
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
-  _nccl,
   _operation,
   _primitive,
   _pytree,
   _weighted_sum,
+  nccl,
 )
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, check_ranks
-from jfog.runtime import Communicator, resolve
+from jfog.runtime import Axis, Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
+from jfog.topology._neighbor_table import csr_attributes, neighbor_table
 
 _NAME = "neighbor_allgather"
 
@@ -117,18 +117,15 @@ def neighbor_allgather(
     _check_lengths(table, axis_sizes, pad, comm)
     rank = 0 if comm.backend == "mesh" else comm.rank
     rounds = tuple((t.in_neighbors(rank), t.out_neighbors(rank)) for t in table)
-  if not leaves or comm.backend == "single":
-    return Call(leaves, structure, [leaf[:0] for leaf in leaves])
-  if comm.backend == "mesh":
-    assert table is not None  # check_ranks refuses Peers
-    return Call(leaves, structure, _on_mesh(leaves, table, index, comm))
   totals = tuple(_total(table, rounds, own, pad) for own in sizes)
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: _on_mesh(leaves, table, index, comm),
     primitive=neighbor_allgather_p,
-    fixed=(np.int32(index) if isinstance(index, int) else index,),
-    operands=_pytree.to_native(leaves, names, _NAME),
+    fixed=(index,),
+    operands=lambda: _pytree.to_native(leaves, names, _NAME),
     params={
       "rounds": rounds,
       "first": first,
@@ -190,7 +187,15 @@ def _total(table, rounds, sizes, pad) -> int:
 # The mesh: permutations of lax on devices, a gather on virtual ranks.
 
 
-def _on_mesh(leaves, table, index, comm) -> list[jax.Array]:
+def _on_mesh(
+  leaves: Sequence[jax.Array],
+  table: Sequence[Topology] | None,
+  index: Any,
+  comm: Communicator,
+) -> list[jax.Array]:
+  if not isinstance(comm, Axis):
+    return [leaf[:0] for leaf in leaves]
+  assert table is not None  # check_ranks refuses Peers on a mesh
   leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
   slots = max(len(t.in_neighbors(i)) for t in table for i in range(t.size))
   pick = _picked if _mesh.are_virtual(comm.axes) else _permuted
@@ -211,15 +216,16 @@ def _on_mesh(leaves, table, index, comm) -> list[jax.Array]:
   return lax.switch(_mesh.uniform(index, comm), branches, leaves)
 
 
-def _picked(x, topology, slots, comm):
+def _picked(
+  x: jax.Array, topology: Topology, slots: int, comm: Axis
+) -> jax.Array:
   """On virtual ranks: each picks its in-neighbors' values."""
-  sources = np.full((topology.size, slots), -1)
-  for i in range(topology.size):
-    neighbors = topology.in_neighbors(i)
-    sources[i, : len(neighbors)] = neighbors
-  own = jnp.asarray(sources)[comm.rank]
-  values = _mesh.gather(x, comm.axes)[jnp.maximum(own, 0)]
-  is_part = (own >= 0).reshape(slots, *[1] * x.ndim)
+  table = neighbor_table(topology)
+  behind = [(0, 0), (0, slots - table.sources.shape[2])]
+  sources = jnp.asarray(np.pad(table.sources[0], behind))[comm.rank]
+  present = jnp.asarray(np.pad(table.present[0], behind))[comm.rank]
+  values = _mesh.gather(x, comm.axes)[sources]
+  is_part = present.reshape(slots, *[1] * x.ndim)
   return jnp.where(is_part, values, jnp.zeros_like(values))
 
 
@@ -257,25 +263,10 @@ def _transpose_abstract_eval(*operands, fixed, axis_sizes, comm, **params):
   ]
 
 
-def _tangents(
-  primitive, primals, results, tangents, *, fixed, axis_sizes, totals, **params
-):
-  """Linear, but each leaf comes with its own lengths."""
-  out: list[Any] = [_primitive.zero_tangent(y) for y in results]
-  leaves = tangents[fixed:]
-  moving = [i for i, dx in enumerate(leaves) if type(dx) is not ad.Zero]
-  if moving:
-    dy = primitive.bind(
-      *primals[:fixed],
-      *(leaves[i] for i in moving),
-      fixed=fixed,
-      axis_sizes=tuple(axis_sizes[i] for i in moving),
-      totals=tuple(totals[i] for i in moving),
-      **params,
-    )
-    for i, tangent in zip(moving, dy, strict=True):
-      out[i] = tangent
-  return out
+# Linear; a leaf comes with its own lengths.
+_tangents = functools.partial(
+  _primitive.linear_tangents, per_leaf=("axis_sizes", "totals")
+)
 
 
 def _attributes(name):
@@ -290,10 +281,8 @@ def _attributes(name):
     check,
     comm,
   ):
-    rows = [
-      (dict.fromkeys(sources, 1.0), list(to), 0.0, False)
-      for sources, to in rounds
-    ]
+    rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
+    unused = [0.0] * len(rows)
     return _ffi_attributes.numbered(
       name,
       mode,
@@ -307,7 +296,7 @@ def _attributes(name):
           [np.prod(x.shape[1:], dtype=np.int64) for x in leaves], np.int64
         ),
         "total": np.array(totals, np.int64),
-        **_ffi_attributes.rows_table(rows),
+        **csr_attributes(rows, unused, unused),
       },
     )
 
@@ -326,11 +315,11 @@ def _from_transpose(cotangents, *operands, **params):
 # are added up.
 
 
-def _send(
+def _encode(
   mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
 ):
   del params
-  return _nccl.exchange(
+  return nccl.exchange(
     _NAME,
     mode,
     comm,
@@ -343,11 +332,11 @@ def _send(
   )
 
 
-def _send_back(
+def _encode_back(
   mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
 ):
   del params
-  return _nccl.exchange(
+  return nccl.exchange(
     f"{_NAME}_transpose",
     mode,
     comm,
@@ -379,7 +368,7 @@ def _filled(fixed, *, rounds, **params):
   """Which slots the destinations of the round fill."""
   counts = np.array([len(to) for _, to in rounds])
   table = np.arange(max(counts)) < counts[:, None]
-  return _nccl.at_step(table.astype(np.float32), fixed[0])
+  return nccl.at_step(table.astype(np.float32), fixed[0])
 
 
 def _add_up(own, filled, received, slots):
@@ -401,7 +390,7 @@ neighbor_allgather_p = _primitive.define(
   tangents=_tangents,
   transpose=_to_transpose,
   batch_axis=-1,  # axis 0 is concatenated
-  on_gpus=_nccl.OnGpus(send=_send),
+  on_gpus=nccl.OnGpus(encode=_encode),
 )
 
 neighbor_allgather_transpose_p = _primitive.define(
@@ -411,13 +400,13 @@ neighbor_allgather_transpose_p = _primitive.define(
   tangents=_tangents,
   transpose=_from_transpose,
   batch_axis=-1,
-  on_gpus=_nccl.OnGpus(
-    send=_send_back,
+  on_gpus=nccl.OnGpus(
+    encode=_encode_back,
     received=lambda results, slots: [
       jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in results
     ],
-    finish=_add_up,
-    weigh=_filled,
+    decode=_add_up,
+    weights=_filled,
     static=lambda *, rounds, **params: max(len(to) for _, to in rounds),
   ),
 )

@@ -2,11 +2,10 @@
 
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,19 +15,18 @@ from jfog import _compat, _dtypes
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
-  _nccl,
   _operation,
   _primitive,
   _pytree,
+  _weighted_sum,
+  nccl,
 )
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, peers_call
-from jfog.runtime import Communicator, resolve
+from jfog.runtime import Axis, Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
-
-# A virtual rank's sum over more in-neighbors than this is a loop in the program.
-_UNROLLED = 16
+from jfog.topology._neighbor_table import neighbor_table
 
 
 @_operation.operation
@@ -105,17 +103,15 @@ def neighbor_allreduce(
   graph = _ffi_attributes.check_graph(graph, comm.size, "neighbor_allreduce")
   index = _ffi_attributes.step_index(graph, step, "neighbor_allreduce")
   row = None if weights is None else _row(weights, comm)
-  if not leaves or comm.backend in ("mesh", "single"):
-    mixed = _on_mesh(leaves, graph, index, row, comm) if leaves else []
-    return Call(leaves, structure, mixed)
-  index = np.int32(index) if isinstance(index, int) else index
   weighting = Weighting.GRAPH if row is None else Weighting.DESTINATION
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: _on_mesh(leaves, graph, index, row, comm),
     primitive=neighbor_allreduce_p,
     fixed=(index,) if row is None else (index, row),
-    operands=_pytree.to_native(leaves, names, "neighbor_allreduce"),
+    operands=lambda: _pytree.to_native(leaves, names, "neighbor_allreduce"),
     params={"graph": graph, "weighting": weighting, "comm": comm},
   )
 
@@ -155,110 +151,128 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
 # batch by themselves.
 
 
-def _on_mesh(leaves, graph, index, row, comm) -> list[jax.Array]:
-  rounds = graph.rounds
-  axes = comm.axes if comm.backend == "mesh" else ()
+def _on_mesh(
+  leaves: Sequence[jax.Array],
+  graph: Topology | Schedule,
+  index: Any,
+  row: jax.Array | None,
+  comm: Communicator,
+) -> list[jax.Array]:
+  axes = comm.axes if isinstance(comm, Axis) else ()
   if axes:
     leaves = [_compat.varying(leaf, axes) for leaf in leaves]
 
-  def mix(topology, leaves, row):
+  def mix(
+    topology: Topology, leaves: Sequence[jax.Array], row: jax.Array | None
+  ) -> list[jax.Array]:
     return mix_on_mesh(leaves, topology, row, axes, comm.rank)
 
   if not isinstance(index, jax.Array):
-    return mix(rounds[index], leaves, row)
-  branches = [functools.partial(mix, topology) for topology in rounds]
+    return mix(graph.rounds[index], leaves, row)
+  branches = [functools.partial(mix, topology) for topology in graph.rounds]
   return lax.switch(_mesh.uniform(index, comm), branches, leaves, row)
 
 
-def mix_on_mesh(leaves, topology, row, axes, rank) -> list[jax.Array]:
-  """One round on a mesh; without axes, on a world of one."""
+def mix_on_mesh(
+  leaves: Sequence[jax.Array],
+  topology: Topology,
+  row: jax.Array | None,
+  axes: tuple[str, ...],
+  rank: Any,
+) -> list[jax.Array]:
+  """One round on a mesh; without axes, on a world of one.
+
+  Args:
+    leaves: the leaves of this rank.
+    topology: the graph of the round.
+    row: runtime weights of all ranks for this one, in place of the graph's.
+    axes: the axes of the mesh.
+    rank: this rank, traced on a mesh.
+  """
   mix_leaf = _mix_gathered if _mesh.are_virtual(axes) else _mix_permuted
   return [mix_leaf(x, topology, row, axes, rank) for x in leaves]
 
 
-def _base(own, topology, row, rank):
-  """`(first summand, what is subtracted from every received value)`."""
+def _begin(
+  own: jax.Array, topology: Topology, row: jax.Array | None, rank: Any
+) -> tuple[jax.Array, jax.Array | None]:
+  """First summand, and the value to subtract from all received ones."""
   if row is not None:
-    return row[rank].astype(_dtypes.real(own.dtype)) * own, None
-  difference = _ffi_attributes.difference_rows(topology)
-  if difference.all():
-    return own, own
-  self_weights = topology.mixing_matrix.diagonal()
-  weight = _at(self_weights, rank, own.dtype)
-  # A rank that keeps nothing of its own value returns no trace of it.
-  kept = jnp.where(weight == 0, _mesh.nothing(own), weight * own)
-  if not difference.any():
-    return (None if (self_weights == 0).all() else kept), None
-  here = jnp.asarray(difference)[rank]
-  return jnp.where(here, own, kept), jnp.where(here, own, jnp.zeros_like(own))
+    # No test for zero: the derivative in a weight of zero is the own value.
+    return _weighted_sum.times(row[rank], own), None
+  table = neighbor_table(topology)
+  self_weights = table.self_weights[0].astype(_dtypes.real(own.dtype))
+  return _weighted_sum.begin(
+    own, _at(self_weights, rank), _at(table.difference[0], rank)
+  )
 
 
-def _mix_permuted(x, topology, row, axes, rank):
+def _mix_permuted(
+  x: jax.Array,
+  topology: Topology,
+  row: jax.Array | None,
+  axes: tuple[str, ...],
+  rank: Any,
+) -> jax.Array:
   """On devices: one `ppermute` for each group of edges that fits in one."""
   own = x.astype(_dtypes.accumulation(x.dtype))
-  total, minus = _base(own, topology, row, rank)
+  total, minus = _begin(own, topology, row, rank)
+  ranks = np.arange(topology.size)
   for group in permutations(topology):
-    sources = np.full(topology.size, -1)
+    sources = np.zeros(topology.size, np.int32)
+    receives = np.zeros(topology.size, np.bool_)
     for src, dst in group:
-      sources[dst] = src
-    value = lax.ppermute(x, axes, group).astype(own.dtype)
-    weight, receives = _weights(topology, sources, row, rank, own.dtype)
-    term = weight * (value if minus is None else value - minus)
-    if (sources < 0).any():
-      term = jnp.where(receives, term, _mesh.nothing(term))
-    total = term if total is None else total + term
-  assert total is not None  # who keeps nothing of its own receives
+      sources[dst], receives[dst] = src, True
+    value = lax.ppermute(x, axes, group)
+    if row is not None:
+      weight = row[jnp.asarray(sources)[rank]]
+    else:
+      weights = topology.mixing_matrix[ranks, sources]
+      weight = _at(weights.astype(_dtypes.real(own.dtype)), rank)
+    total = _weighted_sum.add(total, value, weight, _at(receives, rank), minus)
   return total.astype(x.dtype)
 
 
-def _mix_gathered(x, topology, row, axes, rank):
+def _mix_gathered(
+  x: jax.Array,
+  topology: Topology,
+  row: jax.Array | None,
+  axes: tuple[str, ...],
+  rank: Any,
+) -> jax.Array:
   """On virtual ranks: each picks its in-neighbors, in ascending order."""
   own = x.astype(_dtypes.accumulation(x.dtype))
-  total, minus = _base(own, topology, row, rank)
-  if total is None:
-    total = _mesh.nothing(own)
-  slots = max(len(topology.in_neighbors(i)) for i in range(topology.size))
-  sources = np.full((slots, topology.size), -1)
-  for i in range(topology.size):
-    neighbors = topology.in_neighbors(i)
-    sources[: len(neighbors), i] = neighbors
+  total, minus = _begin(own, topology, row, rank)
+  table = neighbor_table(topology)
   gathered = _mesh.gather(x, axes)
+  sources = jnp.asarray(table.sources[0])[rank]
+  if row is not None:
+    weights = row.astype(_dtypes.real(own.dtype))[sources]
+  else:
+    weights = jnp.asarray(table.weights[0].astype(_dtypes.real(own.dtype)))[
+      rank
+    ]
+  reads = jnp.asarray(table.present[0])[rank]
 
-  def add(total, slot):
-    source, weight, receives = slot
-    value = gathered[source].astype(own.dtype)
-    term = weight * (value if minus is None else value - minus)
-    return total + jnp.where(receives, term, _mesh.nothing(term)), None
+  def add(total: jax.Array, slot: Any) -> tuple[jax.Array, None]:
+    source, weight, read = slot
+    return _weighted_sum.add(total, gathered[source], weight, read, minus), None
 
-  weights, receives = _weights(topology, sources, row, rank, own.dtype)
-  picked = jnp.asarray(np.maximum(sources, 0))[:, rank]
+  slots = len(reads)
   total, _ = lax.scan(
     add,
     total,
-    (picked, weights, receives),
-    unroll=max(1, min(slots, _UNROLLED)),
+    (sources, weights, reads),
+    unroll=max(1, min(slots, _weighted_sum.UNROLLED)),
   )
   return total.astype(x.dtype)
 
 
-def _weights(topology, sources, row, rank, dtype):
-  """Weights of what this rank gets from `sources[..., rank]`; -1 is nobody.
-
-  Returns:
-    The weights, and whether there is a source, both of shape
-    `sources.shape[:-1]`.
-  """
-  receives = jnp.asarray(sources >= 0)[..., rank]
-  if row is not None:
-    picked = jnp.asarray(np.maximum(sources, 0))[..., rank]
-    return row.astype(_dtypes.real(dtype))[picked], receives
-  table = topology.mixing_matrix[np.arange(topology.size), sources]
-  return _at(np.where(sources >= 0, table, 0.0), rank, dtype), receives
-
-
-def _at(table: np.ndarray, rank: Any, dtype: Any) -> jax.Array:
-  """This rank's entry of a table, rounded once to the accumulation dtype."""
-  return jnp.asarray(table.astype(_dtypes.real(dtype)))[..., rank]
+def _at(values: np.ndarray, rank: Any) -> Any:
+  """This rank's entry of a vector over ranks; known if all entries are equal."""
+  if (values == values[0]).all():
+    return values[0]
+  return jnp.asarray(values)[rank]
 
 
 # Between processes: the rules of the primitive.
@@ -272,16 +286,11 @@ class Weighting(enum.IntEnum):
   SOURCE = 2  # y[i] = sum_j row_j[i] x[j]: senders weight, the transpose
 
 
-_TURNED = {
+_TRANSPOSED = {
   Weighting.GRAPH: Weighting.GRAPH,
   Weighting.DESTINATION: Weighting.SOURCE,
   Weighting.SOURCE: Weighting.DESTINATION,
 }
-
-
-def _abstract_eval(*operands, fixed, graph, weighting, comm):
-  del graph, weighting, comm
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
 
 
 def _tangents(
@@ -329,14 +338,14 @@ def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
     *operands,
     *cotangents,
     fixed=fixed,
-    graph=turned(graph),
-    weighting=_TURNED[weighting],
+    graph=transposed(graph),
+    weighting=_TRANSPOSED[weighting],
     comm=comm,
   )
 
 
 @functools.lru_cache(maxsize=1024)
-def turned(graph):
+def transposed(graph):
   """The graph with every edge turned around."""
   return graph.transpose()
 
@@ -350,7 +359,7 @@ def _attributes(mode, *leaves, graph, weighting, comm):
       "context": np.int64(comm.context),
       "graph": np.int64(_ffi_attributes.fingerprint(graph)),
       "weighting": np.int64(weighting),
-      **_ffi_attributes.table(graph, comm.rank),
+      **neighbor_table(graph).attributes(comm.rank),
     },
   )
 
@@ -358,9 +367,9 @@ def _attributes(mode, *leaves, graph, weighting, comm):
 # On GPUs: one exchange into slots, and their weighted sum.
 
 
-def _send(mode, fixed, leaves, *, graph, weighting, comm):
-  rounds = _nccl.rounds_of(graph, comm.rank)
-  packed = _nccl.Packing(leaves).pack(leaves)
+def _encode(mode, fixed, leaves, *, graph, weighting, comm):
+  rounds = nccl.rounds_of(graph, comm.rank)
+  packed = nccl.Packing.of(leaves).pack(leaves)
   scales = weighting is Weighting.SOURCE
   if scales:
     step, row = fixed
@@ -368,8 +377,8 @@ def _send(mode, fixed, leaves, *, graph, weighting, comm):
     table = np.zeros((len(rounds), slots), np.int32)
     for t, (_, destinations) in enumerate(rounds):
       table[t, : len(destinations)] = destinations
-    packed = _nccl.scaled(packed, row[_nccl.at_step(table, step)])
-  return _nccl.exchange(
+    packed = nccl.scaled(packed, row[nccl.at_step(table, step)])
+  return nccl.exchange(
     "neighbor_allreduce",
     mode,
     comm,
@@ -382,32 +391,30 @@ def _send(mode, fixed, leaves, *, graph, weighting, comm):
   )
 
 
-def _weigh(fixed, *, graph, weighting, comm):
+def _row_weights(fixed, *, graph, weighting, comm):
   given = None
   if weighting is not Weighting.GRAPH:
     row = fixed[1]
     given = (row[comm.rank], row, weighting is Weighting.SOURCE)
-  slots = _slots(graph=graph, comm=comm)
-  return _nccl.row_of_graph(graph, comm.rank, fixed[0], slots, given)
+  return nccl.row_of_graph(graph, comm.rank, fixed[0], given)
 
 
 def _slots(*, graph, comm, **params):
   del params
-  return _nccl.slots_of(_nccl.rounds_of(graph, comm.rank))
+  return nccl.slots_of(nccl.rounds_of(graph, comm.rank))
 
 
 neighbor_allreduce_p = _primitive.define(
   "neighbor_allreduce",
-  abstract_eval=_abstract_eval,
   attributes=_attributes,
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    send=_send,
-    received=lambda results, slots: _nccl.Packing(results).avals(slots),
-    finish=_nccl.average,
-    weigh=_weigh,
+  on_gpus=nccl.OnGpus(
+    encode=_encode,
+    received=lambda results, slots: nccl.Packing.of(results).avals(slots),
+    decode=nccl.average,
+    weights=_row_weights,
     static=_slots,
   ),
 )

@@ -1,4 +1,4 @@
-"""Calls of operations: whole, or started now and waited for later."""
+"""Operations, blocking or split into a start and a wait, and their handles."""
 
 import dataclasses
 import functools
@@ -7,44 +7,83 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 
 from jfog import _compat
-from jfog.primitives import _primitive, _pytree
+from jfog.primitives import _mesh, _primitive, _pytree
+from jfog.runtime import Communicator
 
 
 @dataclasses.dataclass
-class Call:
-  """One operation on one pytree, with all its arguments checked.
+class Operation:
+  """One operation on one pytree, with all of its arguments checked.
 
-  Either `results` holds the leaves of the result, which XLA computes, or
-  `primitive` is to be bound.
+  It is a pair of renditions. `operation` and `start_of` choose between them by
+  the communicator: the primitive where ranks are processes, else `mesh`, plain
+  `jax.lax` that XLA compiles. An operation that has computed its `results`
+  already communicates nothing.
+
+  Attributes:
+    leaves: the leaves of the argument.
+    structure: the structure of the result.
+    results: the leaves of the result.
+    comm: the communicator.
+    mesh: from leaves to the leaves of the result.
+    primitive: the native rendition.
+    fixed: its scalar operands: a step, ranks, weights.
+    operands: the leaves in dtypes of the native core, or a function to them,
+      called for the native rendition only.
+    params: the parameters of the primitive.
   """
 
   leaves: Sequence[jax.Array]
   structure: Any
   results: Sequence[jax.Array] | None = None
+  comm: Communicator | None = None
+  mesh: Callable[[list[jax.Array]], Sequence[jax.Array]] | None = None
   primitive: Primitive | None = None
-  fixed: Sequence[Any] = ()  # a step, ranks, weights
-  operands: Sequence[jax.Array] = ()  # the leaves in native dtypes
+  fixed: Sequence[Any] = ()
+  operands: Sequence[jax.Array] | Callable[[], Sequence[jax.Array]] = ()
   params: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def on_mesh(self) -> Sequence[jax.Array] | None:
+    """The results, unless the native rendition is to compute them."""
+    if self.results is not None:
+      return self.results
+    if self.leaves and (self.comm is None or self.comm.is_native):
+      return None
+    if not self.leaves:
+      return []
+    assert self.mesh is not None
+    return _mesh.on_nonempty(self.mesh, self.leaves)
+
+  def bind(self, primitive: Primitive) -> Any:
+    """Binds a primitive of the native rendition."""
+    operands = self.operands() if callable(self.operands) else self.operands
+    scalars = [np.int32(x) if type(x) is int else x for x in self.fixed]
+    return primitive.bind(
+      *scalars, *operands, fixed=len(scalars), **self.params
+    )
+
+
+Call = Operation
 
 
 @jax.tree_util.register_pytree_node_class
 class Handle:
   """An operation that was started: a pytree, which may cross `jax.jit`.
 
-  `jfog.wait` returns the result, once. Between processes the operation goes on in
-  the background, on a copy of the leaves, from its start until it is complete; a
-  handle may be carried through loops, out of a jitted function and into the
+  `jfog.wait` returns the result, once. Between processes the operation progresses
+  in the background, on a copy of the leaves, until it is complete; a handle may be carried through loops, out of a jitted function and into the
   next training step. On a mesh and in simulation the result is part of the
   handle, and XLA schedules its computation.
 
-  It is a value of its operation and, for averages, of the largest number of
-  in-neighbors in a round: what a loop carries has to keep these.
+  Its type includes its operation and, for averages, the largest number of
+  in-neighbors in a round: the carry of a loop has to keep these.
 
-  All ranks start the same operations in the same order. Where each of them
-  waits is its own affair.
+  All ranks start the same operations in the same order. They may wait in any
+  order and place.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -57,76 +96,89 @@ class Handle:
   """
 
   def __init__(
-    self, operation, structure, dtypes, waiting, number, weights, room
+    self,
+    operation: str,
+    structure: Any,
+    dtypes: tuple[Any, ...],
+    wait_params: tuple[tuple[str, Any], ...],
+    number: jax.Array | None,
+    weights: Sequence[jax.Array],
+    placeholders: Sequence[jax.Array],
   ):
     self._operation = operation
     self._structure = structure
     self._dtypes = dtypes
-    self._waiting = waiting  # the parameters of `wait_p`, hashable
-    self._number = number  # None where the room holds the results
-    self._weights = weights
-    self._room = room
+    self._wait_params = wait_params  # of `wait_p`, hashable
+    self._number = number  # None where the placeholders are the results
+    self._weights = weights  # for what the operation receives
+    self._placeholders = placeholders
+    # Flattening a handle loses this flag: it catches the plain mistake only, and
+    # the native core refuses the second wait on a copy.
     self._spent = False
 
   def __repr__(self) -> str:
     state = "waited on" if self._spent else "open"
     return f"<jfog.Handle of {self._operation}, {state}>"
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arrays of the handle, for JAX."""
-    static = self._operation, self._structure, self._dtypes, self._waiting
-    return (self._number, self._weights, self._room), static
+    static = self._operation, self._structure, self._dtypes, self._wait_params
+    return (self._number, self._weights, self._placeholders), static
 
   @classmethod
-  def tree_unflatten(cls, static, children):
+  def tree_unflatten(
+    cls, static: tuple[Any, ...], children: tuple[Any, ...]
+  ) -> "Handle":
     """A handle of those arrays, for JAX."""
     return cls(*static, *children)
 
 
 def operation(prepare: Callable[..., Any]) -> Callable[..., Any]:
-  """Makes the public function of an operation of what prepares its `Call`.
+  """Turns a function that returns an `Operation` into the public, blocking one.
 
-  The annotations are those of the public function.
+  The function is annotated with the types of the public one.
   """
 
   @functools.wraps(prepare)
-  def run(*args, **kwargs):
-    call = prepare(*args, **kwargs)
-    results = call.results
+  def run(*args: Any, **kwargs: Any) -> Any:
+    prepared = prepare(*args, **kwargs)
+    results = prepared.on_mesh()
     if results is None:
-      assert call.primitive is not None
-      results = call.primitive.bind(
-        *call.fixed, *call.operands, fixed=len(call.fixed), **call.params
-      )
-      results = _pytree.like(results, call.leaves)
-    return call.structure.unflatten(results)
+      assert prepared.primitive is not None
+      results = prepared.bind(prepared.primitive)
+      results = _pytree.cast_like(results, prepared.leaves)
+    return prepared.structure.unflatten(results)
 
   return run
 
 
 def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
-  """The form of an operation that does not wait for its result."""
+  """The split form of an operation, which returns a handle at once."""
   name = run.__name__
   prepare = run.__wrapped__  # type: ignore[attr-defined]
 
-  def start(*args, **kwargs):
-    call = prepare(*args, **kwargs)
-    dtypes = tuple(leaf.dtype for leaf in call.leaves)
-    if call.results is not None:
-      results = tuple(call.results)
-      return Handle(name, call.structure, dtypes, (), None, None, results)
-    assert call.primitive is not None
-    primitive, batch_axis = _primitive.start_of(call.primitive)
-    number, weights, *room = primitive.bind(
-      *call.fixed, *call.operands, fixed=len(call.fixed), **call.params
+  def start(*args: Any, **kwargs: Any) -> Handle:
+    prepared = prepare(*args, **kwargs)
+    dtypes = tuple(leaf.dtype for leaf in prepared.leaves)
+    results = prepared.on_mesh()
+    if results is not None:
+      structure = prepared.structure
+      return Handle(name, structure, dtypes, (), None, (), tuple(results))
+    primitive = prepared.primitive
+    assert primitive is not None
+    number, *arrays = prepared.bind(_primitive.start_of(primitive))
+    wait_params = _primitive.wait_params(
+      primitive, prepared.fixed, prepared.params
     )
-    waiting = (
-      ("operation", call.primitive.name),
-      ("batch_axis", batch_axis),
-      ("static", _primitive.finishing(call.primitive, call.params)),
-    )
+    count = dict(wait_params)["num_weights"]
     return Handle(
-      name, call.structure, dtypes, waiting, number, weights, tuple(room)
+      name,
+      prepared.structure,
+      dtypes,
+      wait_params,
+      number,
+      tuple(arrays[:count]),
+      tuple(arrays[count:]),
     )
 
   functools.update_wrapper(start, prepare)
@@ -160,18 +212,18 @@ def wait(handle: Handle) -> Any:
   passes through to the start.
 
   Args:
-    handle: what a `..._start` function has returned; it is waited on once.
+    handle: the result of a `..._start` function; it is waited on once.
 
   Returns:
-    What the whole operation would have returned.
+    The result of the blocking operation.
 
   Raises:
-    TypeError: if `handle` is no handle.
+    TypeError: if `handle` is not a handle.
     ValueError: if this very handle was waited on before, or was made inside of
       a `vmap` that has ended.
     jax.errors.JaxRuntimeError: on MPI, if a copy of it was waited on before or
-      its communicator was shut down (`FAILED_PRECONDITION`); and all that the
-      whole operation raises.
+      its communicator was shut down (`FAILED_PRECONDITION`); and all errors of
+      the blocking operation.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -183,16 +235,16 @@ def wait(handle: Handle) -> Any:
   """
   _require_open(handle, "wait")
   handle._spent = True
-  results = handle._room
+  results = handle._placeholders
   if handle._number is not None:
     results = _primitive.wait_p.bind(
-      handle._number, handle._weights, *results, **dict(handle._waiting)
+      handle._number, *handle._weights, *results, **dict(handle._wait_params)
     )
     if _compat.at_top_level():
       try:
         jax.block_until_ready(results)
       except jax.errors.JaxRuntimeError:
-        _compat.begin_order_anew()  # the others have nothing to do with it
+        _compat.reset_runtime_tokens()  # later operations do not depend on it
         raise
     results = [
       y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)
@@ -201,10 +253,10 @@ def wait(handle: Handle) -> Any:
 
 
 def poll(handle: Handle) -> jax.Array:
-  """Says whether `jfog.wait` would return at once.
+  """Whether `jfog.wait` would return at once.
 
   Args:
-    handle: what a `..._start` function has returned, not waited on yet.
+    handle: the result of a `..._start` function, not waited on yet.
 
   Returns:
     A bool scalar. True also for an operation that has failed, whose error
@@ -224,15 +276,15 @@ def poll(handle: Handle) -> jax.Array:
   _require_open(handle, "poll")
   if handle._number is None:
     return jnp.asarray(True)
-  operation = dict(handle._waiting)["operation"]
+  operation = dict(handle._wait_params)["operation"]
   return _primitive.poll_p.bind(handle._number, operation=operation)[0]
 
 
 def _require_open(handle: Any, name: str) -> None:
   if not isinstance(handle, Handle):
     raise TypeError(
-      f"{name}: {handle!r} is {type(handle).__name__}, not a handle; pass what "
-      f"a function such as jfog.neighbor_allreduce_start has returned."
+      f"{name}: {handle!r} is {type(handle).__name__}, not a handle; pass the "
+      f"result of a function such as jfog.neighbor_allreduce_start."
     )
   if handle._spent:
     raise ValueError(

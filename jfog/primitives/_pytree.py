@@ -1,4 +1,4 @@
-"""Leaves of pytrees: what may travel, and in which type it is summed."""
+"""Leaves of pytrees: checks, native dtypes and accumulation dtypes."""
 
 from collections.abc import Sequence
 from operator import index
@@ -48,9 +48,8 @@ def require_inexact(
   for leaf, name in zip(leaves, names, strict=True):
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise TypeError(
-        f"{operation}: the leaf {name} has dtype {leaf.dtype}, which holds no "
-        f'fractions; use allreduce(..., op="sum"), or cast the leaf to a '
-        f"float dtype."
+        f"{operation} expects floating-point or complex leaves, but {name} has "
+        f'dtype {leaf.dtype}; cast it, or use allreduce(..., op="sum").'
       )
 
 
@@ -116,6 +115,11 @@ def to_native(
   return out
 
 
-def like(results: Sequence[jax.Array], leaves: Sequence[jax.Array]):
+def cast_like(
+  results: Sequence[jax.Array], leaves: Sequence[jax.Array]
+) -> list[jax.Array]:
   """Casts results back to the dtypes of the leaves they came from."""
   return [y.astype(x.dtype) for y, x in zip(results, leaves, strict=True)]
+
+
+like = cast_like

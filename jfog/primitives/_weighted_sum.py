@@ -1,7 +1,7 @@
-"""The weighted sum of an own value and of what lies in slots, in XLA."""
+"""Weighted sum of an own value and of received values in slots, in XLA."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,61 @@ from jfog import _dtypes
 from jfog.primitives import _mesh, _pytree
 
 # A sum over more slots than this is a loop in the program.
-_UNROLLED = 16
+UNROLLED = 16
+
+
+class Row(NamedTuple):
+  """Weights of one rank's sum over slots; a pytree that a handle carries."""
+
+  self_weight: Any
+  weights: Any  # by slot
+  reads: Any  # whether a slot holds a value
+  difference: Any  # evaluate as x + sum_k weights[k] (slots[k] - x)
+
+  @classmethod
+  def of(cls, row: Any) -> "Row":
+    """The row of an array `[self_weight, difference, *weights, *reads]`."""
+    slots = (len(row) - 2) // 2
+    reads = row[2 + slots :] != 0
+    return cls(row[0], row[2 : 2 + slots], reads, row[1] != 0)
+
+
+def begin(
+  own: jax.Array, self_weight: Any, difference: Any
+) -> tuple[jax.Array, jax.Array | None]:
+  """First summand, and the value to subtract from all others.
+
+  In difference form, `x + sum_k w[k] (s[k] - x)`, that is the own value twice:
+  equal values cancel exactly, so averages do not drift. A weight of zero leaves
+  no trace of the own value, not even of a NaN.
+
+  Args:
+    own: the own value, in the accumulation dtype.
+    self_weight: its weight.
+    difference: whether to evaluate in difference form.
+  """
+  if _is_known(difference) and difference:
+    return own, own
+  kept = _choose(
+    self_weight == 0, _mesh.additive_identity(own), times(self_weight, own)
+  )
+  if _is_known(difference):
+    return kept, None
+  minus = jnp.where(difference, own, jnp.zeros_like(own))
+  return jnp.where(difference, own, kept), minus
+
+
+def add(
+  total: jax.Array,
+  value: jax.Array,
+  weight: Any,
+  read: Any,
+  minus: jax.Array | None,
+) -> jax.Array:
+  """Adds one slot to a sum; a slot that is not read keeps the bits of the sum."""
+  value = value.astype(total.dtype)
+  term = times(weight, value if minus is None else value - minus)
+  return total + _choose(read, term, _mesh.additive_identity(term))
 
 
 def combine(
@@ -25,47 +79,44 @@ def combine(
 ) -> list[jax.Array]:
   """`self_weight x + sum_k row[k] slots[k]` over the slots that are read.
 
-  Where it is to be a `difference`, `x + sum_k row[k] (slots[k] - x)`.
+  In `difference` form, `x + sum_k row[k] (slots[k] - x)`.
   """
   own = [x.astype(sum_dtype(x)) for x in values]
-  minus = [_choose(difference, x, jnp.zeros_like(x)) for x in own]
+  begun = [begin(x, self_weight, difference) for x in own]
+  minus = [x for _, x in begun]
 
-  def first(x):
-    # A weight of zero leaves no trace of the value.
-    kept = _choose(self_weight == 0, _mesh.nothing(x), times(self_weight, x))
-    return _choose(difference, x, kept)
-
-  def add(totals, slot):
-    values, weight, read = slot
-    terms = [
-      times(weight, value.astype(x.dtype) - x)
-      for value, x in zip(values, minus, strict=True)
-    ]
+  def step(totals: list[jax.Array], slot: Any) -> tuple[list[jax.Array], None]:
+    received, weight, read = slot
     return [
-      total + _choose(read, term, _mesh.nothing(term))
-      for total, term in zip(totals, terms, strict=True)
+      add(total, value, weight, read, x)
+      for total, value, x in zip(totals, received, minus, strict=True)
     ], None
 
-  totals = [first(x) for x in own]
-  if len(reads) > _UNROLLED:
-    totals, _ = lax.scan(add, totals, (slots, row, reads), unroll=_UNROLLED)
+  totals = [total for total, _ in begun]
+  if len(reads) > UNROLLED:
+    totals, _ = lax.scan(step, totals, (slots, row, reads), unroll=UNROLLED)
   else:
     for k in range(len(reads)):
-      totals, _ = add(totals, ([x[k] for x in slots], row[k], reads[k]))
-  return _pytree.like(totals, values)
+      totals, _ = step(totals, ([x[k] for x in slots], row[k], reads[k]))
+  return _pytree.cast_like(totals, values)
+
+
+def _is_known(condition: Any) -> bool:
+  return isinstance(condition, (bool, np.bool_))
 
 
 def _choose(condition: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-  """`where`, decided at once if that is known."""
-  if isinstance(condition, (bool, np.bool_)):
+  """`jnp.where`, folded if the condition is known."""
+  if _is_known(condition):
     return x if condition else y
   return jnp.where(condition, x, y)
 
 
-def times(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """The product in the dtype in which `x` is summed; 1 returns the bits.
+def times(weight: Any, x: jax.Array) -> jax.Array:
+  """The product in the accumulation dtype of `x`; a weight of 1 keeps the bits.
 
-  Several weights are those of the entries along axis 0.
+  Several weights are those of the entries along axis 0. Complex values are
+  scaled part by part: a complex product would turn an infinite part into NaN.
   """
   x = x.astype(sum_dtype(x))
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -75,7 +126,7 @@ def times(weight: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def sum_dtype(x: jax.Array) -> np.dtype:
-  """The dtype in which values like `x` are weighted and summed."""
+  """The accumulation dtype of values like `x`."""
   return _dtypes.accumulation(x.dtype)
 
 

@@ -41,6 +41,11 @@ class Communicator(abc.ABC):
     """Who moves the data: `"mpi"`, `"nccl"`, `"mesh"` or `"single"`."""
 
   @property
+  def is_native(self) -> bool:
+    """Whether ranks are processes, and native code moves the data."""
+    return self.backend in ("mpi", "nccl")
+
+  @property
   @abc.abstractmethod
   def local(self) -> "Communicator":
     """The ranks of this machine."""

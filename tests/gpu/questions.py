@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import jfog  # noqa: E402
-from jfog.primitives import _nccl  # noqa: E402
+from jfog.primitives.nccl import _packing  # noqa: E402
 
 N = world.size
 RING = jfog.topology.ring(N)
@@ -96,16 +96,16 @@ def step_of_a_schedule():
 def packing(bytes_of_a_leaf):
   """60 leaves of one size: as one message, or as one for each leaf."""
   x = [jnp.full(bytes_of_a_leaf // 4, float(i)) for i in range(60)]
-  before, times = _nccl._PACKED, {}
+  before, times = _packing._PACKED, {}
   try:
     for name, limit in (("packed", 2**62), ("apart", 0)):
-      _nccl._PACKED = limit
+      _packing._PACKED = limit
       jax.clear_caches()  # of how operations are lowered
       run = scanned(lambda x, i: jfog.neighbor_allreduce(x, RING))
       times[name] = run, x
       jax.block_until_ready(run(x))  # traced with this limit
   finally:
-    _nccl._PACKED = before
+    _packing._PACKED = before
   times = medians(times)
   return {
     **{f"{name} us": t for name, t in times.items()},

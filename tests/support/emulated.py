@@ -11,7 +11,7 @@ import tempfile
 
 import jax
 
-from jfog.primitives import _primitive
+from jfog.primitives import _lowering
 from jfog.runtime import _extensions, _world
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -162,7 +162,7 @@ def carry_jfog(path) -> ctypes.CDLL:
   _extensions.nccl = functools.cache(lambda: module)
   _extensions.nccl()
   _world._take_gpu = lambda backend, context, rank, leaders: 0
-  _primitive.carry_by("nccl", "cpu")
+  _lowering.use_backend_for_tests("nccl", "cpu")
   return library
 
 
