@@ -15,7 +15,7 @@ from support.problems import INNERS, RATE, WIDTH, Quadratic
 
 import jfog
 from jfog import optimizers, topology
-from jfog.optimizers._edge_exchange import edges_of
+from jfog.optimizers.contrib._edge_exchange import edges_of
 
 STEPS = 200
 EVERYWHERE = pytest.mark.places(

@@ -1,15 +1,11 @@
 """Decentralized optimizers, as optax transformations."""
 
-from jfog.optimizers._bias_corrected import D2State as D2State
 from jfog.optimizers._bias_corrected import (
   ExactDiffusionState as ExactDiffusionState,
 )
 from jfog.optimizers._bias_corrected import ExtraState as ExtraState
-from jfog.optimizers._bias_corrected import NidsState as NidsState
-from jfog.optimizers._bias_corrected import d2 as d2
 from jfog.optimizers._bias_corrected import exact_diffusion as exact_diffusion
 from jfog.optimizers._bias_corrected import extra as extra
-from jfog.optimizers._bias_corrected import nids as nids
 from jfog.optimizers._combine import (
   AdaptThenCombineState as AdaptThenCombineState,
 )
@@ -19,11 +15,7 @@ from jfog.optimizers._combine import (
 from jfog.optimizers._combine import adapt_then_combine as adapt_then_combine
 from jfog.optimizers._combine import adapt_with_combine as adapt_with_combine
 from jfog.optimizers._compressed_gossip import ChocoState as ChocoState
-from jfog.optimizers._compressed_gossip import (
-  DeepSqueezeState as DeepSqueezeState,
-)
 from jfog.optimizers._compressed_gossip import choco as choco
-from jfog.optimizers._compressed_gossip import deep_squeeze as deep_squeeze
 from jfog.optimizers._gradient_allreduce import (
   GradientAllreduceState as GradientAllreduceState,
 )
@@ -39,12 +31,10 @@ from jfog.optimizers._gradient_tracking import (
 )
 from jfog.optimizers._gradient_tracking import push_pull as push_pull
 from jfog.optimizers._momentum import DecentlamState as DecentlamState
-from jfog.optimizers._momentum import DmsgdSyncState as DmsgdSyncState
 from jfog.optimizers._momentum import (
   QuasiGlobalMomentumState as QuasiGlobalMomentumState,
 )
 from jfog.optimizers._momentum import decentlam as decentlam
-from jfog.optimizers._momentum import dmsgd_sync as dmsgd_sync
 from jfog.optimizers._momentum import (
   quasi_global_momentum as quasi_global_momentum,
 )
@@ -56,14 +46,10 @@ from jfog.optimizers._periodic import diloco as diloco
 from jfog.optimizers._periodic import gossip_pga as gossip_pga
 from jfog.optimizers._periodic import local_sgd as local_sgd
 from jfog.optimizers._periodic import slow_momentum as slow_momentum
-from jfog.optimizers._power_gossip import PowerGossipState as PowerGossipState
-from jfog.optimizers._power_gossip import power_gossip as power_gossip
 from jfog.optimizers._push_sum import PushDigingState as PushDigingState
 from jfog.optimizers._push_sum import PushSumState as PushSumState
 from jfog.optimizers._push_sum import push_diging as push_diging
 from jfog.optimizers._push_sum import push_sum as push_sum
-from jfog.optimizers._relay_sum import RelaySumState as RelaySumState
-from jfog.optimizers._relay_sum import relay_sum as relay_sum
 from jfog.optimizers._window_averaging import WindowGetState as WindowGetState
 from jfog.optimizers._window_averaging import (
   WindowPushSumState as WindowPushSumState,
@@ -80,3 +66,15 @@ from jfog.optimizers.compressors import quantize as quantize
 from jfog.optimizers.compressors import random_k as random_k
 from jfog.optimizers.compressors import sign as sign
 from jfog.optimizers.compressors import top_k as top_k
+from jfog.optimizers.contrib import D2State as D2State
+from jfog.optimizers.contrib import DeepSqueezeState as DeepSqueezeState
+from jfog.optimizers.contrib import DmsgdSyncState as DmsgdSyncState
+from jfog.optimizers.contrib import NidsState as NidsState
+from jfog.optimizers.contrib import PowerGossipState as PowerGossipState
+from jfog.optimizers.contrib import RelaySumState as RelaySumState
+from jfog.optimizers.contrib import d2 as d2
+from jfog.optimizers.contrib import deep_squeeze as deep_squeeze
+from jfog.optimizers.contrib import dmsgd_sync as dmsgd_sync
+from jfog.optimizers.contrib import nids as nids
+from jfog.optimizers.contrib import power_gossip as power_gossip
+from jfog.optimizers.contrib import relay_sum as relay_sum

@@ -1,13 +1,17 @@
 """Methods that correct the bias of averaging, on symmetric graphs."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import with_learning_rate, wrap_inner
+from jfog.optimizers._transformation import (
+  CorrectionState,
+  WrappedCorrectionState,
+  with_learning_rate,
+  wrap_inner,
+)
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
@@ -24,12 +28,7 @@ from jfog.topology import Schedule, Topology
 # D any more. It would be a force that grows without end.
 
 
-class ExactDiffusionState(NamedTuple):
-  """State of `exact_diffusion`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
-  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+ExactDiffusionState = WrappedCorrectionState
 
 
 def exact_diffusion(
@@ -92,84 +91,19 @@ def exact_diffusion(
   average = _averaging.as_averaging(
     topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
   )
-  return _diffusion(name, ExactDiffusionState, inner, average)
+  return diffusion(name, ExactDiffusionState, inner, average)
 
 
-class D2State(NamedTuple):
-  """State of `d2`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
-  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
-
-
-def d2(
-  inner: optax.GradientTransformation,
-  topology: Topology | Schedule | Averaging,
-  *,
-  check: bool = True,
-  comm: Communicator | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Exact diffusion with `W` itself, which mixes faster and may be unstable.
-
-  With `u` the inner transformation's updates,
-
-      psi+[i] = x[i] + u[i]
-      x[i] <- sum_j W[i, j] (psi+[j] + x[j] - psi[j])
-
-  so with `inner = optax.sgd(a)` it is
-  `X[k+1] = W (2 X[k] - X[k-1] - a (G[k] - G[k-1]))`. It needs
-  `lambda_min > -1/3`: below that the disagreement grows whatever the data.
-  `topology.lazy()` makes any graph fit, and then this is `exact_diffusion`.
-
-  Args:
-    inner: the local optimizer, as in `exact_diffusion`.
-    topology: who averages with whom: a symmetric `Topology` with
-      `lambda_min > -1/3`, or a function `(params, step) -> params`.
-    check: whether the topology is checked, and a `Schedule` refused.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
-
-  Returns:
-    An optax transformation; `update` needs `params`.
-
-  Raises:
-    ValueError: if the topology is not symmetric and doubly stochastic, or has
-      an eigenvalue of -1/3 or less, as rings of even size have.
-    TypeError: if `topology` is a `Schedule` or another thing.
-
-  Example:
-    >>> import jfog, optax
-    >>> jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4))
-    Traceback (most recent call last):
-    ValueError: d2: Topology(size=4, degree=2, spectral_gap=0.6667) has the least\
- eigenvalue lambda_min = -0.333333, and d2 needs one above -0.3333; use\
- topology.lazy(), or check=False.
-    >>> tx = jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4).lazy())
-
-  Source: Tang, Lian, Yan, Zhang and Liu, "D2: Decentralized training over
-  decentralized data", 2018, arXiv 1803.07068.
-  """
-  name = "d2"
-  average = _averaging.as_averaging(
-    topology,
-    name,
-    check,
-    comm,
-    _requirements.symmetric_above(-1 / 3, "use topology.lazy()"),
-  )
-  return _diffusion(name, D2State, inner, average)
-
-
-def _diffusion(name, state_type, inner, average):
+def diffusion(name, state_type, inner, average):
   """`X+ = W (X + U + D)`, and `D` becomes what that lacks of `X + U`."""
 
   def combine(h, state):
-    return _corrected(average, h, state.correction, step=state.step)
+    return correct(average, h, state.correction, step=state.step)
 
-  return wrap_inner(name, inner, state_type, _no_correction, combine)
+  return wrap_inner(name, inner, state_type, no_correction, combine)
 
 
-def _corrected(average, local, correction, *, step):
+def correct(average, local, correction, *, step):
   """`W Z` and `D + (W Z - Z)`, for `Z = H + D`."""
   corrected = _tree.add(local, correction)
   new = average(corrected, step)
@@ -177,88 +111,11 @@ def _corrected(average, local, correction, *, step):
   return new, _tree.add(correction, change)
 
 
-def _no_correction(params):
+def no_correction(params):
   return (_tree.zeros_like(params),)
 
 
-class NidsState(NamedTuple):
-  """State of `nids`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
-
-
-def nids(
-  learning_rate: Any,
-  topology: Topology | Schedule | Averaging,
-  *,
-  check: bool = True,
-  comm: Communicator | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Gradient descent whose averages leave out what the last step has seen.
-
-  With `Wb = (I + W) / 2` and the step size `a`,
-
-      x[1] = x[0] - a g[0]
-      x[k+1] = Wb (2 x[k] - x[k-1] - a (g[k] - g[k-1]))
-
-  for all ranks' rows. It is exact diffusion after a first step without
-  communication: all ranks go to the minimizer of the sum of all losses for
-  `a < 2 / L`. With a schedule of step sizes, `a g[k]` is that step's own product,
-  so that the limit stays the minimizer.
-
-  Args:
-    learning_rate: the step size `a`: a number, or an optax schedule.
-    topology: as in `exact_diffusion`.
-    check: as in `exact_diffusion`.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
-
-  Returns:
-    An optax transformation; `update` needs `params`.
-
-  Raises:
-    ValueError: if the topology is not symmetric and doubly stochastic.
-    TypeError: if `topology` is a `Schedule` or another thing, or
-      `learning_rate` is neither a number nor a function.
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> tx = jfog.optimizers.nids(0.5, jfog.topology.fully_connected(2))
-    >>> def two_steps(x, grad):
-    ...   updates, state = tx.update(grad, tx.init(x), x)
-    ...   x += updates
-    ...   return x, x + tx.update(grad, state, x)[0]
-    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
-    (Array([-1.,  4.], dtype=float32), Array([-0.5,  2.5], dtype=float32))
-
-  Source: Li, Shi and Yan, "A decentralized proximal-gradient method with
-  network independent step-sizes", 2019, arXiv 1704.07807, with `c = 1 / (2 a)`.
-  """
-  name = "nids"
-  average = _averaging.as_averaging(
-    topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
-  )
-
-  def advance(x, gradient, rate, state):
-    local = _tree.add(x, _tree.scale(-rate, gradient))
-    return _averaging.after_first(
-      lambda operand, step: _corrected(average, *operand, step=step),
-      lambda operand, step: operand,
-      (local, state.correction),
-      state.step,
-      comm,
-    )
-
-  return with_learning_rate(
-    name, learning_rate, NidsState, _no_correction, advance
-  )
-
-
-class ExtraState(NamedTuple):
-  """State of `extra`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+ExtraState = CorrectionState
 
 
 def extra(
@@ -329,5 +186,5 @@ def extra(
     )
 
   return with_learning_rate(
-    name, learning_rate, ExtraState, _no_correction, advance
+    name, learning_rate, ExtraState, no_correction, advance
   )

@@ -1,23 +1,17 @@
 """Averaging of parameters with the neighbors: ATC and AWC."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import wrap_inner
+from jfog.optimizers._transformation import WrappedState, wrap_inner
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
-
-class AdaptThenCombineState(NamedTuple):
-  """State of `adapt_then_combine`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
+AdaptThenCombineState = WrappedState
 
 
 def adapt_then_combine(
@@ -83,11 +77,7 @@ def adapt_then_combine(
   return wrap_inner(name, inner, AdaptThenCombineState, lambda x: (), combine)
 
 
-class AdaptWithCombineState(NamedTuple):
-  """State of `adapt_with_combine`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
+AdaptWithCombineState = WrappedState
 
 
 def adapt_with_combine(

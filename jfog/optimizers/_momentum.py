@@ -1,6 +1,6 @@
 """Momentum for decentralized training, which plain momentum would bias."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,11 @@ import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import with_learning_rate
+from jfog.optimizers._transformation import MomentumState, with_learning_rate
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
-
-class DecentlamState(NamedTuple):
-  """State of `decentlam`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  momentum: Any  # like the parameters, float32 for 16-bit
+DecentlamState = MomentumState
 
 
 def decentlam(
@@ -88,15 +83,11 @@ def decentlam(
     return new, _tree.add(decayed, way)
 
   return with_learning_rate(
-    name, learning_rate, DecentlamState, _at_rest, advance
+    name, learning_rate, DecentlamState, at_rest, advance
   )
 
 
-class QuasiGlobalMomentumState(NamedTuple):
-  """State of `quasi_global_momentum`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  momentum: Any  # like the parameters, float32 for 16-bit
+QuasiGlobalMomentumState = MomentumState
 
 
 def quasi_global_momentum(
@@ -180,83 +171,11 @@ def quasi_global_momentum(
     return new, trace
 
   return with_learning_rate(
-    name, learning_rate, QuasiGlobalMomentumState, _at_rest, advance
+    name, learning_rate, QuasiGlobalMomentumState, at_rest, advance
   )
 
 
-class DmsgdSyncState(NamedTuple):
-  """State of `dmsgd_sync`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  momentum: Any  # like the parameters, float32 for 16-bit
-
-
-def dmsgd_sync(
-  learning_rate: Any,
-  momentum: Any,
-  graph: Topology | Schedule | Averaging,
-  *,
-  check: bool = True,
-  comm: Communicator | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Momentum that is averaged together with the parameters.
-
-  With the step size `a`, the momentum `b` and `M` at first zero, for all ranks'
-  rows,
-
-      X+ = W (X - a M)      M+ = W (b M + G)
-
-  with the old `M` in both. Parameters and momentum travel in one message per
-  neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one step
-  later, and the bias with heterogeneous data is smaller than that of momentum
-  inside of `adapt_then_combine`.
-
-  Args:
-    learning_rate: the step size `a`: a number, or an optax schedule.
-    momentum: `b`, in [0, 1).
-    graph: who averages with whom: a `Topology`, a `Schedule` or a function
-      `(params, step) -> params`.
-    check: whether the graph must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
-
-  Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
-
-  Raises:
-    ValueError: if the graph is not row-stochastic, or `momentum` is outside
-      [0, 1).
-    TypeError: if `graph` is neither a graph nor a function, or `learning_rate`
-      is neither a number nor a function.
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> graph = jfog.topology.fully_connected(2)
-    >>> tx = jfog.optimizers.dmsgd_sync(0.5, 0.5, graph)
-    >>> def two_steps(x, g):
-    ...   updates, state = tx.update(g, tx.init(x), x)
-    ...   return x + updates, x + updates + tx.update(g, state, x + updates)[0]
-    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
-    (Array([2., 2.], dtype=float32), Array([1.5, 1.5], dtype=float32))
-
-  Source: Ying, Yuan, Chen, Hu, Pan and Yin, "Exponential graph is provably
-  efficient for decentralized deep training", 2021, arXiv 2110.13363.
-  """
-  name = "dmsgd_sync"
-  _requirements.check_factor(momentum, "momentum", name)
-  average = _averaging.as_averaging(graph, name, check, comm)
-
-  def advance(x, gradient, rate, state):
-    local = _tree.add(x, _tree.scale(-rate, state.momentum))
-    trace = _tree.add(_tree.scale(momentum, state.momentum), gradient)
-    return average((local, trace), state.step)
-
-  return with_learning_rate(
-    name, learning_rate, DmsgdSyncState, _at_rest, advance
-  )
-
-
-def _at_rest(params):
+def at_rest(params):
   return (_tree.zeros_like(params),)
 
 

@@ -7,16 +7,11 @@ import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
-from jfog.optimizers._transformation import wrap_inner
+from jfog.optimizers._transformation import WrappedState, wrap_inner
 from jfog.runtime import Communicator
 from jfog.topology import ExactAverage, Schedule, Topology
 
-
-class LocalSgdState(NamedTuple):
-  """State of `local_sgd`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
+LocalSgdState = WrappedState
 
 
 def local_sgd(
@@ -79,11 +74,7 @@ def local_sgd(
   return wrap_inner(name, inner, LocalSgdState, lambda x: (), combine)
 
 
-class GossipPgaState(NamedTuple):
-  """State of `gossip_pga`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
+GossipPgaState = WrappedState
 
 
 def gossip_pga(

@@ -1,13 +1,51 @@
 """The two forms of transformation that most decentralized optimizers have."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
+from jfog.primitives import Window
+
+
+class WrappedState(NamedTuple):
+  """State of an optimizer that keeps its inner transformation's state."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+
+
+class WrappedCorrectionState(NamedTuple):
+  """State of a bias-corrected optimizer around an inner transformation."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+class CorrectionState(NamedTuple):
+  """State of a bias-corrected optimizer with a step size of its own."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  correction: Any  # like the parameters, float32 for 16-bit; its mean is zero
+
+
+class MomentumState(NamedTuple):
+  """State of an optimizer that keeps one momentum buffer."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  momentum: Any  # like the parameters, float32 for 16-bit
+
+
+class WindowState(NamedTuple):
+  """State of an optimizer that averages over a window."""
+
+  step: jax.Array  # shape=(), dtype=int32, the number of updates
+  inner_state: optax.OptState
+  window: Window  # of values like the parameters, float32 for 16-bit
 
 
 def wrap_inner(

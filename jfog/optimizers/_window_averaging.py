@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
+from jfog.optimizers._transformation import WindowState
 from jfog.primitives import (
   Window,
   win_accumulate,
@@ -26,12 +27,7 @@ _LONGEST = 1000
 _MARGIN = 0.9
 
 
-class WindowPutState(NamedTuple):
-  """State of `window_put`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
-  window: Window  # of values like the parameters, float32 for 16-bit ones
+WindowPutState = WindowState
 
 
 def window_put(
@@ -113,12 +109,7 @@ def window_put(
   )
 
 
-class WindowGetState(NamedTuple):
-  """State of `window_get`."""
-
-  step: jax.Array  # shape=(), dtype=int32, the number of updates
-  inner_state: optax.OptState
-  window: Window  # of values like the parameters, float32 for 16-bit ones
+WindowGetState = WindowState
 
 
 def window_get(

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from jfog.optimizers import _requirements, _tree
-from jfog.optimizers._edge_exchange import Edges, edges_of
 from jfog.optimizers._transformation import wrap_inner
+from jfog.optimizers.contrib._edge_exchange import Edges, edges_of
 from jfog.primitives import allreduce, uniform
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology

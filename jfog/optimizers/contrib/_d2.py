@@ -1,0 +1,69 @@
+"""D2: exact diffusion with the mixing matrix itself."""
+
+import optax
+
+from jfog.optimizers import _averaging, _requirements
+from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._bias_corrected import diffusion
+from jfog.optimizers._transformation import WrappedCorrectionState
+from jfog.runtime import Communicator
+from jfog.topology import Schedule, Topology
+
+D2State = WrappedCorrectionState
+
+
+def d2(
+  inner: optax.GradientTransformation,
+  topology: Topology | Schedule | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Exact diffusion with `W` itself, which mixes faster and may be unstable.
+
+  With `u` the inner transformation's updates,
+
+      psi+[i] = x[i] + u[i]
+      x[i] <- sum_j W[i, j] (psi+[j] + x[j] - psi[j])
+
+  so with `inner = optax.sgd(a)` it is
+  `X[k+1] = W (2 X[k] - X[k-1] - a (G[k] - G[k-1]))`. It needs
+  `lambda_min > -1/3`: below that the disagreement grows whatever the data.
+  `topology.lazy()` makes any graph fit, and then this is `exact_diffusion`.
+
+  Args:
+    inner: the local optimizer, as in `exact_diffusion`.
+    topology: who averages with whom: a symmetric `Topology` with
+      `lambda_min > -1/3`, or a function `(params, step) -> params`.
+    check: whether the topology is checked, and a `Schedule` refused.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic, or has
+      an eigenvalue of -1/3 or less, as rings of even size have.
+    TypeError: if `topology` is a `Schedule` or another thing.
+
+  Example:
+    >>> import jfog, optax
+    >>> jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4))
+    Traceback (most recent call last):
+    ValueError: d2: Topology(size=4, degree=2, spectral_gap=0.6667) has the least\
+ eigenvalue lambda_min = -0.333333, and d2 needs one above -0.3333; use\
+ topology.lazy(), or check=False.
+    >>> tx = jfog.optimizers.d2(optax.sgd(0.1), jfog.topology.ring(4).lazy())
+
+  Source: Tang, Lian, Yan, Zhang and Liu, "D2: Decentralized training over
+  decentralized data", 2018, arXiv 1803.07068.
+  """
+  name = "d2"
+  average = _averaging.as_averaging(
+    topology,
+    name,
+    check,
+    comm,
+    _requirements.symmetric_above(-1 / 3, "use topology.lazy()"),
+  )
+  return diffusion(name, D2State, inner, average)

@@ -1,0 +1,80 @@
+"""NIDS: exact diffusion with a first step without communication."""
+
+from typing import Any
+
+import optax
+
+from jfog.optimizers import _averaging, _requirements, _tree
+from jfog.optimizers._averaging import Averaging
+from jfog.optimizers._bias_corrected import correct, no_correction
+from jfog.optimizers._transformation import CorrectionState, with_learning_rate
+from jfog.runtime import Communicator
+from jfog.topology import Schedule, Topology
+
+NidsState = CorrectionState
+
+
+def nids(
+  learning_rate: Any,
+  topology: Topology | Schedule | Averaging,
+  *,
+  check: bool = True,
+  comm: Communicator | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Gradient descent whose averages leave out what the last step has seen.
+
+  With `Wb = (I + W) / 2` and the step size `a`,
+
+      x[1] = x[0] - a g[0]
+      x[k+1] = Wb (2 x[k] - x[k-1] - a (g[k] - g[k-1]))
+
+  for all ranks' rows. It is exact diffusion after a first step without
+  communication: all ranks go to the minimizer of the sum of all losses for
+  `a < 2 / L`. With a schedule of step sizes, `a g[k]` is that step's own product,
+  so that the limit stays the minimizer.
+
+  Args:
+    learning_rate: the step size `a`: a number, or an optax schedule.
+    topology: as in `exact_diffusion`.
+    check: as in `exact_diffusion`.
+    comm: the communicator; by default the one in reach, see `jfog.init`.
+
+  Returns:
+    An optax transformation; `update` needs `params`.
+
+  Raises:
+    ValueError: if the topology is not symmetric and doubly stochastic.
+    TypeError: if `topology` is a `Schedule` or another thing, or
+      `learning_rate` is neither a number nor a function.
+
+  Example:
+    >>> import jax.numpy as jnp, jfog
+    >>> tx = jfog.optimizers.nids(0.5, jfog.topology.fully_connected(2))
+    >>> def two_steps(x, grad):
+    ...   updates, state = tx.update(grad, tx.init(x), x)
+    ...   x += updates
+    ...   return x, x + tx.update(grad, state, x)[0]
+    >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
+    (Array([-1.,  4.], dtype=float32), Array([-0.5,  2.5], dtype=float32))
+
+  Source: Li, Shi and Yan, "A decentralized proximal-gradient method with
+  network independent step-sizes", 2019, arXiv 1704.07807, with `c = 1 / (2 a)`.
+  """
+  name = "nids"
+  average = _averaging.as_averaging(
+    topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
+  )
+
+  def advance(x, gradient, rate, state):
+    local = _tree.add(x, _tree.scale(-rate, gradient))
+    return _averaging.after_first(
+      lambda operand, step: correct(average, *operand, step=step),
+      lambda operand, step: operand,
+      (local, state.correction),
+      state.step,
+      comm,
+    )
+
+  return with_learning_rate(
+    name, learning_rate, NidsState, no_correction, advance
+  )
