@@ -1,4 +1,4 @@
-"""Methods that correct the bias of averaging, on symmetric graphs."""
+"""Bias-corrected averaging on symmetric graphs: exact diffusion and EXTRA."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from jfog.optimizers._transformation import (
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
-# All four keep one buffer, D, whose mean over ranks stays zero. With H = X + U
-# and Z = H + D, exact diffusion, D2 and NIDS are
+# Exact diffusion, EXTRA, and D2 and NIDS in contrib keep one buffer, D, whose mean
+# over ranks is zero. With H = X + U and Z = H + D, exact diffusion, D2 and NIDS are
 #
 #   X+ = W Z,  D+ = D + (W Z - Z),
 #
-# which is the form with psi in the papers, for psi+ = H and D = X - psi. EXTRA is
+# the papers' form with psi, for psi+ = H and D = X - psi. EXTRA is
 #
 #   X+ = W X + U + D,  D+ = D + (W X - X) / 2.
 #
-# At the end W Z is Z and W X is X bit for bit, so that rounding adds nothing to
-# D any more. It would be a force that grows without end.
+# At the limit W Z = Z and W X = X hold bit for bit, so rounding errors do not
+# accumulate in D. In the difference form of the papers they drift without bound.
 
 
 ExactDiffusionState = WrappedCorrectionState
@@ -38,37 +38,35 @@ def exact_diffusion(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes the local step, corrects it by the last one's error, and averages.
+  """Corrects the local step by the error of the last one, then averages.
 
   With `u` the inner transformation's updates and `Wb = (I + W) / 2`,
 
       psi+[i] = x[i] + u[i]
       x[i] <- sum_j Wb[i, j] (psi+[j] + x[j] - psi[j])
 
-  where `psi` is what the last step had before its correction, at first `x`. With
-  `inner = optax.sgd(a)` of a constant `a` and exact gradients all ranks go to
-  the minimizer of the sum of all losses, however different their data, for
-  `a < 2 / L` on any graph. One average in a step, as `adapt_then_combine`; the
-  state holds one copy of the parameters.
+  where `psi` is the last step's `psi+`, initially `x`. With `inner = optax.sgd(a)`,
+  constant `a` and exact gradients, all ranks converge to the minimizer of the sum
+  of all losses for `a < 2 / L` on any graph, however heterogeneous the data. One
+  average per step, as in `adapt_then_combine`; the state holds one copy of the
+  parameters.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken. Exactness is promised
-      for plain gradient descent.
-    topology: who averages with whom: a symmetric `Topology`, or a function
+    inner: the local optimizer; any optax transformation. The method is exact for
+      plain gradient descent.
+    topology: the mixing graph: a symmetric `Topology`, or a function
       `(params, step) -> params`.
-    check: whether the topology must be symmetric and doubly stochastic, and no
-      `Schedule`, of which round `step` would be used.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    check: whether the topology must be one symmetric, doubly stochastic
+      `Topology`. Without the check, round `step` of a `Schedule` is used.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
-    ValueError: if the topology is not symmetric and doubly stochastic: the
+    ValueError: if the topology is not symmetric and doubly stochastic; the
       method diverges on large directed graphs.
-    TypeError: if `topology` is a `Schedule` or another thing.
+    TypeError: if `topology` is neither a `Topology` nor a function.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog, optax
@@ -95,7 +93,7 @@ def exact_diffusion(
 
 
 def diffusion(name, state_type, inner, average):
-  """`X+ = W (X + U + D)`, and `D` becomes what that lacks of `X + U`."""
+  """The transformation `X+ = W Z`, `D+ = D + (W Z - Z)` with `Z = X + U + D`."""
 
   def combine(h, state):
     return correct(average, h, state.correction, step=state.step)
@@ -125,25 +123,25 @@ def extra(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Decentralized gradient descent that takes its own error back.
+  """Decentralized gradient descent with a correction of its own error.
 
-  With the step size `a`, for all ranks' rows,
+  With the step size `a`, with one row per rank,
 
       x[1] = W x[0] - a g[0]
       x[k+1] = (I + W) x[k] - (I + W)/2 x[k-1] - a (g[k] - g[k-1])
 
-  All ranks go to the minimizer of the sum of all losses for
+  All ranks converge to the minimizer of the sum of all losses for
   `a < (1 + lambda_min) / L`. As in `adapt_with_combine` the average does not
-  depend on the gradient, so its exchange may overlap with forward and backward.
-  With a schedule of step sizes, `a g[k]` is that step's own product, so that the
-  limit stays the minimizer.
+  depend on the gradient, so the exchange can overlap with the forward and backward
+  pass. With a schedule, `a g[k]` is the product of step `k`, which keeps the limit
+  at the minimizer.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
-    topology: who averages with whom: a symmetric `Topology` with
+    topology: the mixing graph: a symmetric `Topology` with
       `lambda_min > -1`, or a function `(params, step) -> params`.
-    check: whether the topology is checked, and a `Schedule` refused.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    check: whether the topology must meet this and be one `Topology`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`.
@@ -151,7 +149,7 @@ def extra(
   Raises:
     ValueError: if the topology is not symmetric and doubly stochastic, or has
       the eigenvalue -1.
-    TypeError: if `topology` is a `Schedule` or another thing, or
+    TypeError: if `topology` is neither a `Topology` nor a function, or
       `learning_rate` is neither a number nor a function.
 
   Example:

@@ -1,4 +1,4 @@
-"""Averaging of parameters with the neighbors: ATC and AWC."""
+"""Averaging of parameters with the neighbors: adapt then, or with, combine."""
 
 from typing import Any
 
@@ -28,23 +28,20 @@ def adapt_then_combine(
 
       x[i] <- sum_j W[i, j] (x[j] + u[j])
 
-  so with `inner = optax.sgd(a)` it is ATC diffusion, `X <- W (X - a G)`. With
-  heterogeneous data the ranks stop at a bias of order `a`, which is smaller
-  than that of `adapt_with_combine`.
+  With `inner = optax.sgd(a)` this is ATC diffusion, `X <- W (X - a G)`. With
+  heterogeneous data the limit has a bias of order `a`, smaller than that of
+  `adapt_with_combine`. A rank without in-neighbors keeps `x + u`.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
-    graph: who averages with whom: a `Topology`, a `Schedule` (read at the number
-      of communications so far), or a function `(params, step) -> params`.
-    every: communicate in each `every`-th update only.
+    inner: the local optimizer; any optax transformation.
+    graph: the mixing graph: a `Topology`, a `Schedule`, read at the number of
+      communications so far, or a function `(params, step) -> params`.
+    every: communicate in every `every`-th update only.
     check: whether the graph must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates are float32, and so is what travels: `optax.apply_updates` rounds
-    once.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the graph is not row-stochastic, or `every < 1`.
@@ -94,19 +91,19 @@ def adapt_with_combine(
 
       x[i] <- sum_j W[i, j] x[j] + u[i]
 
-  so with `inner = optax.sgd(a)` it is consensus or decentralized gradient
-  descent, `X <- W X - a G`. The average does not depend on the gradient, so its
-  exchange may overlap with forward and backward; the bias with heterogeneous
-  data is larger than that of `adapt_then_combine`. The inner transformation sees
-  the parameters before averaging, where the gradient was taken; BlueFog's sees
-  the averaged ones, which matters for weight decay.
+  With `inner = optax.sgd(a)` this is decentralized gradient descent, `X <- W X -
+  a G`. The average does not depend on the gradient, so the exchange can overlap
+  with the forward and backward pass. The bias with heterogeneous data is larger
+  than that of `adapt_then_combine`. The inner transformation gets the parameters
+  before averaging, at which the gradient was computed. In BlueFog it gets the
+  averaged ones; the two differ for weight decay.
 
   Args:
     inner: the local optimizer; any optax transformation.
     graph: as in `adapt_then_combine`.
-    every: communicate in each `every`-th update only.
+    every: communicate in every `every`-th update only.
     check: whether the graph must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`.
@@ -145,7 +142,7 @@ def adapt_with_combine(
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
-    # (c - x) + u: what the neighbors change, and what the gradient does.
+    # (c - x) + u: the change by averaging, then the local step.
     updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
     return updates, AdaptWithCombineState(step, inner_state)

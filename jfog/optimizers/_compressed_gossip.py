@@ -70,9 +70,8 @@ def choco(
   with the generator threefry, so every receiver can draw the same.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
-    topology: who averages with whom; symmetric and doubly stochastic. It stays
+    inner: the local optimizer; any optax transformation.
+    topology: the mixing graph, symmetric and doubly stochastic. It stays
       the same, for `s` is a sum over its neighbors.
     compressor: what travels in the place of a difference, equal on all ranks;
       contractive, as `top_k`, `random_k`, `sign` and `low_rank` are, and as
@@ -80,11 +79,10 @@ def choco(
     gamma: the part of the way to the average, in (0, 1]; may be traced.
     seed: of the compressor's randomness, equal on all ranks.
     check: whether the topology must be symmetric and doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates, the buffers and what is compressed are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the topology is not symmetric and doubly stochastic, or

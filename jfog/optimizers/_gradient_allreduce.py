@@ -26,19 +26,20 @@ def gradient_allreduce(
   *,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Feeds the inner transformation with the gradient averaged over all ranks.
+  """Passes the gradient averaged over all ranks to the inner transformation.
 
-  In each `every`-th update, with `g` the gradients since the last one,
+  In every `every`-th update, with `g` the gradients since the last such one,
 
       u = inner.update(mean over ranks of sum g / every)
 
-  and in the others the updates are zero and the inner state stays as it is.
-  Ranks that start equal stay equal; start them with `jfog.broadcast(params)`.
+  In the others the updates are zero and the inner state is unchanged. Ranks with
+  equal parameters keep them equal; start from `jfog.broadcast(params)`. Every
+  `every`-th update waits for all ranks.
 
   Args:
     inner: the optimizer; any optax transformation.
-    every: the number of gradients that are added up before they are averaged.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    every: the number of gradients summed between two allreduces.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation.
@@ -88,17 +89,17 @@ def gradient_allreduce(
       new, inner_state = inner.update(mean, inner_state, params, **extra)
       return new, inner_state, jax.tree.map(jnp.zeros_like, total)
 
-    # The two branches must agree in the types of the updates, which only the
-    # inner transformation knows. Nothing is sent for their sake.
+    # Both branches must return equal types. Those of the updates are determined
+    # by the inner transformation; abstract evaluation finds them without a message.
     operand = (total, state.inner_state)
     types = jax.eval_shape(communicate, operand, state.step)[0]
 
-    def wait(operand, _):
+    def accumulate(operand, _):
       total, inner_state = operand
       return jax.tree.map(_compat.zeros, types), inner_state, total
 
     new, inner_state, total = _averaging.on_schedule(
-      communicate, wait, operand, state.step, every, comm, differ=False
+      communicate, accumulate, operand, state.step, every, comm, differ=False
     )
     return new, GradientAllreduceState(step, inner_state, total)
 

@@ -1,4 +1,4 @@
-"""Methods that track the mean gradient: exact on directed, changing graphs."""
+"""Gradient tracking: exact on directed and time-varying graphs."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -35,38 +35,37 @@ def gradient_tracking(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Steps along an estimate of the mean gradient, which the ranks average too.
+  """Steps along a tracked estimate of the mean gradient.
 
-  With `inner = optax.sgd(a)`, for all ranks' rows and `Q[0] = G[0]`,
+  With `inner = optax.sgd(a)`, one row per rank and `Q[0] = G[0]`,
 
       "awc":  X+ = W X - a Q        Q+ = W Q + G+ - G
       "atc":  X+ = W (X - a Q)      Q+ = W (Q + G+ - G)
 
-  The mean of `q` over ranks is the mean of the gradients in every step. All
-  ranks go to the minimizer of the sum of all losses, on directed graphs and
-  with a schedule as well, for a step size that is small enough for the graph.
+  The mean of `q` over ranks equals the mean of the gradients in every step. All ranks
+  converge to the minimizer of the sum of all losses, also on directed
+  and time-varying graphs, for a step size small enough for the graph.
 
   A rank sends twice the bytes of `adapt_then_combine`. "awc" sends `x` and `q`
-  in one message per neighbor and may overlap with the gradient's computation of
-  `x`; "atc" has two exchanges one after the other (the first step one), and
-  allows larger steps.
+  in one message per out-neighbor, and the exchange of `x` can overlap with the
+  computation of the gradient. "atc" has two exchanges in sequence (one in the
+  first step) and allows larger steps.
 
   Args:
-    inner: the local optimizer, which gets `q` in place of the gradient; any
+    inner: the local optimizer, with `q` in place of the gradient; any
       optax transformation.
-    graph: who averages with whom: a `Topology` or a `Schedule`, every round
+    graph: the mixing graph: a `Topology` or a `Schedule`, every round
       doubly stochastic, or a function `(params, step) -> params`.
     form: "awc" or "atc".
     check: whether the graph must be doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
-    ValueError: if the graph is not doubly stochastic in every round, or for
-      another form.
+    ValueError: if the graph is not doubly stochastic in every round, or
+      `form` is neither of the two.
     TypeError: if `graph` is neither a graph nor a function.
 
   Example:
@@ -101,7 +100,7 @@ def gradient_tracking(
     )
 
   def local(tracker, updates, state, params, extra):
-    # The inner transformation keeps its state in the dtypes of the gradients.
+    # The inner state has the dtypes of the gradients; the tracker may be wider.
     tracked = jax.tree.map(
       lambda q, g: q.astype(jnp.result_type(g)), tracker, updates
     )
@@ -161,31 +160,29 @@ def push_pull(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Pulls parameters from in-neighbors and pushes gradients to out-neighbors.
+  """Pulls parameters from in-neighbors, pushes gradients to out-neighbors.
 
-  With `R` of `pull`, `C` of `push` and the step size `a`, for all ranks' rows
-  and `Y[0] = G[0]`,
+  With the mixing matrices `R` of `pull` and `C` of `push`, the step size `a`, one
+  row per rank and `Y[0] = G[0]`,
 
       X+ = R (X - a Y)        Y+ = C (Y + G+ - G)
 
-  The sum of `y` over ranks is that of the gradients in every step. All ranks go
-  to the minimizer of the sum of all losses on directed graphs that need no
-  doubly stochastic weights, for a step size that is small enough for them. Two
-  exchanges one after the other, the first step has one; twice the bytes of
+  The sum of `y` over ranks equals that of the gradients in every step. All ranks converge to the minimizer of the sum of all losses on directed graphs
+  without doubly stochastic weights, for a step size small enough for the graphs.
+  Two exchanges in sequence (one in the first step), twice the bytes of
   `adapt_then_combine`.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
-    pull: the row-stochastic graph on which parameters are averaged; or a
+    pull: the row-stochastic graph on which parameters are averaged, or a
       function `(params, step) -> params`.
-    push: the column-stochastic graph on which gradients are passed on; it may be
-      another one. `pull.transpose()` sends them back along the same edges.
+    push: the column-stochastic graph on which gradients are sent, for example
+      `pull.transpose()`, the same edges reversed.
     check: whether `pull` must be row- and `push` column-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if `pull` is not row-stochastic or `push` not column-stochastic.

@@ -1,4 +1,4 @@
-"""Momentum for decentralized training, which plain momentum would bias."""
+"""Momentum without the bias that it adds to decentralized averaging."""
 
 from typing import Any
 
@@ -23,35 +23,34 @@ def decentlam(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Momentum of the whole step, averaging included.
+  """Momentum over the whole step, averaging included.
 
-  With the step size `a` and the momentum `b`, for all ranks' rows,
+  With the step size `a`, the momentum `b` and one row per rank,
 
       C = W (X - a G)      M+ = b M + (X - C) / a      X+ = X - a M+
 
-  Momentum inside of `adapt_then_combine` makes the bias of heterogeneous data
-  larger by `1 / (1 - b)`; here it stays that of no momentum, and at `b = 0` this
-  is `adapt_then_combine`. One average in a step.
+  Momentum inside of `adapt_then_combine` multiplies the bias of heterogeneous data
+  by `1 / (1 - b)`; here the bias is that without momentum. With `b = 0` this is
+  `adapt_then_combine`. One average per step.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule. Where a
       schedule is zero the parameters are averaged and the momentum decays.
     momentum: `b`, in [0, 1).
-    topology: who averages with whom: a symmetric `Topology`, or a function
+    topology: the mixing graph: a symmetric `Topology`, or a function
       `(params, step) -> params`.
-    check: whether the topology must be symmetric and doubly stochastic, and no
-      `Schedule`.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    check: whether the topology must be one symmetric, doubly stochastic
+      `Topology`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
-    ValueError: if the topology is not symmetric and doubly stochastic: with
+    ValueError: if the topology is not symmetric and doubly stochastic; with
       `b = 0.9` the method diverges on directed exponential graphs, where
       `quasi_global_momentum` is stable. If `momentum` is outside [0, 1).
-    TypeError: if `topology` is a `Schedule` or another thing, or
+    TypeError: if `topology` is neither a `Topology` nor a function, or
       `learning_rate` is neither a number nor a function.
 
   Example:
@@ -77,10 +76,10 @@ def decentlam(
     local = _tree.add(x, _tree.scale(-rate, gradient))
     combined = average(local, state.step)
     decayed = _tree.scale(momentum, state.momentum)
-    # X - a M+ = C - a b M, which needs no division by `a`.
+    # X - a M+ = C - a b M: this form does not divide by `a`, which may be zero.
     new = _tree.add(combined, _tree.scale(-rate, decayed))
-    way = _per_rate(_tree.subtract(x, combined), rate)
-    return new, _tree.add(decayed, way)
+    change = _per_rate(_tree.subtract(x, combined), rate)
+    return new, _tree.add(decayed, change)
 
   return with_learning_rate(
     name, learning_rate, DecentlamState, at_rest, advance
@@ -101,9 +100,9 @@ def quasi_global_momentum(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Momentum along the way that the averaged parameters go.
+  """Momentum along the path of the averaged parameters.
 
-  With the step size `a`, the momentum `b`, the weight decay `l` and `mh` at first
+  With the step size `a`, the momentum `b`, the weight decay `l` and `mh` initially
   zero,
 
       g' = g[i] + l x[i]
@@ -111,26 +110,25 @@ def quasi_global_momentum(
       y[i] = sum_j W[i, j] (x[j] - a d[j])
       mh[i] <- mu mh[i] + (1 - mu) (x[i] - y[i]) / a,      x[i] <- y[i]
 
-  The momentum follows what averaging made of the last steps, a trace of the
-  global direction, and not the rank's own gradients. Its bias is that of
-  `adapt_then_combine` without momentum, which it is at `b = 0`. Stable on
-  directed and one-peer graphs. One average in a step.
+  The momentum is a trace of the averaged steps, an estimate of the global
+  direction, and not of the rank's own gradients. The bias is that of
+  `adapt_then_combine` without momentum, which is the case `b = 0`. Stable on
+  directed and one-peer graphs. One average per step.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule. Where a
       schedule is zero the parameters are averaged and `mh` decays.
     momentum: `b`, in [0, 1).
-    graph: who averages with whom: a `Topology` or a `Schedule`, every round
+    graph: the mixing graph: a `Topology` or a `Schedule`, every round
       doubly stochastic, or a function `(params, step) -> params`.
     mu: the factor of the trace, in [0, 1); `momentum` by default.
-    nesterov: whether to take the look-ahead direction.
+    nesterov: whether to use the look-ahead direction.
     weight_decay: the factor `l` of the parameters in the gradient.
     check: whether the graph must be doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the graph is not doubly stochastic in every round, or
@@ -166,8 +164,10 @@ def quasi_global_momentum(
       direction = _tree.add(gradient, _tree.scale(momentum, direction))
     local = _tree.add(x, _tree.scale(-rate, direction))
     new = average(local, state.step)
-    way = _per_rate(_tree.subtract(x, new), rate)
-    trace = _tree.add(_tree.scale(mu, state.momentum), _tree.scale(1 - mu, way))
+    change = _per_rate(_tree.subtract(x, new), rate)
+    trace = _tree.add(
+      _tree.scale(mu, state.momentum), _tree.scale(1 - mu, change)
+    )
     return new, trace
 
   return with_learning_rate(
@@ -179,11 +179,11 @@ def at_rest(params):
   return (_tree.zeros_like(params),)
 
 
-def _per_rate(way: Any, rate: Any) -> Any:
-  """`way / a`, and zero where a schedule of `a` is."""
+def _per_rate(change: Any, rate: Any) -> Any:
+  """`change / a`, and zero where a schedule of `a` is zero."""
 
   def divide(x):
     a = jnp.asarray(rate, jnp.finfo(x.dtype).dtype)
     return jnp.where(a == 0, 0, x / jnp.where(a == 0, 1, a)).astype(x.dtype)
 
-  return jax.tree.map(divide, way)
+  return jax.tree.map(divide, change)

@@ -25,7 +25,7 @@ def local_sgd(
 
   With `u` the inner transformation's updates,
 
-      x[i] <- mean over all ranks of x[j] + u[j]    in each `every`-th update
+      x[i] <- mean over all ranks of x[j] + u[j]    in every `every`-th update
       x[i] <- x[i] + u[i]                           in the others
 
   With heterogeneous data there is a bias that grows with `every`; `every=1` and
@@ -33,20 +33,18 @@ def local_sgd(
   averaged.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
-    every: average in each `every`-th update only.
+    inner: the local optimizer; any optax transformation.
+    every: average in every `every`-th update only.
     mean: how to average: an allreduce, or in the rounds of a graph that reaches
       the exact average, such as `jfog.topology.ceca(size)`.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if `every < 1`, or `mean` does not reach the exact average.
-    TypeError: if `mean` is no graph, or `every` no int.
+    TypeError: if `mean` is not a graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -90,32 +88,30 @@ def gossip_pga(
 
   With `u` the inner transformation's updates,
 
-      x[i] <- mean over all ranks of x[j] + u[j]     in each `every`-th update
+      x[i] <- mean over all ranks of x[j] + u[j]     in every `every`-th update
       x[i] <- sum_j W[i, j] (x[j] + u[j])            in the others
 
   The bias with heterogeneous data is smaller than that of `adapt_then_combine`,
   most so on large sparse graphs, for one global average in `every` steps.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
-    graph: who averages with whom: a `Topology`, a `Schedule` (read at the number
+    inner: the local optimizer; any optax transformation.
+    graph: the mixing graph: a `Topology`, a `Schedule` (read at the number
       of updates, those with a global average included), every round doubly
       stochastic, or a function `(params, step) -> params`.
-    every: take the global average in each `every`-th update.
+    every: take the global average in every `every`-th update.
     mean: how to take it, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, or `mean` does not reach the exact average.
-    TypeError: if `graph` is neither a graph nor a function, `mean` is no graph,
-      or `every` no int.
+    TypeError: if `graph` is neither a graph nor a function, `mean` is not a graph,
+      or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -178,7 +174,7 @@ def slow_momentum(
   """Gossip or local steps, and momentum on the way between global averages.
 
   With `u` the inner transformation's updates, `z` the start and `U` zero at
-  first, in each `every`-th update
+  first, in every `every`-th update
 
       D = z - mean over all ranks of (x + u)
       U <- b U + D,        x, z <- z - s U
@@ -188,28 +184,26 @@ def slow_momentum(
   unit of the parameters: the paper's times the step size.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
+    inner: the local optimizer; any optax transformation.
     graph: who averages with whom between the slow steps, as in `gossip_pga`, or
       `None` for local steps.
-    every: take the slow step in each `every`-th update.
+    every: take the slow step in every `every`-th update.
     slow_learning_rate: the factor `s`: a number, or an optax schedule, which is
       read at the number of slow steps so far. 1 in the paper.
     slow_momentum: the factor `b`, in [0, 1); 0.4 to 0.8 in the paper.
     mean: how to take the global average, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32. Ranks should start equal.
+    An optax transformation; `update` needs `params`. Ranks should start from
+    equal parameters.
 
   Raises:
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, `slow_momentum` is outside [0, 1), or `mean` does not reach
       the exact average.
-    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is no
-      graph, or `every` no int.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is not a graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -292,8 +286,7 @@ def diloco(
   from round to round and is never sent.
 
   Args:
-    inner: the local optimizer, `optax.adamw` in the paper. It sees the rank's
-      own gradient and the parameters where that was taken.
+    inner: the local optimizer, `optax.adamw` in the paper.
     outer: the optimizer of the rounds: `optax.sgd(0.7, momentum=0.9,
       nesterov=True)` in the paper. `optax.sgd(1.0)` makes this `local_sgd`.
     every: the number of updates in a round.
@@ -303,19 +296,17 @@ def diloco(
       `(params, step) -> params`.
     mean: without a graph: how to average, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates, what travels and the outer gradient are float32. Ranks should start
-    equal.
+    An optax transformation; `update` needs `params`. Ranks should start from
+    equal parameters.
 
   Raises:
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, `mean` does not reach the exact average, or both `graph` and
       `mean` are given.
-    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is no
-      graph, or `every` no int.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is not a graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax

@@ -1,4 +1,4 @@
-"""Push-sum methods, on directed graphs whose senders know who listens."""
+"""Push-sum methods: averaging with column-stochastic weights."""
 
 from typing import Any, NamedTuple
 
@@ -29,36 +29,36 @@ def push_sum(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Averages on a directed graph by pushing value and weight together.
+  """Averages on a directed graph by push-sum of values and weights.
 
-  With `A` the mixing matrix, whose columns sum to 1, `u` the inner
-  transformation's updates for the gradient at `x`, and at first `xs = x` and
-  `w = 1`,
+  With the column-stochastic mixing matrix `A`, the inner transformation's updates
+  `u` for the gradient at `x`, and initially `xs = x` and `w = 1`,
 
       xs[i], w[i] <- sum_j A[i, j] (xs[j] + u[j], w[j])
       x[i] = xs[i] / w[i]
 
-  Column-stochastic weights alone do not average: a rank to which few send would
-  shrink. `w` shrinks with it, and the quotient goes to the plain average. With
-  heterogeneous data a constant step size leaves a bias of its order; `push_diging`
-  does not. On a doubly stochastic graph this is `adapt_then_combine`.
+  Column-stochastic weights alone do not average: the values of a rank with few
+  in-neighbors shrink. `w` shrinks equally, so the quotient converges to the plain
+  average. With heterogeneous data a constant step size leaves a bias of its order;
+  `push_diging` removes it. On a doubly stochastic graph this is
+  `adapt_then_combine`.
 
-  Value and weight travel in one message per neighbor, as many bytes as
-  `adapt_then_combine` and one scalar.
+  Value and weight are sent in one message per out-neighbor: the bytes of
+  `adapt_then_combine` plus one scalar.
 
   Args:
     inner: the local optimizer; any optax transformation. It sees the rank's own
       gradient and the parameters where that was taken; its updates go to `xs`.
-    graph: who sends to whom: a column-stochastic `Topology` or `Schedule`, for
-      example of `weights="uniform_out"`, or a function of `((params, w), step)`.
+    graph: the mixing graph: a column-stochastic `Topology` or `Schedule`, for
+      example with `weights="uniform_out"`, or a function of `((params, w),
+      step)`.
     check: whether the graph must be column-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. The parameters live in
-    `biased`, so the updates lead to `xs / w` whatever was changed in `params`
-    meanwhile: put what else transforms updates into `inner`. For 16-bit
-    parameters the updates and what travels are float32.
+    An optax transformation; `update` needs `params`. The parameters are kept in
+    the state as `biased`: the updates lead from `params` to `xs / w`, whatever
+    `params` are, so other transformations of updates belong into `inner`.
 
   Raises:
     ValueError: if the graph is not column-stochastic in every round.
@@ -127,26 +127,26 @@ def push_diging(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Push-sum with gradient tracking: exact on directed, changing graphs.
+  """Push-sum with gradient tracking: exact on directed, time-varying graphs.
 
-  With `A` the mixing matrix, whose columns sum to 1, and the step size `a`, for
-  all ranks' rows, at first `U = X`, `v = 1` and `Y = G`,
+  With the column-stochastic mixing matrix `A`, the step size `a`, one row per rank
+  and initially `U = X`, `v = 1` and `Y = G`,
 
       U+ = A (U - a Y)      v+ = A v      X+ = U+ / v+      Y+ = A Y + G+ - G
 
-  All ranks go to the minimizer of the sum of all losses, for a step size that is
-  small enough for the graph. `U`, `v` and `Y` travel in one message per
-  neighbor, twice the bytes of `adapt_then_combine` and a scalar.
+  All ranks converge to the minimizer of the sum of all losses, for a step size small
+  enough for the graph. `U`, `v` and `Y` are sent in one message per out-neighbor:
+  twice the bytes of `adapt_then_combine` plus one scalar.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
     graph: as in `push_sum`.
     check: whether the graph must be column-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`. As in `push_sum`, the
-    parameters live in the state.
+    parameters are kept in the state.
 
   Raises:
     ValueError: if the graph is not column-stochastic in every round.
@@ -185,7 +185,7 @@ def push_diging(
     )
 
   def advance(x, gradient, rate, state):
-    del x  # the state's biased one is in its place
+    del x  # the state's `biased` takes its place
     tracker = _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
     local = _tree.add(state.biased, _tree.scale(-rate, tracker))
     biased, weight, tracker = push((local, state.weight, tracker), state.step)
@@ -204,6 +204,6 @@ def _pushing(graph, name, check, comm) -> Averaging:
 
 
 def _one(biased: Any) -> jax.Array:
-  """The weight of the start, in a precision that fits all leaves."""
+  """The initial weight, in the widest real dtype of the leaves."""
   reals = [jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(biased)]
   return jnp.ones([], jnp.result_type(jnp.float32, *reals))

@@ -61,18 +61,16 @@ def window_put(
       jfog.win_free(optax.tree_utils.tree_get(state, "window"))
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
+    inner: the local optimizer; any optax transformation.
     topology: who puts to whom, and the weights.
-    every: put and average in each `every`-th update of this rank only.
+    every: put and average in every `every`-th update of this rank only.
     delay: for research, on a mesh and in simulation: what is put arrives that
       many averages late, see `jfog.win_create`.
     check: whether the topology must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates are float32, and so is what travels.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the topology is not row-stochastic, or `every < 1`.
@@ -143,11 +141,11 @@ def window_get(
   Args:
     inner: the local optimizer; any optax transformation.
     topology: who gets from whom, and the weights.
-    every: publish, get and average in each `every`-th update of this rank only.
+    every: publish, get and average in every `every`-th update of this rank only.
     delay: for research, on a mesh and in simulation: what is got arrives that
       many averages late, see `jfog.win_create`.
     check: whether the topology must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation, as `window_put`.
@@ -250,15 +248,14 @@ def window_push_sum(
     inner: the local optimizer; any optax transformation.
     topology: who sends to whom, and the weights `A[dst, src]`; directed graphs
       are welcome.
-    every: send and collect in each `every`-th update of this rank only.
+    every: send and collect in every `every`-th update of this rank only.
     delay: for research, on a mesh and in simulation: what is sent arrives that
       many collects late, see `jfog.win_create`.
     check: whether the topology must be column-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the topology is not column-stochastic, or `every < 1`.

@@ -51,6 +51,11 @@ def grid(n):
   return topology.mesh_grid_2d(n).lazy()
 
 
+def alternating(n):
+  """A circulant graph whose least eigenvalue is -0.6 on 8 ranks."""
+  return topology.Topology(reference.circulant(n, {0: 0.2, 1: 0.4, -1: 0.4}))
+
+
 def static(static_graph, method, *args, name=None, **options):
   """Looks like `Case` of a method of `(learning_rate, .., topology)`."""
   name = name or method
@@ -273,4 +278,38 @@ CHANGING = {
     ),
   ),
   "decentlam": changing(base, "decentlam", falling(SMALL), 0.3, check=False),
+}
+
+# Every optimizer with a state of its own, on `n` ranks.
+EVERY = {
+  "exact_diffusion": lambda n: optimizers.exact_diffusion(
+    optax.adam(RATE), topology.ring(n)
+  ),
+  "d2": lambda n: optimizers.d2(optax.adam(RATE), topology.ring(n).lazy()),
+  "nids": lambda n: optimizers.nids(RATE, topology.ring(n)),
+  "extra": lambda n: optimizers.extra(RATE, topology.ring(n)),
+  "tracking awc": lambda n: optimizers.gradient_tracking(
+    optax.adam(RATE), one_peer(n)
+  ),
+  "tracking atc": lambda n: optimizers.gradient_tracking(
+    optax.adam(RATE), one_peer(n), "atc"
+  ),
+  "push_sum": lambda n: optimizers.push_sum(optax.adam(RATE), pushing(n)),
+  "push_diging": lambda n: optimizers.push_diging(RATE, pushing(n)),
+  "push_pull": lambda n: optimizers.push_pull(RATE, pulling(n), directed(n)),
+  "decentlam": lambda n: optimizers.decentlam(RATE, 0.9, topology.ring(n)),
+  "quasi_global": lambda n: optimizers.quasi_global_momentum(
+    RATE, 0.9, one_peer(n), weight_decay=0.1
+  ),
+  "dmsgd_sync": lambda n: optimizers.dmsgd_sync(RATE, 0.9, one_peer(n)),
+  "local_sgd": lambda n: optimizers.local_sgd(optax.adam(RATE), 2),
+  "gossip_pga": lambda n: optimizers.gossip_pga(
+    optax.adam(RATE), one_peer(n), 3
+  ),
+  "slow_momentum": lambda n: optimizers.slow_momentum(
+    optax.adam(RATE), one_peer(n), 2, 1.0, 0.5
+  ),
+  "diloco": lambda n: optimizers.diloco(
+    optax.adamw(RATE), optax.sgd(0.7, momentum=0.9, nesterov=True), 2
+  ),
 }

@@ -19,24 +19,25 @@ def d2(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Exact diffusion with `W` itself, which mixes faster and may be unstable.
+  """Exact diffusion with `W` in place of `(I + W) / 2`: faster, less stable.
 
   With `u` the inner transformation's updates,
 
       psi+[i] = x[i] + u[i]
       x[i] <- sum_j W[i, j] (psi+[j] + x[j] - psi[j])
 
-  so with `inner = optax.sgd(a)` it is
+  With `inner = optax.sgd(a)` this is
   `X[k+1] = W (2 X[k] - X[k-1] - a (G[k] - G[k-1]))`. It needs
-  `lambda_min > -1/3`: below that the disagreement grows whatever the data.
-  `topology.lazy()` makes any graph fit, and then this is `exact_diffusion`.
+  `lambda_min > -1/3`; below that the disagreement grows for any data. With
+  `topology.lazy()`, which meets the bound for every graph, it equals
+  `exact_diffusion`.
 
   Args:
     inner: the local optimizer, as in `exact_diffusion`.
-    topology: who averages with whom: a symmetric `Topology` with
+    topology: the mixing graph: a symmetric `Topology` with
       `lambda_min > -1/3`, or a function `(params, step) -> params`.
-    check: whether the topology is checked, and a `Schedule` refused.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    check: whether the topology must meet this and be one `Topology`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`.
@@ -44,7 +45,7 @@ def d2(
   Raises:
     ValueError: if the topology is not symmetric and doubly stochastic, or has
       an eigenvalue of -1/3 or less, as rings of even size have.
-    TypeError: if `topology` is a `Schedule` or another thing.
+    TypeError: if `topology` is neither a `Topology` nor a function.
 
   Example:
     >>> import jfog, optax

@@ -50,17 +50,16 @@ def deep_squeeze(
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: who averages with whom; row-stochastic.
+    topology: the mixing graph, row-stochastic.
     compressor: what travels in the place of the parameters, equal on all ranks.
     eta: the part of the way to the average, in (0, 1]; may be traced.
     seed: of the compressor's randomness, equal on all ranks.
     check: whether the topology must be row-stochastic, and whether a sparsifier
       is warned of.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates, the buffer and what is compressed are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the topology is not row-stochastic, or `eta` is out of range;

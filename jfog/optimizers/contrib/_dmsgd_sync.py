@@ -24,27 +24,26 @@ def dmsgd_sync(
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum that is averaged together with the parameters.
 
-  With the step size `a`, the momentum `b` and `M` at first zero, for all ranks'
-  rows,
+  With the step size `a`, the momentum `b`, `M` initially zero and one row per
+  rank,
 
       X+ = W (X - a M)      M+ = W (b M + G)
 
-  with the old `M` in both. Parameters and momentum travel in one message per
-  neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one step
-  later, and the bias with heterogeneous data is smaller than that of momentum
-  inside of `adapt_then_combine`.
+  with the old `M` in both. Parameters and momentum are sent in one message per
+  out-neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one step
+  later. The bias with heterogeneous data is smaller than that of momentum inside
+  of `adapt_then_combine`.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
     momentum: `b`, in [0, 1).
-    graph: who averages with whom: a `Topology`, a `Schedule` or a function
+    graph: the mixing graph: a `Topology`, a `Schedule` or a function
       `(params, step) -> params`.
     check: whether the graph must be row-stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and what travels are float32.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the graph is not row-stochastic, or `momentum` is outside

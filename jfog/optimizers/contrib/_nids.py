@@ -21,30 +21,30 @@ def nids(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Gradient descent whose averages leave out what the last step has seen.
+  """Exact diffusion after a first step without communication.
 
   With `Wb = (I + W) / 2` and the step size `a`,
 
       x[1] = x[0] - a g[0]
       x[k+1] = Wb (2 x[k] - x[k-1] - a (g[k] - g[k-1]))
 
-  for all ranks' rows. It is exact diffusion after a first step without
-  communication: all ranks go to the minimizer of the sum of all losses for
-  `a < 2 / L`. With a schedule of step sizes, `a g[k]` is that step's own product,
-  so that the limit stays the minimizer.
+  with one row per rank. All ranks converge to
+  the minimizer of the sum of all losses for
+  `a < 2 / L`. With a schedule, `a g[k]` is the product of step `k`, which keeps the
+  limit at the minimizer.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
     topology: as in `exact_diffusion`.
     check: as in `exact_diffusion`.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if the topology is not symmetric and doubly stochastic.
-    TypeError: if `topology` is a `Schedule` or another thing, or
+    TypeError: if `topology` is neither a `Topology` nor a function, or
       `learning_rate` is neither a number nor a function.
 
   Example:

@@ -66,13 +66,12 @@ def power_gossip(
   two ranks stays out of sight.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
+    inner: the local optimizer; any optax transformation.
     topology: who averages with whom, a symmetric `Topology`.
     rank: the number of columns of the factors; 1 or 2 is usual.
     seed: of the factors, equal on all ranks.
     check: whether the topology must be symmetric and doubly stochastic.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
     An optax transformation; `update` needs `params`. For 16-bit parameters the

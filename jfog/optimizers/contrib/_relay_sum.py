@@ -46,7 +46,8 @@ def relay_sum(
   rank, late by as many steps as it has edges to travel, and counts the same
   everywhere: where all `h` stay as they are, the average is exact once the
   diameter of the tree is covered. With `inner = optax.sgd(a)` and a constant,
-  small enough `a` all ranks go to the minimizer of the sum of all losses,
+  small enough `a` all ranks converge to
+  the minimizer of the sum of all losses,
   however different their data.
 
   In each step one message of the size of the parameters goes over each edge in
@@ -55,8 +56,7 @@ def relay_sum(
   every rank.
 
   Args:
-    inner: the local optimizer; any optax transformation. It sees the rank's own
-      gradient and the parameters where that was taken.
+    inner: the local optimizer; any optax transformation.
     tree: who exchanges with whom: an undirected spanning tree, for example
       `jfog.topology.chain(size)` or `jfog.topology.from_networkx(graph)`. Its
       weights are not used.
@@ -65,11 +65,10 @@ def relay_sum(
     debug: whether all ranks compare their parameters in the first update, by one
       allreduce, as they must start from the same. Different ones are an error
       on every rank, out of the computation.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates are float32, and so is what travels.
+    An optax transformation; `update` needs `params`.
 
   Raises:
     ValueError: if `tree` has another number of edges, an edge without its
