@@ -1,16 +1,18 @@
 """Decentralized optimizers, as optax transformations.
 
 Each rank runs the transformation on its own parameters and gradients. `update`
-communicates: all ranks of the communicator call it equally often, except for the
-window optimizers, which do not wait for other ranks. Conventions of all of them:
+communicates: all ranks of the communicator call it equally often, except for
+the window optimizers, which do not wait for other ranks. Conventions of all of
+them:
 
-* Weights are `W[dst, src]`: rank `dst` weights the value of rank `src` with them.
+* Weights are `W[dst, src]`: rank `dst` weights the value of rank `src` with
+  them.
 * `inner` is any optax transformation. It gets the rank's own gradient and the
   parameters at which that gradient was computed; its state is never averaged.
 * `graph` is a `Topology`, a `Schedule`, read at the number of communications so
-  far, or a function `(params, step) -> params`. `topology` stays the same in all
-  steps; it is a `Topology` or, where the text says so, a function. A function is
-  not checked.
+  far, or a function `(params, step) -> params`. `topology` stays the same in
+  all steps; it is a `Topology` or, where the text says so, a function. A
+  function is not checked.
 * `check=False` skips the checks of the graph, not the algorithm.
 * `comm` is the communicator; the current one by default, see `jfog.init`.
 * Parameters are float or complex. For 16-bit parameters the updates, the buffers

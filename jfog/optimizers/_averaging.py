@@ -35,10 +35,11 @@ def as_averaging(
   requirement: Requirement = AVERAGING,
   lazy: bool = False,
 ) -> Averaging:
-  """The `graph` argument of an optimizer as a function `(params, step) -> params`.
+  """The `graph` argument of an optimizer as an averaging.
 
   Args:
-    graph: a graph, whose `neighbor_allreduce` is the averaging, or an averaging.
+    graph: a graph, whose `neighbor_allreduce` is the averaging, or an
+      averaging.
     name: name of the optimizer, for error texts.
     check: whether to check the requirement.
     comm: the communicator.
@@ -136,8 +137,9 @@ def on_schedule(
     step: the number of updates before this one, the same on all ranks.
     every: the period.
     comm: the communicator.
-    differ: whether to mark the operand as varying over ranks, for a `shard_map`;
-      without it, values that are equal on all ranks stay marked as such.
+    differ: whether to mark the operand as varying over ranks, for a
+      `shard_map`; without it, values that are equal on all ranks stay marked as
+      such.
   """
   if every == 1:
     return communicate(operand, step)

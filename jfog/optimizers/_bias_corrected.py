@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from jfog.optimizers import _averaging, _requirements, _tree
@@ -15,8 +16,9 @@ from jfog.optimizers._transformation import (
 from jfog.runtime import Communicator
 from jfog.topology import Schedule, Topology
 
-# Exact diffusion, EXTRA, and D2 and NIDS in contrib keep one buffer, D, whose mean
-# over ranks is zero. With H = X + U and Z = H + D, exact diffusion, D2 and NIDS are
+# Exact diffusion, EXTRA, and D2 and NIDS in contrib keep one buffer, D, whose
+# mean over ranks is zero. With H = X + U and Z = H + D, exact diffusion, D2 and
+# NIDS are
 #
 #   X+ = W Z,  D+ = D + (W Z - Z),
 #
@@ -25,7 +27,8 @@ from jfog.topology import Schedule, Topology
 #   X+ = W X + U + D,  D+ = D + (W X - X) / 2.
 #
 # At the limit W Z = Z and W X = X hold bit for bit, so rounding errors do not
-# accumulate in D. In the difference form of the papers they drift without bound.
+# accumulate in D. In the difference form of the papers they drift without
+# bound.
 
 
 ExactDiffusionState = WrappedCorrectionState
@@ -45,15 +48,15 @@ def exact_diffusion(
       psi+[i] = x[i] + u[i]
       x[i] <- sum_j Wb[i, j] (psi+[j] + x[j] - psi[j])
 
-  where `psi` is the last step's `psi+`, initially `x`. With `inner = optax.sgd(a)`,
-  constant `a` and exact gradients, all ranks converge to the minimizer of the sum
-  of all losses for `a < 2 / L` on any graph, however heterogeneous the data. One
-  average per step, as in `adapt_then_combine`; the state holds one copy of the
-  parameters.
+  where `psi` is the last step's `psi+`, initially `x`. With
+  `inner = optax.sgd(a)`, constant `a` and exact gradients, all ranks converge to the
+  minimizer of the sum of all losses for `a < 2 / L` on any graph, however
+  heterogeneous the data. One average per step, as in `adapt_then_combine`; the
+  state holds one copy of the parameters.
 
   Args:
-    inner: the local optimizer; any optax transformation. The method is exact for
-      plain gradient descent.
+    inner: the local optimizer; any optax transformation. The method is exact
+      for plain gradient descent.
     topology: the mixing graph: a symmetric `Topology`, or a function
       `(params, step) -> params`.
     check: whether the topology must be one symmetric, doubly stochastic
@@ -92,16 +95,23 @@ def exact_diffusion(
   return diffusion(name, ExactDiffusionState, inner, average)
 
 
-def diffusion(name, state_type, inner, average):
+def diffusion(
+  name: str,
+  state_type: type,
+  inner: optax.GradientTransformation,
+  average: Averaging,
+) -> optax.GradientTransformationExtraArgs:
   """The transformation `X+ = W Z`, `D+ = D + (W Z - Z)` with `Z = X + U + D`."""
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     return correct(average, h, state.correction, step=state.step)
 
   return wrap_inner(name, inner, state_type, no_correction, combine)
 
 
-def correct(average, local, correction, *, step):
+def correct(
+  average: Averaging, local: Any, correction: Any, *, step: jax.Array
+) -> tuple:
   """`W Z` and `D + (W Z - Z)`, for `Z = H + D`."""
   corrected = _tree.add(local, correction)
   new = average(corrected, step)
@@ -109,7 +119,8 @@ def correct(average, local, correction, *, step):
   return new, _tree.add(correction, change)
 
 
-def no_correction(params):
+def no_correction(params: optax.Params) -> tuple:
+  """Zero correction, the initial state."""
   return (_tree.zeros_like(params),)
 
 
@@ -131,10 +142,10 @@ def extra(
       x[k+1] = (I + W) x[k] - (I + W)/2 x[k-1] - a (g[k] - g[k-1])
 
   All ranks converge to the minimizer of the sum of all losses for
-  `a < (1 + lambda_min) / L`. As in `adapt_with_combine` the average does not
-  depend on the gradient, so the exchange can overlap with the forward and backward
-  pass. With a schedule, `a g[k]` is the product of step `k`, which keeps the limit
-  at the minimizer.
+  `a < (1 + lambda_min) / L`. As in `adapt_with_combine` the average does not depend on
+  the gradient, so the exchange can overlap with the forward and backward pass.
+  With a schedule, `a g[k]` is the product of step `k`, which keeps the limit at
+  the minimizer.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
@@ -174,7 +185,7 @@ def extra(
     _requirements.symmetric_above(-1.0, "use topology.lazy()"),
   )
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     mixed = average(x, state.step)
     force = _tree.add(state.correction, _tree.scale(-rate, gradient))
     half = _tree.scale(0.5, _tree.subtract(mixed, x))

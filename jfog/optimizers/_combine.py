@@ -64,7 +64,7 @@ def adapt_then_combine(
   average = _averaging.as_averaging(graph, name, check, comm)
   every = _requirements.check_every(every, name)
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     return (
       _averaging.on_schedule(
         average, lambda h, step: h, h, state.step, every, comm
@@ -91,12 +91,12 @@ def adapt_with_combine(
 
       x[i] <- sum_j W[i, j] x[j] + u[i]
 
-  With `inner = optax.sgd(a)` this is decentralized gradient descent, `X <- W X -
-  a G`. The average does not depend on the gradient, so the exchange can overlap
-  with the forward and backward pass. The bias with heterogeneous data is larger
-  than that of `adapt_then_combine`. The inner transformation gets the parameters
-  before averaging, at which the gradient was computed. In BlueFog it gets the
-  averaged ones; the two differ for weight decay.
+  With `inner = optax.sgd(a)` this is decentralized gradient descent,
+  `X <- W X - a G`. The average does not depend on the gradient, so the exchange can
+  overlap with the forward and backward pass. The bias with heterogeneous data
+  is larger than that of `adapt_then_combine`. The inner transformation gets the
+  parameters before averaging, at which the gradient was computed. In BlueFog it
+  gets the averaged ones; the two differ for weight decay.
 
   Args:
     inner: the local optimizer; any optax transformation.
@@ -130,10 +130,12 @@ def adapt_with_combine(
   every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     return AdaptWithCombineState(jnp.zeros([], jnp.int32), inner.init(params))
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     own = _tree.widen(params)
     combined = _averaging.on_schedule(

@@ -1,4 +1,4 @@
-"""Averaging with compressed messages: CHOCO-SGD and DeepSqueeze."""
+"""Averaging with compressed messages: CHOCO-SGD."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jfog.primitives import check_graph, neighbor_allgather
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
 
-_TOLERANCE = 1e-9  # of the sum of a row, for the difference form
+_TOLERANCE = 1e-9  # for the sum of a row, in the choice of the difference form
 
 
 class ChocoState(NamedTuple):
@@ -29,7 +29,7 @@ class ChocoState(NamedTuple):
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
   compressor_state: Any
-  hat: Any  # what all neighbors know of this rank's parameters
+  hat: Any  # the copy of this rank's parameters at its out-neighbors
   s: Any  # sum_j W[i, j] hat[j], this rank included
 
 
@@ -43,41 +43,40 @@ def choco(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Averages copies of the parameters that compressed differences keep up.
+  """Averages copies of the parameters, updated by compressed differences.
 
   With `u` the inner transformation's updates and `C` the compressor,
 
       h[i] = x[i] + u[i]
-      c[i] = C(h[i] - hat[i])                                  travels
+      c[i] = C(h[i] - hat[i])                                  sent
       hat[i] <- hat[i] + c[i]
       s[i] <- s[i] + sum_j W[i, j] c[j]
       x[i] <- h[i] + gamma (s[i] - hat[i])
 
-  from `hat = s = 0`. As `hat` approaches `h` the differences become small, and
-  so does what compression loses: the limit is that of `adapt_then_combine` on
-  `I + gamma (W - I)`, whatever the compressor, where that is deterministic and
-  contractive and `gamma` is small enough for it. The more a compressor loses,
-  the smaller `gamma` has to be; with `identity()` and `gamma = 1` this is
-  `adapt_then_combine`.
+  from `hat = s = 0`. As `hat` approaches `h`, the differences and with them the
+  compression error vanish: for every deterministic, contractive compressor and
+  small enough `gamma`, the limit is that of `adapt_then_combine` on
+  `I + gamma (W - I)`. A compressor with a larger error needs a smaller `gamma`;
+  with `identity()` and `gamma = 1` this is `adapt_then_combine`.
 
   A rank sends one message to each out-neighbor, of
   `jfog.optimizers.message_bytes` bytes, and decodes those of its in-neighbors
-  one by one: beside its own value and the sum it holds one decoded value. What
-  a rank draws at random comes from
+  one by one, so it holds one decoded value at a time. The random numbers of a
+  rank are drawn with the key
 
-      fold_in(fold_in(jax.random.key(seed), step), rank)
+      fold_in(fold_in(jax.random.key(seed, impl="threefry2x32"), step), rank)
 
-  with the generator threefry, so every receiver can draw the same.
+  which every receiver can derive.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: the mixing graph, symmetric and doubly stochastic. It stays
-      the same, for `s` is a sum over its neighbors.
-    compressor: what travels in the place of a difference, equal on all ranks;
-      contractive, as `top_k`, `random_k`, `sign` and `low_rank` are, and as
-      `quantize` is up to a factor near 1 where its bits are enough.
-    gamma: the part of the way to the average, in (0, 1]; may be traced.
-    seed: of the compressor's randomness, equal on all ranks.
+    topology: the mixing graph: one symmetric, doubly stochastic `Topology`, as
+      `s` is a sum over its neighbors.
+    compressor: the encoding of the differences, the same on all ranks.
+      Contractive, as are `top_k`, `random_k`, `sign` and `low_rank`, and
+      `quantize` with enough bits up to a factor near 1.
+    gamma: the consensus step size, in (0, 1]; may be traced.
+    seed: seed of the compressor's random numbers, the same on all ranks.
     check: whether the topology must be symmetric and doubly stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -88,9 +87,9 @@ def choco(
     ValueError: if the topology is not symmetric and doubly stochastic, or
       `gamma` is out of range; in `init` and `update`, if the compressor refuses
       the parameters.
-    TypeError: if `topology` is a `Schedule` or another thing, `compressor` no
-      `Compressor`, `gamma` no number or `seed` no int; in `init` and `update`,
-      for leaves that the compressor does not take.
+    TypeError: if `topology` is not a `Topology`, `compressor` not a
+      `Compressor`, `gamma` not a number or `seed` not an int; in `init` and
+      `update`, for leaves of dtypes that the compressor does not support.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog, optax
@@ -116,14 +115,14 @@ def choco(
   )
   gamma = _requirements.check_fraction(gamma, f"{name}: gamma")
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     return (
       compressor.init(_tree.widen(params)),
       _tree.zeros_like(params),
       _tree.zeros_like(params),
     )
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     c, mixed, compressor_state = exchange(
       _tree.subtract(h, state.hat), state.compressor_state, state.step
     )
@@ -144,11 +143,12 @@ def compressed_exchange(
   comm: Communicator | None,
   name: str,
 ):
-  """Checks a method's arguments, and makes its communication of them.
+  """Checks the arguments of a method and returns its communication.
 
   Returns:
-    A function `(v, compressor_state, step)` to `c = C(v)` in this rank's own
-    decoding, `sum_j W[i, j] c[j]`, and the new state of the compressor.
+    A function of `(v, compressor_state, step)` that returns `c = C(v)` as
+    decoded on this rank, `sum_j W[i, j] c[j]`, and the new state of the
+    compressor.
   """
   _requirements.require_topology(topology, name)
   if check:
@@ -156,14 +156,15 @@ def compressed_exchange(
   require_compressor(compressor, name)
   seed = _requirements.check_int(seed, f"{name}: seed")
 
-  def exchange(v, compressor_state, step):
+  def exchange(v: Any, compressor_state: Any, step: jax.Array) -> tuple:
     world = resolve(comm)
     check_graph(topology, world.size, name)
     shared = step_key(seed, step)
     message, compressor_state = compressor.encode(
       jax.random.fold_in(shared, world.rank), v, compressor_state
     )
-    # All that is made of the own value is made of the same bits.
+    # The barrier keeps XLA from recomputing `c` in several fusions with
+    # different rounding: `hat`, `s` and the result must use the same bits.
     c = jax.lax.optimization_barrier(compressor.decode(message, v))
     mixed = _mix(message, c, compressor, topology, shared, world)
     return c, mixed, compressor_state
@@ -171,49 +172,59 @@ def compressed_exchange(
   return exchange
 
 
-def _mix(message, own, compressor, topology, shared, comm):
-  """Sends the message; `sum_j W[i, j] c[j]` of the own and what arrives."""
+def _mix(
+  message: Any,
+  own: Any,
+  compressor: Compressor,
+  topology: Topology,
+  shared: jax.Array,
+  comm: Communicator,
+) -> Any:
+  """Sends the message and returns `sum_j W[i, j] c[j]`, `c[i]` included."""
   leaves, structure = jax.tree.flatten(message)
-  moving = [i for i, leaf in enumerate(leaves) if not is_key(leaf)]
+  # Keys are not sent: receivers derive the source's key from the shared one.
+  sent = [i for i, leaf in enumerate(leaves) if not is_key(leaf)]
   received = neighbor_allgather(
-    [leaves[i][None] for i in moving],
+    [leaves[i][None] for i in sent],
     topology,
     pad=comm.backend == "mesh",
     comm=comm,
   )
   self_weight, is_difference, sources, weights = _row(topology, comm)
 
-  def base(x):
+  def base(x: jax.Array) -> jax.Array:
     return jnp.where(is_difference, x, _times(self_weight, x))
 
-  def add(total, slot):
+  def add(total: Any, slot: tuple) -> tuple[Any, None]:
     source, weight, parts = slot
     filled = [jax.random.fold_in(shared, source)] * len(leaves)
-    for i, part in zip(moving, parts, strict=True):
+    for i, part in zip(sent, parts, strict=True):
       filled[i] = part
     decoded = compressor.decode(structure.unflatten(filled), own)
 
-    def plus(total, value, x):
+    def accumulate(
+      total: jax.Array, value: jax.Array, x: jax.Array
+    ) -> jax.Array:
       value = jnp.where(is_difference, value - x, value)
       return jnp.where(weight == 0, total, total + _times(weight, value))
 
-    return jax.tree.map(plus, total, decoded, own), None
+    return jax.tree.map(accumulate, total, decoded, own), None
 
   total = jax.tree.map(base, own)
   if not len(sources):
     return total
-  # A loop holds one decoded value at a time, and is compiled once.
+  # A scan holds one decoded value at a time and compiles the decoder once.
   return jax.lax.scan(add, total, (sources, weights, received))[0]
 
 
-def _row(topology: Topology, comm: Communicator):
+def _row(topology: Topology, comm: Communicator) -> tuple[jax.Array, ...]:
   """This rank's row of the mixing matrix.
 
   Returns:
     The self weight; whether the row is evaluated in difference form, `x[i] +
-    sum_j W[i, j] (x[j] - x[i])`, as rows are that sum to 1 and keep a part of
-    the own value; the sources by ascending rank and their weights. On a mesh
-    all ranks have as many as the one with the most, and the weight 0 for nobody.
+    sum_j W[i, j] (x[j] - x[i])`, which holds for rows that sum to 1 and have a
+    self weight; the sources in ascending order and their weights. On a mesh all
+    rows are padded to the largest in-degree with weight 0.
   """
   matrix = topology.mixing_matrix
   self_weights = matrix.diagonal()
@@ -234,5 +245,5 @@ def _row(topology: Topology, comm: Communicator):
 
 
 def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
-  """`weight x`, with the weight rounded once to the dtype of `x`."""
+  """`weight x`, with the weight rounded to the dtype of `x` first."""
   return weight.astype(jnp.finfo(x.dtype).dtype) * x

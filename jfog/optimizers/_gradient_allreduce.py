@@ -32,9 +32,9 @@ def gradient_allreduce(
 
       u = inner.update(mean over ranks of sum g / every)
 
-  In the others the updates are zero and the inner state is unchanged. Ranks with
-  equal parameters keep them equal; start from `jfog.broadcast(params)`. Every
-  `every`-th update waits for all ranks.
+  In the others the updates are zero and the inner state is unchanged. Ranks
+  with equal parameters keep them equal; start from `jfog.broadcast(params)`.
+  Every `every`-th update waits for all ranks.
 
   Args:
     inner: the optimizer; any optax transformation.
@@ -61,7 +61,7 @@ def gradient_allreduce(
   every = _requirements.check_every(every, "gradient_allreduce")
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     accumulated = None
     if every > 1:
       accumulated = _tree.zeros_like(params)
@@ -69,7 +69,9 @@ def gradient_allreduce(
       jnp.zeros([], jnp.int32), inner.init(params), accumulated
     )
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     step = _averaging.next_step(state.step)
     if every == 1:
       updates, inner_state = inner.update(
@@ -79,7 +81,7 @@ def gradient_allreduce(
 
     total = _tree.local_step(state.accumulated, updates)
 
-    def communicate(operand, _):
+    def communicate(operand: tuple, _: jax.Array) -> tuple:
       total, inner_state = operand
       mean = jax.tree.map(
         lambda g, like: (g / every).astype(jnp.asarray(like).dtype),
@@ -90,11 +92,12 @@ def gradient_allreduce(
       return new, inner_state, jax.tree.map(jnp.zeros_like, total)
 
     # Both branches must return equal types. Those of the updates are determined
-    # by the inner transformation; abstract evaluation finds them without a message.
+    # by the inner transformation; abstract evaluation finds them without a
+    # message.
     operand = (total, state.inner_state)
     types = jax.eval_shape(communicate, operand, state.step)[0]
 
-    def accumulate(operand, _):
+    def accumulate(operand: tuple, _: jax.Array) -> tuple:
       total, inner_state = operand
       return jax.tree.map(_compat.zeros, types), inner_state, total
 

@@ -42,9 +42,9 @@ def gradient_tracking(
       "awc":  X+ = W X - a Q        Q+ = W Q + G+ - G
       "atc":  X+ = W (X - a Q)      Q+ = W (Q + G+ - G)
 
-  The mean of `q` over ranks equals the mean of the gradients in every step. All ranks
-  converge to the minimizer of the sum of all losses, also on directed
-  and time-varying graphs, for a step size small enough for the graph.
+  The mean of `q` over ranks equals the mean of the gradients in every step. All
+  ranks converge to the minimizer of the sum of all losses, also on directed and
+  time-varying graphs, for a step size small enough for the graph.
 
   A rank sends twice the bytes of `adapt_then_combine`. "awc" sends `x` and `q`
   in one message per out-neighbor, and the exchange of `x` can overlap with the
@@ -91,7 +91,7 @@ def gradient_tracking(
   )
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     return GradientTrackingState(
       jnp.zeros([], jnp.int32),
       inner.init(params),
@@ -99,14 +99,18 @@ def gradient_tracking(
       _tree.zeros_like(params),
     )
 
-  def local(tracker, updates, state, params, extra):
+  def local(
+    tracker: Any, updates: Any, state: Any, params: Any, extra: dict
+  ) -> tuple:
     # The inner state has the dtypes of the gradients; the tracker may be wider.
     tracked = jax.tree.map(
       lambda q, g: q.astype(jnp.result_type(g)), tracker, updates
     )
     return inner.update(tracked, state.inner_state, params, **extra)
 
-  def combine_while_adapting(updates, state, params, extra):
+  def combine_while_adapting(
+    updates: Any, state: Any, params: Any, extra: dict
+  ) -> tuple:
     gradient = _tree.widen_gradient(updates, params)
     tracker = _tracked(state, gradient)
     updates, inner_state = local(tracker, updates, state, params, extra)
@@ -115,7 +119,9 @@ def gradient_tracking(
     updates = _tree.local_step(_tree.subtract(combined, own), updates)
     return updates, inner_state, tracker, gradient
 
-  def combine_after_adapting(updates, state, params, extra):
+  def combine_after_adapting(
+    updates: Any, state: Any, params: Any, extra: dict
+  ) -> tuple:
     gradient = _tree.widen_gradient(updates, params)
     tracker = _averaging.after_first(
       average,
@@ -130,7 +136,9 @@ def gradient_tracking(
 
   update = combine_while_adapting if form == "awc" else combine_after_adapting
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     updates, *rest = update(updates, state, params, extra)
     step = _averaging.next_step(state.step)
@@ -139,7 +147,7 @@ def gradient_tracking(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _tracked(state, gradient):
+def _tracked(state: Any, gradient: Any) -> Any:
   """`q + g - g_before`, which is `g` in the first update."""
   return _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
 
@@ -162,14 +170,15 @@ def push_pull(
 ) -> optax.GradientTransformationExtraArgs:
   """Pulls parameters from in-neighbors, pushes gradients to out-neighbors.
 
-  With the mixing matrices `R` of `pull` and `C` of `push`, the step size `a`, one
-  row per rank and `Y[0] = G[0]`,
+  With the mixing matrices `R` of `pull` and `C` of `push`, the step size `a`,
+  one row per rank and `Y[0] = G[0]`,
 
       X+ = R (X - a Y)        Y+ = C (Y + G+ - G)
 
-  The sum of `y` over ranks equals that of the gradients in every step. All ranks converge to the minimizer of the sum of all losses on directed graphs
-  without doubly stochastic weights, for a step size small enough for the graphs.
-  Two exchanges in sequence (one in the first step), twice the bytes of
+  The sum of `y` over ranks equals that of the gradients in every step. All
+  ranks converge to the minimizer of the sum of all losses on directed graphs
+  without doubly stochastic weights, for a step size small enough for the
+  graphs. Two exchanges in sequence (one in the first step), twice the bytes of
   `adapt_then_combine`.
 
   Args:
@@ -211,10 +220,10 @@ def push_pull(
     push, f"{name}: push", check, comm, _requirements.COLUMN_STOCHASTIC
   )
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     return _tree.zeros_like(params), _tree.zeros_like(params)
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     tracker = _averaging.after_first(
       pushed,
       lambda tracker, step: tracker,

@@ -29,9 +29,9 @@ def decentlam(
 
       C = W (X - a G)      M+ = b M + (X - C) / a      X+ = X - a M+
 
-  Momentum inside of `adapt_then_combine` multiplies the bias of heterogeneous data
-  by `1 / (1 - b)`; here the bias is that without momentum. With `b = 0` this is
-  `adapt_then_combine`. One average per step.
+  Momentum inside of `adapt_then_combine` multiplies the bias of heterogeneous
+  data by `1 / (1 - b)`; here the bias is that without momentum. With `b = 0`
+  this is `adapt_then_combine`. One average per step.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule. Where a
@@ -72,7 +72,7 @@ def decentlam(
     topology, name, check, comm, _requirements.SYMMETRIC
   )
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     local = _tree.add(x, _tree.scale(-rate, gradient))
     combined = average(local, state.step)
     decayed = _tree.scale(momentum, state.momentum)
@@ -102,8 +102,8 @@ def quasi_global_momentum(
 ) -> optax.GradientTransformationExtraArgs:
   """Momentum along the path of the averaged parameters.
 
-  With the step size `a`, the momentum `b`, the weight decay `l` and `mh` initially
-  zero,
+  With the step size `a`, the momentum `b`, the weight decay `l` and `mh`
+  initially zero,
 
       g' = g[i] + l x[i]
       m = b mh[i] + g'           and d[i] = m, or g' + b m with `nesterov`
@@ -146,8 +146,8 @@ def quasi_global_momentum(
     >>> jfog.simulate(two_steps, 2)(jnp.array([0.0, 4.0]), jnp.array([2.0, 0.0]))
     (Array([1.5, 1.5], dtype=float32), Array([0.875, 0.875], dtype=float32))
 
-  Source: Lin, Karimireddy, Stich and Jaggi, "Quasi-global momentum", 2021, arXiv
-  2102.04761.
+  Source: Lin, Karimireddy, Stich and Jaggi, "Quasi-global momentum", 2021,
+  arXiv 2102.04761.
   """
   name = "quasi_global_momentum"
   _requirements.check_factor(momentum, "momentum", name)
@@ -157,7 +157,7 @@ def quasi_global_momentum(
     graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     gradient = _tree.add(gradient, _tree.scale(weight_decay, x))
     direction = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     if nesterov:
@@ -175,14 +175,15 @@ def quasi_global_momentum(
   )
 
 
-def at_rest(params):
+def at_rest(params: optax.Params) -> tuple:
+  """Zero momentum, the initial state."""
   return (_tree.zeros_like(params),)
 
 
 def _per_rate(change: Any, rate: Any) -> Any:
   """`change / a`, and zero where a schedule of `a` is zero."""
 
-  def divide(x):
+  def divide(x: jax.Array) -> jax.Array:
     a = jnp.asarray(rate, jnp.finfo(x.dtype).dtype)
     return jnp.where(a == 0, 0, x / jnp.where(a == 0, 1, a)).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Methods with few global averages: local SGD, gossip-PGA, SlowMo, DiLoCo."""
+"""Periodic global averaging: local SGD, gossip-PGA, SlowMo, DiLoCo."""
 
 from typing import Any, NamedTuple
 
@@ -21,21 +21,21 @@ def local_sgd(
   mean: ExactAverage | Schedule | None = None,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Steps alone, and averages the parameters of all ranks now and then.
+  """Takes local steps and periodically averages the parameters of all ranks.
 
   With `u` the inner transformation's updates,
 
       x[i] <- mean over all ranks of x[j] + u[j]    in every `every`-th update
       x[i] <- x[i] + u[i]                           in the others
 
-  With heterogeneous data there is a bias that grows with `every`; `every=1` and
-  gradient descent is centralized gradient descent. The inner states are never
-  averaged.
+  With heterogeneous data the bias grows with `every`; `every=1` with gradient
+  descent is centralized gradient descent. The inner states are not averaged.
+  The averaging updates wait for all ranks.
 
   Args:
     inner: the local optimizer; any optax transformation.
     every: average in every `every`-th update only.
-    mean: how to average: an allreduce, or in the rounds of a graph that reaches
+    mean: the averaging: `None` for an allreduce, or a graph whose rounds reach
       the exact average, such as `jfog.topology.ceca(size)`.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -62,7 +62,7 @@ def local_sgd(
   every = _requirements.check_every(every, name)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     return (
       _averaging.on_schedule(
         exact, lambda h, step: h, h, state.step, every, comm
@@ -84,23 +84,23 @@ def gossip_pga(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Averages with the neighbors, and with all ranks now and then.
+  """Averages with the neighbors, and periodically with all ranks.
 
   With `u` the inner transformation's updates,
 
       x[i] <- mean over all ranks of x[j] + u[j]     in every `every`-th update
       x[i] <- sum_j W[i, j] (x[j] + u[j])            in the others
 
-  The bias with heterogeneous data is smaller than that of `adapt_then_combine`,
-  most so on large sparse graphs, for one global average in `every` steps.
+  For one global average in `every` steps, the bias with heterogeneous data is
+  smaller than that of `adapt_then_combine`, above all on large sparse graphs.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    graph: the mixing graph: a `Topology`, a `Schedule` (read at the number
-      of updates, those with a global average included), every round doubly
+    graph: the mixing graph: a `Topology`, a `Schedule`, read at the number of
+      updates, those with a global average included, every round doubly
       stochastic, or a function `(params, step) -> params`.
     every: take the global average in every `every`-th update.
-    mean: how to take it, as in `local_sgd`.
+    mean: the global averaging, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -110,8 +110,8 @@ def gossip_pga(
   Raises:
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, or `mean` does not reach the exact average.
-    TypeError: if `graph` is neither a graph nor a function, `mean` is not a graph,
-      or `every` is not an int.
+    TypeError: if `graph` is neither a graph nor a function, `mean` is not a
+      graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -134,7 +134,7 @@ def gossip_pga(
   )
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     return (
       _averaging.on_schedule(
         exact,
@@ -154,9 +154,7 @@ class SlowMomentumState(NamedTuple):
 
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
-  anchor: (
-    Any  # after the last slow step; like the parameters, float32 for 16-bit
-  )
+  anchor: Any  # x after the last slow step; float32 for 16-bit
   momentum: Any  # like the anchor
 
 
@@ -171,27 +169,27 @@ def slow_momentum(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Gossip or local steps, and momentum on the way between global averages.
+  """Gossip or local steps, with momentum between global averages.
 
-  With `u` the inner transformation's updates, `z` the start and `U` zero at
-  first, in every `every`-th update
+  With `u` the inner transformation's updates, and initially `z = x` and
+  `U = 0`, in every `every`-th update
 
       D = z - mean over all ranks of (x + u)
       U <- b U + D,        x, z <- z - s U
 
-  and in the others `x[i] <- sum_j W[i, j] (x[j] + u[j])`, without a graph
-  `x[i] <- x[i] + u[i]`. With `b = 0` and `s = 1` it is `gossip_pga`. `U` is in the
-  unit of the parameters: the paper's times the step size.
+  In the others, `x[i] <- sum_j W[i, j] (x[j] + u[j])`, or without a graph
+  `x[i] <- x[i] + u[i]`. With `b = 0` and `s = 1` this is `gossip_pga`. `U` has the
+  unit of the parameters: it is the paper's momentum times the step size.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    graph: who averages with whom between the slow steps, as in `gossip_pga`, or
-      `None` for local steps.
+    graph: the mixing graph between the slow steps, as in `gossip_pga`; `None`
+      for local steps.
     every: take the slow step in every `every`-th update.
-    slow_learning_rate: the factor `s`: a number, or an optax schedule, which is
-      read at the number of slow steps so far. 1 in the paper.
+    slow_learning_rate: the factor `s`: a number, or an optax schedule, read at
+      the number of slow steps so far. 1 in the paper.
     slow_momentum: the factor `b`, in [0, 1); 0.4 to 0.8 in the paper.
-    mean: how to take the global average, as in `local_sgd`.
+    mean: the global averaging, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -203,7 +201,8 @@ def slow_momentum(
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, `slow_momentum` is outside [0, 1), or `mean` does not reach
       the exact average.
-    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is not a graph, or `every` is not an int.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is
+      not a graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -225,18 +224,18 @@ def slow_momentum(
   between = _between(graph, name, check, comm)
   exact = _averaging.as_mean(mean, comm=comm, name=name)
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     return _tree.copy(params), _tree.zeros_like(params)
 
-  def combine(h, state):
-    def slow_step(operand, count):
+  def combine(h: Any, state: Any) -> tuple:
+    def slow_step(operand: tuple, count: jax.Array) -> tuple:
       h, anchor, momentum = operand
-      way = _tree.subtract(anchor, exact(h, count))
-      momentum = _tree.add(_tree.scale(slow_momentum, momentum), way)
+      change = _tree.subtract(anchor, exact(h, count))
+      momentum = _tree.add(_tree.scale(slow_momentum, momentum), change)
       new = _tree.add(anchor, _tree.scale(-rate(count), momentum))
       return new, new, momentum
 
-    def fast_step(operand, _):
+    def fast_step(operand: tuple, _: jax.Array) -> tuple:
       h, anchor, momentum = operand
       return between(h, state.step), anchor, momentum
 
@@ -257,9 +256,7 @@ class DilocoState(NamedTuple):
 
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
-  anchor: (
-    Any  # after the last outer step; like the parameters, float32 for 16-bit
-  )
+  anchor: Any  # x after the last outer step; float32 for 16-bit
   outer_state: optax.OptState
 
 
@@ -273,28 +270,28 @@ def diloco(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Steps alone for long, and takes the way of all ranks as a gradient.
+  """Takes many local steps, then an outer step along their mean change.
 
-  With `u` the inner transformation's updates and `z` the start at first, in each
-  `every`-th update, which ends the round r,
+  With `u` the inner transformation's updates and initially `z = x`, in every
+  `every`-th update, which ends round `r`,
 
       D = z - mean over all ranks of (x + u)
       x, z <- z + outer.update(D)
 
-  and in the others `x[i] <- x[i] + u[i]`. With a graph each rank has a `z` of its
-  own and `D[i] = z[i] - sum_j W_r[i, j] (x[j] + u[j])`. The inner state goes on
-  from round to round and is never sent.
+  In the others, `x[i] <- x[i] + u[i]`. With a graph, each rank has its own `z`
+  and `D[i] = z[i] - sum_j W_r[i, j] (x[j] + u[j])`. The inner state persists
+  over rounds and is not sent.
 
   Args:
     inner: the local optimizer, `optax.adamw` in the paper.
     outer: the optimizer of the rounds: `optax.sgd(0.7, momentum=0.9,
       nesterov=True)` in the paper. `optax.sgd(1.0)` makes this `local_sgd`.
     every: the number of updates in a round.
-    graph: who averages with whom at the end of a round, instead of the mean over
-      all ranks: a `Topology`, a `Schedule` (read at the number of rounds so
-      far), every round doubly stochastic, or a function
+    graph: the mixing graph at the end of a round, in place of the mean over all
+      ranks: a `Topology`, a `Schedule`, read at the number of rounds so far,
+      every round doubly stochastic, or a function
       `(params, step) -> params`.
-    mean: without a graph: how to average, as in `local_sgd`.
+    mean: without a graph: the averaging, as in `local_sgd`.
     check: whether the graph must be doubly stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -306,7 +303,8 @@ def diloco(
     ValueError: if the graph is not doubly stochastic in every round,
       `every < 1`, `mean` does not reach the exact average, or both `graph` and
       `mean` are given.
-    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is not a graph, or `every` is not an int.
+    TypeError: if `graph` is neither a graph, a function nor `None`, `mean` is
+      not a graph, or `every` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -326,25 +324,26 @@ def diloco(
     average = _averaging.as_mean(mean, comm=comm, name=name)
   elif mean is not None:
     raise ValueError(
-      f"{name}: graph={graph!r} takes the place of the mean over all ranks; "
-      f"leave out mean={mean!r}."
+      f"{name}: graph={graph!r} replaces the mean over all ranks; leave out "
+      f"mean={mean!r}."
     )
   else:
     average = _between(graph, name, check, comm)
   outer = optax.with_extra_args_support(outer)
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     anchor = _tree.copy(params)
     return anchor, outer.init(anchor)
 
-  def end_round(operand, count):
+  def end_round(operand: tuple, count: jax.Array) -> tuple:
     h, anchor, outer_state = operand
-    way = _tree.subtract(anchor, average(h, count))
-    change, outer_state = outer.update(way, outer_state, anchor)
+    # The mean change of the round, with the sign of a gradient.
+    change = _tree.subtract(anchor, average(h, count))
+    change, outer_state = outer.update(change, outer_state, anchor)
     new = _tree.local_step(anchor, change)
     return new, new, outer_state
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     return _averaging.on_schedule(
       end_round,
       lambda operand, _: operand,
@@ -357,8 +356,10 @@ def diloco(
   return wrap_inner(name, inner, DilocoState, start, combine)
 
 
-def _between(graph, name, check, comm) -> Averaging:
-  """The averaging of the steps between global averages; nothing for `None`."""
+def _between(
+  graph: Any, name: str, check: bool, comm: Communicator | None
+) -> Averaging:
+  """The averaging between global averages; the identity for `None`."""
   if graph is None:
     return lambda params, step: params
   return _averaging.as_averaging(

@@ -31,16 +31,16 @@ def push_sum(
 ) -> optax.GradientTransformationExtraArgs:
   """Averages on a directed graph by push-sum of values and weights.
 
-  With the column-stochastic mixing matrix `A`, the inner transformation's updates
-  `u` for the gradient at `x`, and initially `xs = x` and `w = 1`,
+  With the column-stochastic mixing matrix `A`, the inner transformation's
+  updates `u` for the gradient at `x`, and initially `xs = x` and `w = 1`,
 
       xs[i], w[i] <- sum_j A[i, j] (xs[j] + u[j], w[j])
       x[i] = xs[i] / w[i]
 
   Column-stochastic weights alone do not average: the values of a rank with few
-  in-neighbors shrink. `w` shrinks equally, so the quotient converges to the plain
-  average. With heterogeneous data a constant step size leaves a bias of its order;
-  `push_diging` removes it. On a doubly stochastic graph this is
+  in-neighbors shrink. `w` shrinks equally, so the quotient converges to the
+  plain average. With heterogeneous data a constant step size leaves a bias of
+  its order; `push_diging` removes it. On a doubly stochastic graph this is
   `adapt_then_combine`.
 
   Value and weight are sent in one message per out-neighbor: the bytes of
@@ -79,21 +79,23 @@ def push_sum(
     Array([3., 3., 3.], dtype=float32)
 
   Source: Nedic and Olshevsky, "Distributed optimization over time-varying
-  directed graphs", 2015; Assran, Loizou, Ballas and Rabbat, "Stochastic gradient
-  push for distributed deep learning", 2019, arXiv 1811.10792.
+  directed graphs", 2015; Assran, Loizou, Ballas and Rabbat, "Stochastic
+  gradient push for distributed deep learning", 2019, arXiv 1811.10792.
   """
   name = "push_sum"
   push = _pushing(graph, name, check, comm)
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)
     biased = _tree.copy(params)
     return PushSumState(
       jnp.zeros([], jnp.int32), inner.init(params), biased, _one(biased)
     )
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
@@ -129,14 +131,14 @@ def push_diging(
 ) -> optax.GradientTransformationExtraArgs:
   """Push-sum with gradient tracking: exact on directed, time-varying graphs.
 
-  With the column-stochastic mixing matrix `A`, the step size `a`, one row per rank
-  and initially `U = X`, `v = 1` and `Y = G`,
+  With the column-stochastic mixing matrix `A`, the step size `a`, one row per
+  rank and initially `U = X`, `v = 1` and `Y = G`,
 
       U+ = A (U - a Y)      v+ = A v      X+ = U+ / v+      Y+ = A Y + G+ - G
 
-  All ranks converge to the minimizer of the sum of all losses, for a step size small
-  enough for the graph. `U`, `v` and `Y` are sent in one message per out-neighbor:
-  twice the bytes of `adapt_then_combine` plus one scalar.
+  All ranks converge to the minimizer of the sum of all losses, for a step size
+  small enough for the graph. `U`, `v` and `Y` are sent in one message per
+  out-neighbor: twice the bytes of `adapt_then_combine` plus one scalar.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
@@ -174,7 +176,7 @@ def push_diging(
   name = "push_diging"
   push = _pushing(graph, name, check, comm)
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     _requirements.require_params(params, name)
     biased = _tree.copy(params)
     return (
@@ -184,7 +186,7 @@ def push_diging(
       _tree.zeros_like(params),
     )
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     del x  # the state's `biased` takes its place
     tracker = _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
     local = _tree.add(state.biased, _tree.scale(-rate, tracker))
@@ -197,7 +199,9 @@ def push_diging(
   )
 
 
-def _pushing(graph, name, check, comm) -> Averaging:
+def _pushing(
+  graph: Any, name: str, check: bool, comm: Communicator | None
+) -> Averaging:
   return _averaging.as_averaging(
     graph, name, check, comm, _requirements.COLUMN_STOCHASTIC
   )

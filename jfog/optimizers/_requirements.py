@@ -21,8 +21,8 @@ class Requirement:
   """Properties that an optimizer needs of its mixing matrix.
 
   Attributes:
-    check: raises a `ValueError` that starts with the given name if a graph lacks
-      the property.
+    check: raises a `ValueError` that starts with the given name if a graph
+      lacks the property.
     static: whether the graph must be one `Topology`, the same in every step.
   """
 

@@ -8,8 +8,8 @@ import optax
 
 # `optax.tree_utils` where it has the same bits. `add` and `scale` are our own:
 # `tree_add` starts from the int 0, which turns -0.0 into 0.0, and `tree_scale`
-# promotes a leaf to the dtype of a wider scalar, under another name before optax
-# 0.2.5.
+# promotes a leaf to the dtype of a wider scalar, under another name before
+# optax 0.2.5.
 subtract = optax.tree_utils.tree_sub
 
 

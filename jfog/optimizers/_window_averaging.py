@@ -1,5 +1,6 @@
 """Asynchronous averaging over windows: put, get and push-sum."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,8 @@ from jfog.primitives import (
 from jfog.runtime import Communicator
 from jfog.topology import Topology
 
-# The weights of push-sum are followed for so many rounds; what they might lose
-# after that, and by rounding, is less than the margin.
-_LONGEST = 1000
-_MARGIN = 0.9
+_ROUNDS = 1000  # limit of the simulated push-sum rounds in `_least_kept`
+_MARGIN = 0.9  # covers rounding, and the decrease after these rounds
 
 
 WindowPutState = WindowState
@@ -39,33 +38,33 @@ def window_put(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Puts the parameters to the neighbors and averages what they have put.
+  """Puts the parameters to the out-neighbors and averages the slots.
 
-  With `u` the inner transformation's updates, and `slot[i, j]` what rank `j`
-  has last put to rank `i`,
+  With `u` the inner transformation's updates, and `slot[i, j]` the last value
+  put by rank `j` to rank `i`,
 
       slot[j, i] <- x[i]                                  at all out-neighbors j
       x[i] <- W[i, i] x[i] + sum_j W[i, j] slot[i, j] + u[i]
 
-  No rank waits for another: each works at its own pace with what has arrived,
-  and a rank's own initial parameters stand in for a neighbor that has not put
-  yet. Where every put has arrived before the average is taken, as on a mesh and
-  in simulation without delays, it is `adapt_with_combine`.
+  No rank waits for another: `update` uses the values that have arrived. Until
+  an in-neighbor's first put, its slot holds the rank's own initial parameters.
+  If every put arrives before the average is taken, as on a mesh and in
+  simulation without delays, this is `adapt_with_combine`.
 
-  On MPI `init` is collective, for it makes a window, and `update` is not. A
-  window means nothing to another process, so a state that comes from a
-  checkpoint goes on in a fresh window: `init(params)._replace(step=...,
-  inner_state=...)`. Free it when all ranks are done:
+  On MPI `init` is collective, since it creates a window, and `update` is not. A
+  window is valid in its process only. To continue from a checkpoint, use a
+  fresh window: `init(params)._replace(step=..., inner_state=...)`. Free it when
+  all ranks are done:
 
       jfog.barrier()
       jfog.win_free(optax.tree_utils.tree_get(state, "window"))
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: who puts to whom, and the weights.
+    topology: a row-stochastic `Topology`: each source puts to its destinations.
     every: put and average in every `every`-th update of this rank only.
-    delay: for research, on a mesh and in simulation: what is put arrives that
-      many averages late, see `jfog.win_create`.
+    delay: for research, on a mesh and in simulation: number of averages by
+      which puts arrive late, see `jfog.win_create`.
     check: whether the topology must be row-stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -74,8 +73,8 @@ def window_put(
 
   Raises:
     ValueError: if the topology is not row-stochastic, or `every < 1`.
-    TypeError: if `topology` is a `Schedule` or another thing; in `init` and
-      `update`, for leaves that are not floats.
+    TypeError: if `topology` is not a `Topology`; in `init` and `update`, for
+      leaves that are not floating-point.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -91,12 +90,11 @@ def window_put(
   decentralized parallel stochastic gradient descent", 2018.
   """
 
-  def exchange(window, own):
+  def exchange(window: Window, own: Any) -> tuple:
     return win_update(win_put(window, own), own)
 
   return _averaging_in_window(
     "window_put",
-    WindowPutState,
     exchange,
     inner,
     topology,
@@ -119,31 +117,31 @@ def window_get(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Publishes the parameters and averages those that the neighbors publish.
+  """Exposes the parameters and averages those of the in-neighbors.
 
-  With `u` the inner transformation's updates, and `published[j]` the parameters
-  with which rank `j` has entered its last update,
+  With `u` the inner transformation's updates, and `exposed[j]` the parameters
+  of rank `j` at the start of its last update,
 
-      published[i] <- x[i]
-      x[i] <- W[i, i] x[i] + sum_j W[i, j] published[j] + u[i]
+      exposed[i] <- x[i]
+      x[i] <- W[i, i] x[i] + sum_j W[i, j] exposed[j] + u[i]
 
-  The result of the average alone is never published: what a neighbor gets were
-  the parameters of this rank at some step. Nobody waits for another; before a
-  rank's first update its initial parameters are published. Compared with
-  `window_put` the values are as fresh as at the moment they are read, and the
-  reading rank pays for their way. Where all ranks publish before any of them
-  gets, as on a mesh and in simulation without delays, it is
-  `adapt_with_combine`.
+  The average without the local step is never exposed: a get returns the
+  parameters of the source at one of its steps, initially those of `init`. No
+  rank waits for another. Compared with `window_put`, values are read when they
+  are needed, and the reading rank pays for the transfer. If all ranks expose
+  before any of them gets, as on a mesh and in simulation without delays, this
+  is `adapt_with_combine`.
 
-  On MPI `init` is collective, for it makes a window; see `window_put` for
+  On MPI `init` is collective, since it creates a window; see `window_put` for
   checkpoints and how to free it.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: who gets from whom, and the weights.
-    every: publish, get and average in every `every`-th update of this rank only.
-    delay: for research, on a mesh and in simulation: what is got arrives that
-      many averages late, see `jfog.win_create`.
+    topology: a row-stochastic `Topology`: each destination gets from its
+      sources.
+    every: expose, get and average in every `every`-th update of this rank only.
+    delay: for research, on a mesh and in simulation: number of averages by
+      which gets arrive late, see `jfog.win_create`.
     check: whether the topology must be row-stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -152,8 +150,8 @@ def window_get(
 
   Raises:
     ValueError: if the topology is not row-stochastic, or `every < 1`.
-    TypeError: if `topology` is a `Schedule` or another thing; in `init` and
-      `update`, for leaves that are not floats.
+    TypeError: if `topology` is not a `Topology`; in `init` and `update`, for
+      leaves that are not floating-point.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -168,14 +166,13 @@ def window_get(
   Source: `DistributedPullGetOptimizer` of BlueFog.
   """
 
-  def exchange(window, own):
-    # An update that reads no slot does nothing but expose.
+  def exchange(window: Window, own: Any) -> tuple:
+    # An update with no source only exposes `own`.
     _, window = win_update(window, own, self_weight=1, src_weights={})
     return win_update(win_get(window), own, expose=False)
 
   return _averaging_in_window(
     "window_get",
-    WindowGetState,
     exchange,
     inner,
     topology,
@@ -191,8 +188,8 @@ class WindowPushSumState(NamedTuple):
 
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
-  biased: Any  # like the parameters, float32 for 16-bit ones; w times them
-  window: Window  # of such values; its associated p is w
+  biased: Any  # w times the parameters, float32 for 16-bit
+  window: Window  # of values like `biased`; its associated p is w
 
 
 def window_push_sum(
@@ -204,11 +201,11 @@ def window_push_sum(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Push-sum without waiting: splits values and weights over the neighbors.
+  """Asynchronous push-sum: splits values and weights over the neighbors.
 
-  Every rank holds biased values `xs` and a scalar weight `w`, at the start its
+  Every rank holds biased values `xs` and a scalar weight `w`, initially its
   parameters and 1. With `u` the inner transformation's updates, computed at the
-  parameters `x = xs / w`, and `k` the part that it keeps,
+  parameters `x = xs / w`, and `k` the fraction that the rank keeps,
 
       xs[i] <- xs[i] + u[i]
       k = max(A[i, i], min(1, least[i] / w[i]))
@@ -217,22 +214,21 @@ def window_push_sum(
       slot[i, j] <- 0
       x[i] <- xs[i] / w[i]
 
-  Nothing is lost, whoever is slow: what the ranks hold and what lies in slots
-  adds up to the number of ranks for `w`, and for `xs` to the sum of the initial
-  parameters and of all `u`. So without gradients all `x` go to the average,
-  on directed graphs and at any paces. With them a rank counts as often as it
-  steps.
+  Mass is conserved at any speed of the ranks: over ranks and slots, `w` sums to
+  the number of ranks, and `xs` to the sum of the initial parameters and of all
+  `u`. Without gradients all `x` therefore converge to the average, on directed
+  graphs too. With gradients a rank counts in proportion to its number of steps.
 
-  `least[i]` is a little below the least that rank `i` would keep if all were in
-  step, `A[i, i]` times the least of `(A^t 1)[i]` over all `t`. Where all that
-  is sent has arrived before it is collected, as on a mesh and in simulation
+  `least[i]` is slightly below the smallest weight that rank `i` keeps in
+  lockstep, `A[i, i]` times the minimum of `(A^t 1)[i]` over all `t`. If all
+  messages arrive before they are collected, as on a mesh and in simulation
   without delays, `k` is therefore `A[i, i]` and this is synchronous push-sum. A
-  rank that goes on while it hears from nobody would give all its weight away,
-  and `u`, which acts on the parameters as `u / w`, would throw them off; it
-  keeps that much instead.
+  rank that continues while its in-neighbors are slow would otherwise send
+  nearly all of its weight, and `u`, which changes the parameters by `u / w`,
+  would become too large.
 
-  At the end some of the mass lies in slots; this collects it, once all ranks
-  have come:
+  At the end some of the mass is in slots. To collect it when all ranks are
+  done:
 
       jfog.barrier()
       biased, window = jfog.win_update_then_collect(state.window, state.biased)
@@ -240,17 +236,18 @@ def window_push_sum(
       params = jax.tree.map(lambda xs: xs / w, biased)
       jfog.win_free(window)
 
-  On MPI `init` is collective, for it makes a window, and `update` is not. The
-  parameters live in `biased`, so the updates lead to `xs / w` whatever was
-  changed in `params` meanwhile: put what else transforms updates into `inner`.
+  On MPI `init` is collective, since it creates a window, and `update` is not.
+  The parameters are kept in the state as `biased`: the updates lead from
+  `params` to `xs / w`, whatever `params` are, so other transformations of
+  updates belong into `inner`.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: who sends to whom, and the weights `A[dst, src]`; directed graphs
-      are welcome.
+    topology: a column-stochastic `Topology` with the weights `A[dst, src]`,
+      possibly directed.
     every: send and collect in every `every`-th update of this rank only.
-    delay: for research, on a mesh and in simulation: what is sent arrives that
-      many collects late, see `jfog.win_create`.
+    delay: for research, on a mesh and in simulation: number of collects by
+      which messages arrive late, see `jfog.win_create`.
     check: whether the topology must be column-stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
@@ -259,8 +256,8 @@ def window_push_sum(
 
   Raises:
     ValueError: if the topology is not column-stochastic, or `every < 1`.
-    TypeError: if `topology` is a `Schedule` or another thing; in `init` and
-      `update`, for leaves that are not floats.
+    TypeError: if `topology` is not a `Topology`; in `init` and `update`, for
+      leaves that are not floating-point.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -284,7 +281,7 @@ def window_push_sum(
   inner = optax.with_extra_args_support(inner)
   least = _least_kept(topology.mixing_matrix)
 
-  def init_fn(params) -> Any:
+  def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)
     biased = _tree.widen(params)
     window = win_create(
@@ -298,11 +295,12 @@ def window_push_sum(
     step = jnp.zeros([], jnp.int32)
     return WindowPushSumState(step, inner.init(params), biased, window)
 
-  def communicate(operand, _):
+  def communicate(operand: tuple, _: jax.Array) -> tuple:
     biased, window = operand
     rank = window.comm.rank
     weights = jnp.asarray(topology.mixing_matrix)[:, rank]
     own = weights[rank]
+    # The kept fraction; the rest is split over the out-neighbors by A[:, rank].
     kept = jnp.maximum(
       own,
       jnp.minimum(1, jnp.asarray(least)[rank] / win_associated_p(window)),
@@ -341,21 +339,30 @@ def window_push_sum(
 
 
 def _averaging_in_window(
-  name, state_type, exchange, inner, topology, every, delay, check, comm
+  name: str,
+  exchange: Callable[[Window, Any], tuple],
+  inner: optax.GradientTransformation,
+  topology: Topology,
+  every: int,
+  delay: Any,
+  check: bool,
+  comm: Communicator | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """What `window_put` and `window_get` share; `exchange` tells them apart."""
+  """`window_put` and `window_get`, which differ in their `exchange`."""
   _requirements.require_topology(topology, name)
   if check:
     _requirements.AVERAGING.check(topology, name)
   every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)
     window = win_create(_tree.widen(params), topology, delay=delay, comm=comm)
-    return state_type(jnp.zeros([], jnp.int32), inner.init(params), window)
+    return WindowState(jnp.zeros([], jnp.int32), inner.init(params), window)
 
-  def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     own = _tree.widen(params)
     combined, window = _averaging.on_schedule(
@@ -369,18 +376,19 @@ def _averaging_in_window(
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
-    # (c - x) + u: what the neighbors change, and what the gradient does.
+    # (c - x) + u: the change by averaging, then the local step.
     updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
-    return updates, state_type(step, inner_state, window)
+    return updates, WindowState(step, inner_state, window)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _least_kept(matrix: np.ndarray) -> np.ndarray:
-  """A little below the weights that ranks in step keep; shape (size,)."""
+  """Lower bounds of the weights kept in lockstep; shape (size,)."""
   weights = least = np.ones(len(matrix))
-  for _ in range(_LONGEST):
+  for _ in range(_ROUNDS):
+    # One round of push-sum, of which rank i keeps A[i, i] w[i].
     before, weights = weights, matrix @ weights
     least = np.minimum(least, weights)
     if np.allclose(weights, before, rtol=0, atol=1e-9):

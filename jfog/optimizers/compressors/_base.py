@@ -11,27 +11,28 @@ import numpy as np
 class Compressor(NamedTuple):
   """Three pure functions that turn a tree into a small message, and back.
 
-  `choco` and `deep_squeeze` send messages; `C(v)`, what the receivers make of
-  one, is the same on all ranks, the sender's own included:
+  `choco` and `deep_squeeze` send messages. The decoded value `C(v)` is the same
+  on all ranks, the source included:
 
       state = compressor.init(v)
       message, state = compressor.encode(key, v, state)
       c = compressor.decode(message, v)
 
-  A message is a pytree of arrays of static shapes. All of them travel but those
-  of a PRNG key dtype: such a leaf must be the `key` that `encode` was given,
-  and every receiver puts the sender's key in its place, which it knows.
+  A message is a pytree of arrays of static shapes. Leaves of a PRNG key dtype
+  are not sent: such a leaf must be the `key` argument of `encode`, and every
+  receiver replaces it by the source's key, which it can derive.
 
   A compressor is contractive if `E||C(v) - v||^2 <= (1 - delta) ||v||^2`, and
   unbiased if `E C(v) = v` and `E||C(v) - v||^2 <= omega ||v||^2`. Those of jfog
-  work on every leaf by itself, ravelled to `d` elements, and draw what is random
-  in the i-th leaf from `jax.random.fold_in(key, i)`.
+  work on each leaf separately, raveled to `d` elements, and draw the random
+  numbers of the i-th leaf with `jax.random.fold_in(key, i)`.
 
   Attributes:
-    init: `init(tree) -> state`, from anything of the shapes that will come.
+    init: `init(tree) -> state`, from a tree with the shapes of all later ones.
     encode: `encode(key, tree, state) -> (message, state)`; `key` is a PRNG key,
-      typed or not, and not looked at where nothing is random.
-    decode: `decode(message, like) -> tree`, of the shapes and dtypes of `like`.
+      typed or not; deterministic compressors ignore it.
+    decode: `decode(message, like) -> tree`, with the shapes and dtypes of
+      `like`.
   """
 
   init: Callable[[Any], Any]
@@ -40,7 +41,7 @@ class Compressor(NamedTuple):
 
 
 def identity() -> Compressor:
-  """Sends every leaf as it is.
+  """Sends every leaf unchanged.
 
   Returns:
     A `Compressor` with `C(v) = v`.
@@ -62,21 +63,22 @@ def identity() -> Compressor:
 
 
 def message_bytes(compressor: Compressor, tree: Any) -> int:
-  """The bytes that one message of this tree takes.
+  """Bytes of one message of a tree.
 
   A rank sends one message to each out-neighbor in a step. For 16-bit parameters
-  `choco` and `deep_squeeze` compress float32 values; give their tree then.
+  `choco` and `deep_squeeze` compress float32 values; pass a float32 tree then.
 
   Args:
     compressor: the compressor.
-    tree: a pytree of arrays, or of `jax.ShapeDtypeStruct`; nothing is computed.
+    tree: a pytree of arrays or of `jax.ShapeDtypeStruct`; evaluated abstractly.
 
   Returns:
-    The bytes, an int.
+    The number of bytes, an int.
 
   Raises:
-    TypeError: if `compressor` is no `Compressor`, or refuses the tree.
-    ValueError: if it refuses the tree.
+    TypeError: if `compressor` is not a `Compressor`, or raises one for the
+      tree.
+    ValueError: if the compressor raises one for the tree.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -86,7 +88,7 @@ def message_bytes(compressor: Compressor, tree: Any) -> int:
   """
   require_compressor(compressor, "message_bytes")
 
-  def encode(tree):
+  def encode(tree: Any) -> Any:
     state = compressor.init(tree)
     return compressor.encode(threefry(0), tree, state)[0]
 
@@ -95,10 +97,10 @@ def message_bytes(compressor: Compressor, tree: Any) -> int:
 
 
 def require_compressor(compressor: Any, name: str) -> None:
-  """Refuses what is no compressor.
+  """Checks that a value is a compressor.
 
   Raises:
-    TypeError: naming what it is.
+    TypeError: with the type of the value.
   """
   if not isinstance(compressor, Compressor):
     raise TypeError(
@@ -108,15 +110,15 @@ def require_compressor(compressor: Any, name: str) -> None:
 
 
 def is_key(x: Any) -> bool:
-  """Whether a leaf of a message is a PRNG key, which does not travel."""
+  """Whether a leaf of a message is a PRNG key, which is not sent."""
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
-  """The key that all ranks share in a step; a rank's is it with the rank folded.
+  """The common key of a step; a rank folds its number into it.
 
-  A threefry key whatever the default is: what other generators draw under `vmap`
-  is not what they draw alone, and both ends must draw the same.
+  A threefry key independently of the default: other generators may draw other
+  values under `vmap` than without, and both ends of an edge must draw the same.
   """
   return jax.random.fold_in(threefry(seed), step)
 
@@ -128,18 +130,18 @@ def leafwise(
   check: Callable[[jax.Array, str], None],
   kind: type[Compressor] = Compressor,
 ) -> Compressor:
-  """A compressor without a state, of what it does with the i-th leaf."""
+  """A stateless compressor from the functions for the i-th leaf."""
 
-  def init_fn(tree):
+  def init_fn(tree: Any) -> tuple:
     flatten(tree, name, check)
     return ()
 
-  def encode_fn(key, tree, state):
+  def encode_fn(key: Any, tree: Any, state: Any) -> tuple[Any, Any]:
     leaves, _ = flatten(tree, name, check)
     parts = tuple(encode_leaf(key, i, x) for i, x in enumerate(leaves))
     return parts, state
 
-  def decode_fn(message, like):
+  def decode_fn(message: Any, like: Any) -> Any:
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten(
       decode_leaf(part, i, abstract(x))
@@ -149,8 +151,10 @@ def leafwise(
   return kind(init_fn, encode_fn, decode_fn)
 
 
-def flatten(tree, name, check):
-  """The leaves as arrays, each of them checked, and the structure."""
+def flatten(
+  tree: Any, name: str, check: Callable[[jax.Array, str], None]
+) -> tuple[list[jax.Array], Any]:
+  """The checked leaves as arrays, and the tree structure."""
   paths, structure = jax.tree_util.tree_flatten_with_path(tree)
   leaves = []
   for path, leaf in paths:
@@ -161,49 +165,54 @@ def flatten(tree, name, check):
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-  """The shape and dtype of what may be an array, a number or these two."""
+  """Shape and dtype of an array, a number or a `jax.ShapeDtypeStruct`."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return x
   x = jnp.asarray(x)
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def require_inexact(x, leaf) -> None:
+def require_inexact(x: jax.Array, leaf: str) -> None:
+  """Checks a leaf for a floating-point or complex dtype; `leaf` names it."""
   if not jnp.issubdtype(x.dtype, jnp.inexact):
     raise TypeError(
-      f"{leaf} has dtype {x.dtype}, which holds no fractions; cast it to a "
-      f"float dtype, or keep it out with optax.masked."
+      f"{leaf} has dtype {x.dtype}, expected floating-point or complex; cast it, "
+      f"or exclude it with optax.masked."
     )
 
 
-def require_real(x, leaf) -> None:
+def require_real(x: jax.Array, leaf: str) -> None:
+  """Checks a leaf for a real floating-point dtype."""
   require_inexact(x, leaf)
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     raise TypeError(
-      f"{leaf} has dtype {x.dtype}, and codes are of real numbers; use top_k, "
-      f"random_k or low_rank, or two leaves for its two parts."
+      f"{leaf} has dtype {x.dtype}, expected a real floating-point one; use "
+      f"top_k, random_k or low_rank, or a leaf each for real and imaginary part."
     )
 
 
 def scale_dtype(dtype: Any) -> np.dtype:
-  """float32, and float64 for leaves of 64-bit floats (or a pair of them)."""
+  """Dtype of scales: float32, or float64 for float64 and complex128 leaves."""
   real = jnp.finfo(dtype).dtype
   return real if real.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
 def widen(x: jax.Array) -> jax.Array:
-  """`x` in float32 at least."""
+  """`x` in at least single precision."""
   return x.astype(jnp.promote_types(x.dtype, scale_dtype(x.dtype)))
 
 
 def threefry(seed: int) -> jax.Array:
+  """A threefry key, whatever the default generator is."""
   return jax.random.key(seed, impl="threefry2x32")
 
 
 def typed_key(key: Any) -> jax.Array:
+  """`key` as a typed PRNG key."""
   key = jnp.asarray(key)
   return key if is_key(key) else jax.random.wrap_key_data(key)
 
 
 def leaf_key(key: Any, index: int) -> jax.Array:
+  """The key of the i-th leaf."""
   return jax.random.fold_in(typed_key(key), index)

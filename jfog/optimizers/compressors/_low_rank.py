@@ -12,17 +12,17 @@ from jfog.optimizers.compressors._base import Compressor
 
 
 def low_rank(rank: int) -> Compressor:
-  """Sends a product of two thin matrices in the place of each matrix.
+  """Sends a product of two thin matrices in place of each matrix.
 
   A leaf of two or more dimensions is a matrix `V` of shape `(m, n)`, with `m`
   the length of its axis 0. With `Q` of shape `(n, r)`, `r = min(rank, m, n)`,
 
       P = orth(V Q);  Q <- V^T P;  C(V) = P Q^T = P P^T V
 
-  so one step of the power method in each message, from the last `Q` on, which
-  lies in the state. The first `Q` is standard normal, the same on all ranks; if
-  the last one is 0, because `V` was, another is drawn from the key. Contractive,
-  for it is a projection: `||C(V) - V||^2 = ||V||^2 - ||C(V)||^2`.
+  so each message takes one step of the power method from the last `Q`, which is
+  kept in the state. The first `Q` is standard normal, the same on all ranks. If
+  the last one is 0, because `V` was 0, a new one is drawn with the key.
+  Contractive, as a projection: `||C(V) - V||^2 = ||V||^2 - ||C(V)||^2`.
 
   Args:
     rank: the number of columns of `P` and `Q`.
@@ -30,13 +30,13 @@ def low_rank(rank: int) -> Compressor:
   Returns:
     A `Compressor`. For each matrix a message holds `P` and the new `Q` in the
     leaf's dtype, together `r (m + n)` elements; a leaf of fewer dimensions, or
-    without elements, is sent as it is. The state holds every `Q`, float32 for
+    without elements, is sent unchanged. The state holds every `Q`, float32 for
     16-bit leaves.
 
   Raises:
     ValueError: if `rank < 1`.
-    TypeError: if `rank` is no int; in `init` and `encode`, for an integer or
-      bool leaf.
+    TypeError: if `rank` is not an int; in `init` and `encode`, for an integer
+      or bool leaf.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog
@@ -53,23 +53,24 @@ def low_rank(rank: int) -> Compressor:
   """
   rank = _requirements.check_positive(rank, "low_rank: rank")
 
-  def draw(key, index, x):
+  def draw(key: Any, index: int, x: jax.Array) -> jax.Array:
     m, n = x.shape[0], x.size // x.shape[0]
     shape = (n, min(rank, m, n))
     return jax.random.normal(
       _base.leaf_key(key, index), shape, _base.widen(x).dtype
     )
 
-  def init_fn(tree):
+  def init_fn(tree: Any) -> tuple:
     leaves, _ = _base.flatten(tree, "low_rank", _base.require_inexact)
-    # Where ranks are devices, the zeros say that Q differs between them.
+    # In a `shard_map`, the added zeros mark Q as varying over ranks, as later
+    # ones are.
     return tuple(
       draw(_base.threefry(0), i, x) + jnp.zeros_like(_base.widen(x).ravel()[0])
       for i, x in enumerate(leaves)
       if _is_matrix(x)
     )
 
-  def encode_fn(key, tree, state):
+  def encode_fn(key: Any, tree: Any, state: Any) -> tuple[Any, Any]:
     leaves, _ = _base.flatten(tree, "low_rank", _base.require_inexact)
     message, new, last = [], [], iter(state)
     for i, x in enumerate(leaves):
@@ -84,7 +85,7 @@ def low_rank(rank: int) -> Compressor:
       new.append(q)
     return tuple(message), tuple(new)
 
-  def decode_fn(message, like):
+  def decode_fn(message: Any, like: Any) -> Any:
     leaves, structure = jax.tree.flatten(like)
     decoded = []
     for part, x in zip(message, leaves, strict=True):

@@ -1,6 +1,7 @@
 """Quantizing compressors: `quantize` and `sign`, with packed codes."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jfog.optimizers.compressors._base import Compressor
 
 
 def quantize(bits: int) -> Compressor:
-  """Rounds every element at random to one of `2^bits - 1` levels.
+  """Rounds every element stochastically to one of `2^bits - 1` levels.
 
   With `M = max|v|`, `s = 2^(bits - 1) - 1` and `U` uniform on [0, 1),
 
@@ -20,21 +21,21 @@ def quantize(bits: int) -> Compressor:
       C(v) = M code / s
 
   where `U` is `jax.random.uniform` with the leaf's key. Unbiased with `omega <=
-  d/(4 s^2)`, and off by less than `M/s` in each element; `v = 0` gives 0.
+  d/(4 s^2)`, with an error below `M/s` in each element; `C(0) = 0`.
 
   Args:
-    bits: the bits of a code, from 2 to 16.
+    bits: number of bits of a code, from 2 to 16.
 
   Returns:
     A `Compressor`. For each leaf a message holds `M`, of 4 bytes (8 for a
     float64 leaf), and `ceil(bits d / 8)` bytes with the numbers `code + s`,
-    little-endian and without gaps: element 0 is in the lowest bits of the first
+    packed in little-endian order: element 0 is in the lowest bits of the first
     byte.
 
   Raises:
     ValueError: if `bits` is out of range.
-    TypeError: if `bits` is no int; in `init` and `encode`, for a leaf that is
-      not of floats.
+    TypeError: if `bits` is not an int; in `init` and `encode`, for a leaf that
+      is not real floating-point.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog
@@ -52,22 +53,25 @@ def quantize(bits: int) -> Compressor:
   bits = _requirements.check_int(bits, "quantize: bits")
   if not 2 <= bits <= 16:
     raise ValueError(
-      f"quantize: bits={bits} is not in 2..16; use sign() for one bit, and "
+      f"quantize: bits={bits} is not in 2..16; use sign() for one bit, or "
       f"identity() for more."
     )
   levels = 2 ** (bits - 1) - 1
 
-  def encode_leaf(key, index, x):
+  def encode_leaf(key: Any, index: int, x: jax.Array) -> Any:
     v = _base.widen(x.ravel())
     scale = jnp.max(jnp.abs(v), initial=0)
     noise = jax.random.uniform(_base.leaf_key(key, index), v.shape, v.dtype)
     exact = levels * (v / jnp.where(scale == 0, jnp.ones_like(scale), scale))
     below = jnp.floor(exact)
-    # floor(exact + noise), without the rounding of that sum.
+    # floor(exact + noise), without the rounding error of that sum: it is one
+    # above floor(exact) if noise reaches 1 - frac(exact).
     code = below + (noise >= 1 - (exact - below))
     return scale, _pack((code + levels).astype(jnp.int32), bits)
 
-  def decode_leaf(part, index, like):
+  def decode_leaf(
+    part: Any, index: int, like: jax.ShapeDtypeStruct
+  ) -> jax.Array:
     del index
     scale, packed = part
     code = _unpack(packed, bits, like.size) - levels
@@ -80,19 +84,20 @@ def quantize(bits: int) -> Compressor:
 
 
 def sign() -> Compressor:
-  """Sends one bit for each element, and the mean modulus of each leaf.
+  """Sends one bit per element, and the mean modulus of each leaf.
 
       C(v) = ||v||_1 / d sign(v)        with sign(0) = 1
 
   Contractive: `||C(v) - v||^2 = ||v||^2 - ||v||_1^2 / d`.
 
   Returns:
-    A `Compressor`. For each leaf a message holds the mean modulus, of 4 bytes (8
-    for a float64 leaf), and `ceil(d / 8)` bytes with a bit for each element,
-    1 where it is not negative: element 0 is the lowest bit of the first byte.
+    A `Compressor`. For each leaf a message holds the mean modulus, of 4 bytes
+    (8 for a float64 leaf), and `ceil(d / 8)` bytes with one bit per element, 1
+    where it is not negative: element 0 is the lowest bit of the first byte.
 
   Raises:
-    TypeError: in `init` and `encode`, for a leaf that is not of floats.
+    TypeError: in `init` and `encode`, for a leaf that is not real
+      floating-point.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -108,13 +113,15 @@ def sign() -> Compressor:
   fixes SignSGD and other gradient compression schemes", 2019.
   """
 
-  def encode_leaf(key, index, x):
+  def encode_leaf(key: Any, index: int, x: jax.Array) -> Any:
     del key, index
     v = _base.widen(x.ravel())
     scale = jnp.sum(jnp.abs(v)) / max(1, x.size)
     return scale, _pack((v >= 0).astype(jnp.int32), 1)
 
-  def decode_leaf(part, index, like):
+  def decode_leaf(
+    part: Any, index: int, like: jax.ShapeDtypeStruct
+  ) -> jax.Array:
     del index
     scale, packed = part
     c = jnp.where(_unpack(packed, 1, like.size) == 1, scale, -scale)
@@ -123,12 +130,14 @@ def sign() -> Compressor:
   return _base.leafwise("sign", encode_leaf, decode_leaf, _base.require_real)
 
 
-# Bits: `group` codes of `bits` bits fill `width` bytes, and so on. The lowest bit
-# of code e of a group lies `bits e - 8 w` places above that of byte w.
+# Bit packing: `group` codes of `bits` bits fill `width` bytes exactly. The
+# lowest bit of code e of a group is `bits e - 8 w` places above that of byte w:
+# the code is shifted left by that number, or right if it is negative, and cut
+# to 8 bits.
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
-  """Codes in `ceil(bits d / 8)` bytes, element 0 in the lowest bits."""
+  """Packs codes into `ceil(bits d / 8)` bytes, element 0 in the lowest bits."""
   left, right = _places(bits)
   size, group = codes.size, len(left)
   codes = (codes & (2**bits - 1)).astype(jnp.uint32)
@@ -139,7 +148,7 @@ def _pack(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
-  """The inverse of `_pack`, as int32."""
+  """Inverse of `_pack`, as int32."""
   left, right = _places(bits)
   width = left.shape[1]
   packed = jnp.pad(packed, (0, -packed.size % width)).reshape(-1, 1, width)
@@ -150,7 +159,7 @@ def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
 
 
 def _places(bits: int) -> tuple[np.ndarray, np.ndarray]:
-  """By how much codes move to the left and right; shape (group, width)."""
+  """Left and right shifts of codes against bytes; shape (group, width)."""
   common = math.gcd(bits, 8)
   group, width = 8 // common, bits // common
   places = bits * np.arange(group)[:, None] - 8 * np.arange(width)

@@ -1,6 +1,7 @@
 """Sparsifying compressors: `top_k` and `random_k`."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,20 +14,20 @@ from jfog.optimizers.compressors._base import Compressor
 
 
 class Sparsifier(Compressor):
-  """A compressor that sends a few elements and leaves out the others."""
+  """A compressor that sends a few elements; the others are decoded as 0."""
 
   __slots__ = ()
 
 
 def top_k(k: int | None = None, fraction: float | None = None) -> Compressor:
-  """Sends the `k` elements of largest modulus of each leaf, and where they lie.
+  """Sends the `k` elements of largest modulus of each leaf, and their indices.
 
-  Contractive with `delta >= k/d`, surely. Among equal moduli those of the lowest
-  indices are sent, the order of `jax.lax.top_k`.
+  Contractive with `delta >= k/d` for every input. Among equal moduli the lowest
+  indices are sent, as by `jax.lax.top_k`.
 
   Args:
-    k: how many elements of each leaf, or
-    fraction: which part of each leaf, in (0, 1]: `k = max(1, floor(fraction
+    k: the number of elements of each leaf, or
+    fraction: the fraction of each leaf, in (0, 1]: `k = max(1, floor(fraction
       d))`.
 
   Returns:
@@ -35,10 +36,10 @@ def top_k(k: int | None = None, fraction: float | None = None) -> Compressor:
     uint32. A leaf without elements sends nothing.
 
   Raises:
-    ValueError: if not one of the two is given, or it is out of range; in `init`
-      and `encode`, for a leaf of fewer than `k` elements.
-    TypeError: if `k` is no int or `fraction` no number; in `init` and `encode`,
-      for an integer or bool leaf.
+    ValueError: if not exactly one of them is given, or it is out of range; in
+      `init` and `encode`, for a leaf of fewer than `k` elements.
+    TypeError: if `k` is not an int or `fraction` not a number; in `init` and
+      `encode`, for an integer or bool leaf.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -54,14 +55,16 @@ def top_k(k: int | None = None, fraction: float | None = None) -> Compressor:
   """
   count, check = _counted("top_k", k, fraction)
 
-  def encode_leaf(key, index, x):
+  def encode_leaf(key: Any, index: int, x: jax.Array) -> Any:
     del key, index
     flat = x.ravel()
     modulus = jnp.abs(_base.widen(flat))
     _, indices = jax.lax.top_k(modulus, count(x.size))
     return flat[indices], indices.astype(_index_dtype(x.size))
 
-  def decode_leaf(part, index, like):
+  def decode_leaf(
+    part: Any, index: int, like: jax.ShapeDtypeStruct
+  ) -> jax.Array:
     del index
     values, indices = part
     return _scattered(values, indices.astype(jnp.uint32), like)
@@ -74,28 +77,28 @@ def random_k(
   fraction: float | None = None,
   unbiased: bool = False,
 ) -> Compressor:
-  """Sends `k` elements of each leaf that are drawn at random.
+  """Sends `k` random elements of each leaf.
 
-  They are those with the `k` largest of `d` numbers of `jax.random.uniform` in
-  float32, drawn with the leaf's key, in the order of `jax.lax.top_k`. Indices do
-  not travel: both ends draw them. Contractive with `delta = k/d`; or, with the
-  values scaled by `d/k`, unbiased with `omega = d/k - 1`, and then not
-  contractive.
+  The elements are those at the `k` largest of `d` numbers of
+  `jax.random.uniform` in float32, drawn with the leaf's key, in the order of
+  `jax.lax.top_k`. Indices are not sent: both ends draw them. Contractive with
+  `delta = k/d`; with the values scaled by `d/k`, unbiased with `omega = d/k -
+  1` and not contractive.
 
   Args:
-    k: how many elements of each leaf, or
-    fraction: which part of each leaf, in (0, 1]: `k = max(1, floor(fraction
+    k: the number of elements of each leaf, or
+    fraction: the fraction of each leaf, in (0, 1]: `k = max(1, floor(fraction
       d))`.
     unbiased: whether to scale the values.
 
   Returns:
     A `Compressor`. For each leaf a message holds the `k` values in the leaf's
-    dtype, and the key, which does not travel. A leaf without elements sends
+    dtype, and the key, which is not sent. A leaf without elements sends
     nothing.
 
   Raises:
     ValueError: as in `top_k`.
-    TypeError: as in `top_k`, or if `unbiased` is no bool.
+    TypeError: as in `top_k`, or if `unbiased` is not a bool.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog
@@ -113,30 +116,35 @@ def random_k(
     raise TypeError(f"random_k: unbiased={unbiased!r} must be a bool.")
   count, check = _counted("random_k", k, fraction)
 
-  def draw(key, index, size):
-    # Sorting them all, as jax.random.choice does, takes many times longer.
-    lots = jax.random.uniform(_base.leaf_key(key, index), (size,), jnp.float32)
-    return jax.lax.top_k(lots, count(size))[1]
+  def draw(key: Any, index: int, size: int) -> jax.Array:
+    # top_k of uniform draws: jax.random.choice sorts all of them, which takes
+    # many times longer.
+    draws = jax.random.uniform(_base.leaf_key(key, index), (size,), jnp.float32)
+    return jax.lax.top_k(draws, count(size))[1]
 
-  def encode_leaf(key, index, x):
+  def encode_leaf(key: Any, index: int, x: jax.Array) -> Any:
     values = x.ravel()[draw(key, index, x.size)]
     if unbiased and x.size:
       scale = jnp.asarray(x.size / count(x.size), _base.scale_dtype(x.dtype))
       values = (scale * _base.widen(values)).astype(x.dtype)
     return values, _base.typed_key(key)
 
-  def decode_leaf(part, index, like):
+  def decode_leaf(
+    part: Any, index: int, like: jax.ShapeDtypeStruct
+  ) -> jax.Array:
     values, key = part
     return _scattered(values, draw(key, index, like.size), like)
 
   return _base.leafwise("random_k", encode_leaf, decode_leaf, check, Sparsifier)
 
 
-def _counted(name: str, k: Any, fraction: Any):
-  """From a leaf's size to how many elements are sent, and the leaf's check."""
+def _counted(
+  name: str, k: Any, fraction: Any
+) -> tuple[Callable[[int], int], Callable[[jax.Array, str], None]]:
+  """The number of sent elements by the size of a leaf, and the leaf's check."""
   if (k is None) == (fraction is None):
     raise ValueError(
-      f"{name}: got {k=} and {fraction=}; pass one of them, for example "
+      f"{name}: got {k=} and {fraction=}; pass exactly one, for example "
       f"{name}(fraction=0.01)."
     )
   if k is not None:
@@ -152,12 +160,12 @@ def _counted(name: str, k: Any, fraction: Any):
     wanted = k if k is not None else max(1, math.floor(fraction * size))
     return min(wanted, size)
 
-  def check(x, leaf):
+  def check(x: jax.Array, leaf: str) -> None:
     _base.require_inexact(x, leaf)
     if k is not None and 0 < x.size < k:
       raise ValueError(
-        f"{leaf} has {x.size} elements, and k={k} of each leaf are wanted; "
-        f"lower k, or use {name}(fraction=...)."
+        f"{leaf} has {x.size} elements, fewer than k={k}; lower k, or use "
+        f"{name}(fraction=...)."
       )
 
   return count, check
@@ -167,8 +175,10 @@ def _index_dtype(size: int) -> Any:
   return jnp.uint16 if size <= 2**16 else jnp.uint32
 
 
-def _scattered(values, indices, like) -> jax.Array:
-  """Zeros but for the values at these indices of the ravelled leaf."""
+def _scattered(
+  values: jax.Array, indices: jax.Array, like: jax.ShapeDtypeStruct
+) -> jax.Array:
+  """Zeros, with `values` at these indices of the raveled leaf."""
   flat = jnp.zeros_like(values, like.dtype, shape=math.prod(like.shape))
   flat = flat.at[indices].set(values.astype(like.dtype), unique_indices=True)
   return flat.reshape(like.shape)

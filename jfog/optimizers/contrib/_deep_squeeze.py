@@ -21,7 +21,7 @@ class DeepSqueezeState(NamedTuple):
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
   compressor_state: Any
-  e: Any  # like the parameters, float32 for 16-bit ones; what did not travel
+  e: Any  # the compression error; like the parameters, float32 for 16-bit
 
 
 def deep_squeeze(
@@ -34,28 +34,28 @@ def deep_squeeze(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Averages compressed parameters, and adds what was lost to the next ones.
+  """Averages compressed parameters with error feedback.
 
   With `u` the inner transformation's updates and `C` the compressor,
 
       v[i] = x[i] + u[i] + e[i]
-      c[i] = C(v[i])                                           travels
+      c[i] = C(v[i])                                           sent
       e[i] <- v[i] - c[i]
       x[i] <- c[i] + eta (sum_j W[i, j] c[j] - c[i])
 
-  from `e = 0`. What is compressed are the parameters themselves, which do not
-  become small, so the error does not either: take a quantizer of many bits. A
-  sparsifier, `top_k` or `random_k`, would set most parameters to 0 in every
-  step, and does not converge. Messages and random numbers are those of `choco`.
+  from `e = 0`. The parameters themselves are compressed. They do not vanish, so
+  neither does the error: use a quantizer of many bits. With a sparsifier,
+  `top_k` or `random_k`, most parameters are 0 in every step and the method does
+  not converge. Messages and random numbers are those of `choco`.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: the mixing graph, row-stochastic.
-    compressor: what travels in the place of the parameters, equal on all ranks.
-    eta: the part of the way to the average, in (0, 1]; may be traced.
-    seed: of the compressor's randomness, equal on all ranks.
-    check: whether the topology must be row-stochastic, and whether a sparsifier
-      is warned of.
+    topology: the mixing graph: one row-stochastic `Topology`.
+    compressor: the encoding of the parameters, the same on all ranks.
+    eta: the consensus step size, in (0, 1]; may be traced.
+    seed: seed of the compressor's random numbers, the same on all ranks.
+    check: whether the topology must be row-stochastic, and whether to warn
+      of a sparsifier.
     comm: the communicator, see `jfog.optimizers`.
 
   Returns:
@@ -94,17 +94,17 @@ def deep_squeeze(
   eta = _requirements.check_fraction(eta, f"{name}: eta")
   if check and isinstance(compressor, Sparsifier):
     warnings.warn(
-      f"{name}: top_k and random_k leave out most parameters in every step, and "
-      f"with them {name} does not converge; use quantize(bits=8), choco, or "
+      f"{name}: top_k and random_k drop most parameters in every step, so {name} "
+      f"does not converge with them; use quantize(bits=8), choco, or "
       f"check=False.",
       UserWarning,
       stacklevel=2,
     )
 
-  def start(params):
+  def start(params: optax.Params) -> tuple:
     return compressor.init(_tree.widen(params)), _tree.zeros_like(params)
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     v = _tree.add(h, state.e)
     c, mixed, compressor_state = exchange(v, state.compressor_state, state.step)
     new = _tree.add(c, _tree.scale(eta, _tree.subtract(mixed, c)))

@@ -30,9 +30,9 @@ def dmsgd_sync(
       X+ = W (X - a M)      M+ = W (b M + G)
 
   with the old `M` in both. Parameters and momentum are sent in one message per
-  out-neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one step
-  later. The bias with heterogeneous data is smaller than that of momentum inside
-  of `adapt_then_combine`.
+  out-neighbor, twice the bytes of `adapt_then_combine`. The gradient acts one
+  step later. The bias with heterogeneous data is smaller than that of momentum
+  inside of `adapt_then_combine`.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
@@ -68,7 +68,7 @@ def dmsgd_sync(
   _requirements.check_factor(momentum, "momentum", name)
   average = _averaging.as_averaging(graph, name, check, comm)
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     local = _tree.add(x, _tree.scale(-rate, state.momentum))
     trace = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     return average((local, trace), state.step)

@@ -1,4 +1,4 @@
-"""Exchanges in which every edge of a graph carries values of its own."""
+"""Exchanges with a separate value for every edge of a graph."""
 
 import dataclasses
 from typing import Any
@@ -14,14 +14,14 @@ from jfog.topology import Topology, matchings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edges:
-  """The edges of an undirected graph, in slots that both ends number alike.
+  """The edges of an undirected graph, in slots with equal numbers at both ends.
 
-  No two edges of a rank share a slot, so the edges of one slot are disjoint
-  pairs. There is at least one slot.
+  The slots are an edge coloring: no two edges of a rank share one, so the edges
+  of a slot are disjoint pairs. There is at least one slot.
   """
 
   partners: np.ndarray  # shape=(size, slots), dtype=int; -1 for no edge
-  swaps: tuple[Topology, ...]  # for each slot: its pairs change places
+  swaps: tuple[Topology, ...]  # permutation matrix of each slot
 
   @property
   def slots(self) -> int:
@@ -35,15 +35,16 @@ class Edges:
   def exchange(self, x: Any, comm: Communicator) -> Any:
     """Sends each slot's value to its partner, and returns the partners' values.
 
-    One message for each edge and direction, with all leaves. All slots are
-    started before the first is waited for.
+    One message per edge and direction, with all leaves. All slots are started
+    before the first wait, so their messages are in flight together.
 
     Args:
-      x: a pytree of float or complex arrays whose axis 0 is that of the slots.
+      x: a pytree of float or complex arrays with slots along axis 0.
       comm: the communicator.
 
     Returns:
-      A pytree like `x`, the sender's bits; zeros in slots without an edge.
+      A pytree like `x`, with the bits that were sent; zeros in slots without an
+      edge.
 
     Raises:
       ValueError: if graph and communicator have different sizes.
@@ -58,7 +59,7 @@ class Edges:
     received = [wait(handle) for handle in handles]
     has_edge = self.here(self.partners >= 0, comm)
 
-    def stack(*values):
+    def stack(*values: jax.Array) -> jax.Array:
       stacked = jnp.stack(values)
       mask = has_edge.reshape(-1, *(1,) * values[0].ndim)
       return jnp.where(mask, stacked, jnp.zeros_like(stacked))
@@ -67,14 +68,14 @@ class Edges:
 
 
 def edges_of(topology: Topology, name: str) -> Edges:
-  """The edges of a connected, undirected graph; its weights are not used.
+  """The edges of a connected, undirected graph; weights are not used.
 
-  There are as many slots as the largest degree, or one more; on a tree the
+  The number of slots is the largest degree, or one more; on a tree always the
   former.
 
   Args:
     topology: the graph.
-    name: the optimizer's, for error texts.
+    name: name of the optimizer, for error texts.
 
   Raises:
     ValueError: if an edge has no reverse edge, or the graph is not connected.
@@ -111,13 +112,13 @@ def edges_of(topology: Topology, name: str) -> Edges:
 
 
 def _slots_of_tree(tree: Topology, slots: int) -> np.ndarray:
-  """From rank 0 outwards: each edge takes the first slot that is free."""
+  """Colors edges from rank 0 outwards, each with the first free slot."""
   partners = np.full((tree.size, slots), -1)
   reached = [0]
-  for rank in reached:  # grows meanwhile
+  for rank in reached:  # the list grows in the loop
     for other in tree.in_neighbors(rank):
       if other in partners[rank]:
-        continue  # where it was reached from
+        continue  # the parent in the tree
       slot = int(np.argmin(partners[rank]))
       partners[rank, slot], partners[other, slot] = other, rank
       reached.append(other)
@@ -125,7 +126,7 @@ def _slots_of_tree(tree: Topology, slots: int) -> np.ndarray:
 
 
 def _swap(partners: np.ndarray) -> Topology:
-  """Who has a partner gets its value, all others keep their own."""
+  """The permutation that swaps partners; ranks without one keep their value."""
   ranks = np.arange(len(partners))
   matrix = np.zeros((len(partners), len(partners)))
   matrix[ranks, np.where(partners < 0, ranks, partners)] = 1.0

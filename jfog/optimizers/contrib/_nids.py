@@ -28,10 +28,9 @@ def nids(
       x[1] = x[0] - a g[0]
       x[k+1] = Wb (2 x[k] - x[k-1] - a (g[k] - g[k-1]))
 
-  with one row per rank. All ranks converge to
-  the minimizer of the sum of all losses for
-  `a < 2 / L`. With a schedule, `a g[k]` is the product of step `k`, which keeps the
-  limit at the minimizer.
+  with one row per rank. All ranks converge to the minimizer of the sum of all
+  losses for `a < 2 / L`. With a schedule, `a g[k]` is the product of step `k`,
+  which keeps the limit at the minimizer.
 
   Args:
     learning_rate: the step size `a`: a number, or an optax schedule.
@@ -65,7 +64,7 @@ def nids(
     topology, name, check, comm, _requirements.SYMMETRIC, lazy=True
   )
 
-  def advance(x, gradient, rate, state):
+  def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     local = _tree.add(x, _tree.scale(-rate, gradient))
     return _averaging.after_first(
       lambda operand, step: correct(average, *operand, step=step),

@@ -1,4 +1,4 @@
-"""Gossip of low rank: one step of a power iteration per edge and update."""
+"""Low-rank gossip: one step of a power iteration per edge and update."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jfog.primitives import neighbor_allreduce_start, uniform, wait
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
 
-_PRECISION = jax.lax.Precision.HIGHEST  # float32 is float32 on a GPU too
+_PRECISION = jax.lax.Precision.HIGHEST  # no TF32 on GPUs
 
 
 class PowerGossipState(NamedTuple):
@@ -35,26 +35,26 @@ def power_gossip(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes the local step, then averages differences in low rank, edge by edge.
+  """Takes the local step, then averages low-rank differences, edge by edge.
 
   With `u` the inner transformation's updates and `h = x + u`, a leaf of two or
   more dimensions is a matrix `H` of shape `(shape[0], -1) = (m, n)`. The two
-  ends `lo < hi` of an edge hold the same factors `P` (m x r) and `Q` (n x r),
-  `r = min(rank, m, n)`, and follow the difference of their matrices with them:
+  ends `lo < hi` of an edge hold equal factors `P` (m x r) and `Q` (n x r),
+  `r = min(rank, m, n)`, which track the difference of their matrices:
 
       even steps:  Q <- orth(Q),  P <- H[hi] Q - H[lo] Q
       odd steps:   P <- orth(P),  Q <- H[hi]^T P - H[lo]^T P
       X[lo] <- H[lo] + W[lo, hi] P Q^T,  X[hi] <- H[hi] - W[lo, hi] P Q^T
 
-  added up over all edges of a rank. What travels is `H Q`, `m r` numbers, or
-  `H^T P`, `n r` numbers, over each edge in each direction, in one message with
-  all leaves. The mean over ranks is kept. Leaves of fewer than two dimensions,
-  which are small, are averaged with the neighbors as by `adapt_then_combine`,
-  all of them in one more message. If `r = n <= m`, even steps do that for
-  matrices too.
+  summed over all edges of a rank. The payload is `H Q`, `m r` numbers, or `H^T
+  P`, `n r` numbers, over each edge in each direction, in one message with all
+  leaves. The mean over ranks is conserved. Leaves of fewer than two dimensions,
+  which are small, are averaged with the neighbors as in `adapt_then_combine`,
+  together in one more message. If `r = n <= m`, even steps are exactly that
+  average for matrices too.
 
-  A column of the factor that is about to be used may be zero: at first all are,
-  and later those whose two ends agree on all that it sees. It is drawn from
+  A column of the factor used next may be zero: initially all are, later those
+  in whose direction both ends agree. It is replaced by a draw from
 
       key = jax.random.key(seed, impl="threefry2x32")
       for word in (lo, hi, step):
@@ -62,29 +62,28 @@ def power_gossip(
       jax.random.normal(key, (length,), dtype)
 
   from which both factors of each leaf, `P` before `Q`, are cut in the order of
-  the leaves; `dtype` is the real one of the widest leaf. So no difference between
-  two ranks stays out of sight.
+  the leaves; `dtype` is the real dtype of the widest leaf. So every difference
+  between two ranks is reached with probability 1.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    topology: who averages with whom, a symmetric `Topology`.
+    topology: the mixing graph: a symmetric, connected `Topology`.
     rank: the number of columns of the factors; 1 or 2 is usual.
-    seed: of the factors, equal on all ranks.
+    seed: seed of the factors, the same on all ranks.
     check: whether the topology must be symmetric and doubly stochastic.
     comm: the communicator, see `jfog.optimizers`.
 
   Returns:
-    An optax transformation; `update` needs `params`. For 16-bit parameters the
-    updates and factors are float32, and so is what travels. In the state, `p`
-    and `q` are like the parameters, with `optax.MaskedNode` for the leaves that
-    are no matrices, and on axis 0 as many factors as the largest degree or one
-    more. Complex matrices have `^H` for `^T`.
+    An optax transformation; `update` needs `params`. In the state, `p` and `q`
+    are like the parameters, with `optax.MaskedNode` for leaves of fewer than
+    two dimensions, and with slots along axis 0, as many as the largest degree
+    or one more. For complex matrices `^H` replaces `^T`.
 
   Raises:
     ValueError: if the topology is not symmetric and doubly stochastic or not
       connected, or `rank < 1`.
-    TypeError: if `topology` is a `Schedule` or another thing, or `rank` is no
-      int; in `update`, for leaves that are not floats.
+    TypeError: if `topology` is not a `Topology`, or `rank` not an int; in
+      `update`, for leaves that are not floating-point or complex.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -109,9 +108,9 @@ def power_gossip(
   edges = edges_of(topology, name)
   weights = _signed_weights(topology, edges)
 
-  def start(params):
-    def factors(side):
-      def zeros(x):
+  def start(params: optax.Params) -> tuple:
+    def factors(side: int) -> Any:
+      def zeros(x: Any) -> Any:
         if not _is_matrix(x):
           return optax.MaskedNode()
         h = _matrix(_tree.widen_leaf(x))
@@ -122,7 +121,7 @@ def power_gossip(
 
     return factors(0), factors(1)
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     here = resolve(comm)
     averaged = neighbor_allreduce_start(
       jax.tree.map(lambda x: optax.MaskedNode() if _is_matrix(x) else x, h),
@@ -152,7 +151,15 @@ def power_gossip(
   return wrap_inner(name, inner, PowerGossipState, start, combine)
 
 
-def _iterate(matrices, p, q, step, seed, edges, comm):
+def _iterate(
+  matrices: list[jax.Array],
+  p: list[jax.Array],
+  q: list[jax.Array],
+  step: jax.Array,
+  seed: int,
+  edges: Edges,
+  comm: Communicator,
+) -> tuple:
   """Half a power iteration with the differences over all edges.
 
   Args:
@@ -160,22 +167,22 @@ def _iterate(matrices, p, q, step, seed, edges, comm):
     p: the left factors, `(slots, m, r)` each.
     q: the right factors, `(slots, n, r)` each.
     step: the number of updates.
-    seed: of fresh columns.
-    edges: who exchanges with whom.
+    seed: seed of the drawn columns.
+    edges: the edges, by slot.
     comm: the communicator.
 
   Returns:
-    The factors `(p, q)`, such that `p q^H` are the differences, the higher end's
-    matrix less the lower's, as far as they can be seen with them.
+    The factors `(p, q)`: `p q^H` approximates the difference of each edge, the
+    higher end's matrix minus the lower end's.
   """
   partner = edges.here(edges.partners, comm)
   low, high = jnp.minimum(comm.rank, partner), jnp.maximum(comm.rank, partner)
   exists = (partner >= 0)[:, None, None]
 
-  def is_spent(factor):
+  def is_zero(factor: jax.Array) -> jax.Array:
     return (factor == 0).all(axis=1, keepdims=True) & exists
 
-  def draw(p, q):
+  def draw(p: list, q: list) -> tuple[list, list]:
     shapes = [x.shape for pair in zip(p, q, strict=True) for x in pair]
     ends = np.cumsum([np.prod(shape[1:]) for shape in shapes])
     dtype = jnp.finfo(jnp.result_type(*p)).dtype
@@ -184,37 +191,38 @@ def _iterate(matrices, p, q, step, seed, edges, comm):
     fresh = [x.reshape(s) for x, s in zip(pieces, shapes, strict=True)]
     return renewed(p, fresh[0::2]), renewed(q, fresh[1::2])
 
-  def renewed(factors, fresh):
+  def renewed(factors: list, fresh: list) -> list:
     return [
-      jnp.where(is_spent(x), new.astype(x.dtype), x)
+      jnp.where(is_zero(x), new.astype(x.dtype), x)
       for x, new in zip(factors, fresh, strict=True)
     ]
 
-  def follow(matrices, factors):
-    """The other factors, and these as they were used."""
+  def follow(matrices: list, factors: list) -> tuple[list, list]:
+    """The products with the orthogonalized factors, and these factors."""
     factors = [jnp.linalg.qr(x)[0] for x in factors]
     products = [
       jnp.einsum("mn,snr->smr", h, x, precision=_PRECISION)
       for h, x in zip(matrices, factors, strict=True)
     ]
-    # The barrier keeps XLA from fusing a product into the subtraction, which
-    # would see more of its digits than the other end has got.
+    # The barrier keeps XLA from fusing a product into the subtraction: with
+    # excess precision this end would subtract other bits than it sends, and the
+    # factors of the two ends would diverge.
     own = jax.lax.optimization_barrier(_packed(products))
     theirs = edges.exchange(own, comm)
     is_low, has_edge = (comm.rank < partner)[:, None], exists[:, 0]
 
-    def subtract(own, theirs):
+    def subtract(own: jax.Array, theirs: jax.Array) -> jax.Array:
       value = jnp.where(is_low, theirs - own, own - theirs)
       return jnp.where(has_edge, value, jnp.zeros_like(value))
 
     return _unpacked(jax.tree.map(subtract, own, theirs), products), factors
 
   is_even = step % 2 == 0
-  spent = [
-    jnp.stack([is_spent(x).any() for x in factors]).any() for factors in (p, q)
+  any_zero = [
+    jnp.stack([is_zero(x).any() for x in factors]).any() for factors in (p, q)
   ]
-  # Uniform for the sake of the simulation, which would draw in every step.
-  is_due = uniform(jnp.where(is_even, spent[1], spent[0]), comm)
+  # Uniform over ranks, so that a simulation does not draw in every step.
+  is_due = uniform(jnp.where(is_even, any_zero[1], any_zero[0]), comm)
   p, q = jax.lax.cond(is_due, draw, lambda p, q: (p, q), p, q)
   return jax.lax.cond(
     uniform(is_even, comm),
@@ -225,11 +233,19 @@ def _iterate(matrices, p, q, step, seed, edges, comm):
   )
 
 
-def _normal(seed, low, high, step, length, dtype):
-  """Standard normal numbers that both ends of an edge draw alike; (slots, length)."""
+def _normal(
+  seed: int,
+  low: jax.Array,
+  high: jax.Array,
+  step: jax.Array,
+  length: int,
+  dtype: Any,
+) -> jax.Array:
+  """Standard normal numbers, equal at both ends of an edge; (slots, length)."""
 
-  def draw(low, high):
-    # Under vmap the values of other generators differ from those of one rank.
+  def draw(low: jax.Array, high: jax.Array) -> jax.Array:
+    # Threefry draws the same values under `vmap` as without, other generators
+    # may not.
     key = jax.random.key(seed, impl="threefry2x32")
     for word in (low, high, step):
       key = jax.random.fold_in(key, word)
@@ -238,16 +254,18 @@ def _normal(seed, low, high, step, length, dtype):
   return jax.vmap(draw)(low, high)
 
 
-def _packed(products):
-  """One array of shape (slots, numbers) for each dtype: fewer, larger leaves."""
+def _packed(products: list[jax.Array]) -> dict[str, jax.Array]:
+  """Concatenates products into one array (slots, numbers) per dtype."""
   rows: dict[str, list[jax.Array]] = {}
   for x in products:
     rows.setdefault(x.dtype.name, []).append(x.reshape(len(x), -1))
   return {name: jnp.concatenate(row, axis=1) for name, row in rows.items()}
 
 
-def _unpacked(packed, like):
-  """The inverse of `_packed`, in the shapes of `like`."""
+def _unpacked(
+  packed: dict[str, jax.Array], like: list[jax.Array]
+) -> list[jax.Array]:
+  """Inverse of `_packed`, in the shapes of `like`."""
   begins = dict.fromkeys(packed, 0)
   products = []
   for x in like:
@@ -258,7 +276,9 @@ def _unpacked(packed, like):
   return products
 
 
-def _changes(p, q, weights):
+def _changes(
+  p: list[jax.Array], q: list[jax.Array], weights: jax.Array
+) -> list[jax.Array]:
   """`sum_s w[s] p[s] q[s]^H` for each leaf."""
   return [
     jnp.einsum(
@@ -284,7 +304,7 @@ def _signed_weights(topology: Topology, edges: Edges) -> np.ndarray:
 
 
 def _is_matrix(leaf: Any) -> bool:
-  # What cannot be averaged is left to the averaging, which refuses it by name.
+  # Integer leaves go to `neighbor_allreduce`, which raises with their path.
   leaf = jnp.asarray(leaf)
   return (
     leaf.ndim > 1 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.inexact)

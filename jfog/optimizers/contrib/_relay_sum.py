@@ -20,7 +20,7 @@ class RelaySumState(NamedTuple):
 
   step: jax.Array  # shape=(), dtype=int32, the number of updates
   inner_state: optax.OptState
-  start: Any  # the first parameters; like them, float32 for 16-bit ones
+  start: Any  # the initial parameters, float32 for 16-bit
   received: Any  # like start, shape=(slots, *leaf): the last sums, one per edge
 
 
@@ -32,39 +32,38 @@ def relay_sum(
   debug: bool = False,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes the local step, then averages over all ranks with sums that relay.
+  """Takes the local step, then averages over all ranks by relayed sums.
 
-  With `u` the inner transformation's updates and `h = x + u`, each rank sends to
-  each neighbor `j` in the tree what lies on its own side of that edge, and
-  averages what it has:
+  With `u` the inner transformation's updates and `h = x + u`, each rank sends
+  to each neighbor `j` in the tree the sum over its own side of that edge, and
+  averages the sums that it has received:
 
       m[i -> j] <- h[i] + sum_{q != j} m[q -> i]                  of the old m
       x[i] <- (h[i] + sum_q m[q -> i] + (n - 1 - sum_q c[q -> i]) x0) / n
 
-  where `c[q -> i]` ranks have reached `m[q -> i]` so far, the start `x0` stands
-  in for the others, and sums run over neighbors. Every `h` thus reaches every
-  rank, late by as many steps as it has edges to travel, and counts the same
-  everywhere: where all `h` stay as they are, the average is exact once the
-  diameter of the tree is covered. With `inner = optax.sgd(a)` and a constant,
-  small enough `a` all ranks converge to
-  the minimizer of the sum of all losses,
-  however different their data.
+  where `c[q -> i]` is the number of ranks summed in `m[q -> i]` so far, the
+  initial `x0` replaces the values of the others, and sums run over neighbors.
+  Every `h` reaches every rank with a delay of one step per edge and has the
+  same weight everywhere; for constant `h` the average is exact after as many
+  steps as the diameter of the tree. With `inner = optax.sgd(a)` and a constant,
+  small enough `a`, all ranks converge to the minimizer of the sum of all
+  losses, however heterogeneous the data.
 
-  In each step one message of the size of the parameters goes over each edge in
-  each direction. The counts follow from tree and step and do not travel. The
-  state holds one copy of the parameters, and as many as the largest degree, on
+  In each step one message of the size of the parameters is sent over each edge
+  in each direction. The counts follow from tree and step and are not sent. The
+  state holds one copy of the parameters, plus as many as the largest degree, on
   every rank.
 
   Args:
     inner: the local optimizer; any optax transformation.
-    tree: who exchanges with whom: an undirected spanning tree, for example
+    tree: the communication graph: an undirected spanning tree, for example
       `jfog.topology.chain(size)` or `jfog.topology.from_networkx(graph)`. Its
       weights are not used.
-    check: whether `tree` must have `size - 1` edges. On a graph with cycles some
-      ranks are counted more than once.
-    debug: whether all ranks compare their parameters in the first update, by one
-      allreduce, as they must start from the same. Different ones are an error
-      on every rank, out of the computation.
+    check: whether `tree` must have `size - 1` edges. On a graph with cycles
+      some ranks count more than once.
+    debug: whether to check in the first update, by one allreduce, that all
+      ranks start from equal parameters, which the method requires. A difference
+      is an error on every rank, raised from the computation.
     comm: the communicator, see `jfog.optimizers`.
 
   Returns:
@@ -73,7 +72,7 @@ def relay_sum(
   Raises:
     ValueError: if `tree` has another number of edges, an edge without its
       reverse edge, or is not connected.
-    TypeError: if `tree` is a `Schedule` or another thing.
+    TypeError: if `tree` is not a `Topology`.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax
@@ -89,34 +88,35 @@ def relay_sum(
     Array([4., 4., 4.], dtype=float32)
 
   Source: Vogels, He, Koloskova, Lin, Karimireddy, Stich and Jaggi, "RelaySum
-  for decentralized deep learning on heterogeneous data", 2021, arXiv 2110.04175.
+  for decentralized deep learning on heterogeneous data", 2021, arXiv
+  2110.04175.
   """
   name = "relay_sum"
   _requirements.require_topology(tree, name)
   edges = edges_of(tree, name)
   if check:
     _check_tree(tree, name)
-  unheard = _unheard(edges)
+  missing_counts = _missing_counts(edges)
 
-  def begin(params):
+  def begin(params: optax.Params) -> tuple:
     start = _tree.copy(params)
     received = jax.tree.map(
       lambda x: jnp.zeros_like(x, shape=(edges.slots, *x.shape)), start
     )
     return start, received
 
-  def combine(h, state):
+  def combine(h: Any, state: Any) -> tuple:
     here = resolve(comm)
     start = state.start
     if debug:
       start = _compared(start, state.step, here, name)
     received = edges.exchange(jax.tree.map(_messages, h, state.received), here)
-    row = jnp.minimum(state.step, len(unheard) - 1)
-    missing = jnp.asarray(unheard)[row, here.rank]
+    row = jnp.minimum(state.step, len(missing_counts) - 1)
+    missing = jnp.asarray(missing_counts)[row, here.rank]
 
-    def average(h, received, start):
+    def average(h: Any, received: Any, start: Any) -> Any:
       total = _sum(h, *received) + missing.astype(h.dtype) * start
-      # h + (total - n h) / n: a 1/n that is rounded would shrink all of h.
+      # h + (total - n h) / n: a rounded 1/n would scale h in every step.
       return h + (total - tree.size * h) / tree.size
 
     return jax.tree.map(average, h, received, start), start, received
@@ -128,14 +128,14 @@ def _check_tree(tree: Topology, name: str) -> None:
   edges = sum(len(tree.in_neighbors(i)) for i in range(tree.size)) // 2
   if edges != tree.size - 1:
     raise ValueError(
-      f"{name}: {tree!r} has {edges} edges, and a spanning tree of {tree.size} "
-      f"ranks has {tree.size - 1}; use jfog.topology.chain(size), or a tree of "
-      f"networkx with jfog.topology.from_networkx, or check=False."
+      f"{name}: {tree!r} has {edges} edges; a spanning tree of {tree.size} ranks "
+      f"has {tree.size - 1}. Use jfog.topology.chain(size), a networkx tree with "
+      f"jfog.topology.from_networkx, or check=False."
     )
 
 
-def _unheard(edges: Edges) -> np.ndarray:
-  """How many ranks' values a rank has not got yet, by step; shape (steps, size).
+def _missing_counts(edges: Edges) -> np.ndarray:
+  """Number of ranks not yet received, by step and rank; shape (steps, size).
 
   The last row holds for all later steps.
   """
@@ -143,7 +143,7 @@ def _unheard(edges: Edges) -> np.ndarray:
   has_edge = edges.partners >= 0
   counts = np.zeros_like(edges.partners)
   rows = []
-  for _ in range(size):  # covers the diameter
+  for _ in range(size):  # at least the diameter
     sent = 1 + counts.sum(axis=1, keepdims=True) - counts
     counts = np.where(
       has_edge, np.take_along_axis(sent, np.maximum(edges.partners, 0), 0), 0
@@ -155,7 +155,11 @@ def _unheard(edges: Edges) -> np.ndarray:
 
 
 def _messages(h: jax.Array, received: jax.Array) -> jax.Array:
-  """For each slot: `h` and what was received in all other slots."""
+  """For each slot: `h` plus the sums received in all other slots.
+
+  Prefix and suffix sums take 2 slots additions, and no subtraction, which would
+  lose digits.
+  """
   slots = len(received)
   before = [h]  # h and the slots before
   for slot in range(slots - 1):
@@ -173,11 +177,11 @@ def _sum(first: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def _compared(start: Any, step: Any, comm: Communicator, name: str) -> Any:
-  """`start`; raises out of the computation on all ranks if theirs differ."""
+  """`start`; the computation fails on all ranks if their starts differ."""
   paths, _ = jax.tree_util.tree_flatten_with_path(start)
   names = [f"params{jax.tree_util.keystr(path)}" for path, _ in paths]
 
-  def refuse(differs):
+  def refuse(differs: np.ndarray) -> np.ndarray:
     if differs.any():  # from all virtual ranks, in simulation
       by_leaf = differs.reshape(-1, len(names)).any(axis=0)
       found = [leaf for leaf, bad in zip(names, by_leaf, strict=True) if bad]
@@ -187,15 +191,15 @@ def _compared(start: Any, step: Any, comm: Communicator, name: str) -> Any:
       )
     return np.ones(differs.shape[:-1], bool)
 
-  def compare(start):
+  def compare(start: Any) -> Any:
     reals = [
       jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
       for x in jax.tree.leaves(start)
     ]
-    # The greatest of x and the least, -max(-x), are equal if all x are.
+    # max(x) over ranks equals min(x) = -max(-x) if and only if all x are equal.
     greatest = allreduce([(x, -x) for x in reals], "max", comm=comm)
     differs = jnp.stack([(high != -low).any() for high, low in greatest])
-    # What follows depends on the answer, so that it is an error of the program.
+    # The result depends on the callback, so XLA keeps it and its error.
     agree = jax.pure_callback(
       refuse,
       jax.ShapeDtypeStruct((), jnp.bool_),
