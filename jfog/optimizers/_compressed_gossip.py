@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jfog import _dtypes, _validation
 from jfog.optimizers import _requirements, _tree
 from jfog.optimizers._requirements import Requirement
 from jfog.optimizers._transformation import wrap_inner
@@ -113,7 +114,7 @@ def choco(
   exchange = compressed_exchange(
     _requirements.SYMMETRIC, topology, compressor, seed, check, comm, name
   )
-  gamma = _requirements.check_fraction(gamma, f"{name}: gamma")
+  gamma = _validation.fraction(gamma, f"{name}: gamma")
 
   def start(params: optax.Params) -> tuple:
     return (
@@ -154,7 +155,7 @@ def compressed_exchange(
   if check:
     requirement.check(topology, name)
   require_compressor(compressor, name)
-  seed = _requirements.check_int(seed, f"{name}: seed")
+  seed = _validation.as_int(seed, f"{name}: seed")
 
   def exchange(v: Any, compressor_state: Any, step: jax.Array) -> tuple:
     world = resolve(comm)
@@ -246,4 +247,4 @@ def _row(topology: Topology, comm: Communicator) -> tuple[jax.Array, ...]:
 
 def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
   """`weight x`, with the weight rounded to the dtype of `x` first."""
-  return weight.astype(jnp.finfo(x.dtype).dtype) * x
+  return weight.astype(_dtypes.real(x.dtype)) * x

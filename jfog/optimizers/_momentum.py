@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jfog import _dtypes
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
 from jfog.optimizers._transformation import MomentumState, with_learning_rate
@@ -184,7 +185,7 @@ def _per_rate(change: Any, rate: Any) -> Any:
   """`change / a`, and zero where a schedule of `a` is zero."""
 
   def divide(x: jax.Array) -> jax.Array:
-    a = jnp.asarray(rate, jnp.finfo(x.dtype).dtype)
+    a = jnp.asarray(rate, _dtypes.real(x.dtype))
     return jnp.where(a == 0, 0, x / jnp.where(a == 0, 1, a)).astype(x.dtype)
 
   return jax.tree.map(divide, change)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jfog import _dtypes
 from jfog.optimizers import _averaging, _requirements, _tree
 from jfog.optimizers._averaging import Averaging
 from jfog.optimizers._transformation import with_learning_rate
@@ -209,5 +210,5 @@ def _pushing(
 
 def _one(biased: Any) -> jax.Array:
   """The initial weight, in the widest real dtype of the leaves."""
-  reals = [jnp.finfo(x.dtype).dtype for x in jax.tree.leaves(biased)]
+  reals = [_dtypes.real(x.dtype) for x in jax.tree.leaves(biased)]
   return jnp.ones([], jnp.result_type(jnp.float32, *reals))

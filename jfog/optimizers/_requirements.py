@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jfog import _validation
 from jfog.topology import Schedule, Topology
 
 _TOLERANCE = 1e-9  # for an eigenvalue at its bound
@@ -139,21 +140,12 @@ def as_learning_rate(
   """
   if callable(learning_rate):
     return learning_rate
-  if isinstance(learning_rate, (bool, complex)) or not is_number(learning_rate):
+  if not _validation.is_scalar(learning_rate):
     raise TypeError(
       f"{name}: learning_rate={learning_rate!r} must be a number, or a schedule: "
       f"a function from the step to a number."
     )
   return lambda step: learning_rate
-
-
-def is_number(value: Any) -> bool:
-  """Whether a value is a Python, NumPy or JAX scalar."""
-  return isinstance(value, (int, float, np.number)) or (
-    isinstance(value, (np.ndarray, jax.Array))
-    and value.shape == ()
-    and jnp.issubdtype(value.dtype, jnp.number)
-  )
 
 
 def check_every(every: int, name: str) -> int:
@@ -163,31 +155,7 @@ def check_every(every: int, name: str) -> int:
     TypeError: if it is not an int.
     ValueError: if it is below 1.
   """
-  return check_positive(every, f"{name}: every")
-
-
-def check_positive(value: Any, label: str) -> int:
-  """Checks an integer of at least 1.
-
-  Raises:
-    TypeError: if it is not an int.
-    ValueError: if it is below 1.
-  """
-  value = check_int(value, label)
-  if value < 1:
-    raise ValueError(f"{label}={value} must be at least 1.")
-  return value
-
-
-def check_int(value: Any, label: str) -> int:
-  """Checks a Python or NumPy integer.
-
-  Raises:
-    TypeError: if it is not one.
-  """
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{label}={value!r} must be an int.")
-  return int(value)
+  return _validation.positive(every, f"{name}: every")
 
 
 def check_factor(value: Any, argument: str, name: str) -> None:
@@ -198,20 +166,6 @@ def check_factor(value: Any, argument: str, name: str) -> None:
   """
   if not isinstance(value, jax.core.Tracer) and not 0 <= value < 1:
     raise ValueError(f"{name}: {argument}={value!r} must be in [0, 1).")
-
-
-def check_fraction(value: Any, label: str) -> Any:
-  """Checks a number in (0, 1]; the range of a traced one is not checked.
-
-  Raises:
-    TypeError: if it is not a real number.
-    ValueError: if it is out of range.
-  """
-  if isinstance(value, bool) or not is_number(value) or jnp.iscomplexobj(value):
-    raise TypeError(f"{label}={value!r} must be a number in (0, 1].")
-  if not isinstance(value, jax.core.Tracer) and not 0 < value <= 1:
-    raise ValueError(f"{label}={value} must be in (0, 1].")
-  return value
 
 
 def require_params(params: optax.Params | None, name: str) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jfog import _dtypes
+
 # `optax.tree_utils` where it has the same bits. `add` and `scale` are our own:
 # `tree_add` starts from the int 0, which turns -0.0 into 0.0, and `tree_scale`
 # promotes a leaf to the dtype of a wider scalar, under another name before
@@ -13,24 +15,14 @@ import optax
 subtract = optax.tree_utils.tree_sub
 
 
-def widen_leaf(x: Any) -> jax.Array:
-  """`x` in its accumulation dtype: float32 for 16-bit floats."""
-  x = jnp.asarray(x)
-  if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
-    return x.astype(jnp.float32)
-  return x
-
-
 def widen(params: optax.Params) -> Any:
   """The parameters in their accumulation dtypes."""
-  return jax.tree.map(widen_leaf, params)
+  return jax.tree.map(_dtypes.accumulated, params)
 
 
 def widen_gradient(updates: optax.Updates, params: optax.Params) -> Any:
   """The gradient in the accumulation dtypes of the parameters."""
-  return jax.tree.map(
-    lambda g, x: jnp.asarray(g).astype(widen_leaf(x).dtype), updates, params
-  )
+  return jax.tree.map(_cast, updates, params)
 
 
 def copy(params: optax.Params) -> Any:
@@ -54,7 +46,7 @@ def add(*trees: Any) -> Any:
 def scale(factor: Any, tree: Any) -> Any:
   """`factor` times every leaf, in the leaf's dtype."""
   return jax.tree.map(
-    lambda x: jnp.asarray(factor, jnp.finfo(x.dtype).dtype) * x, tree
+    lambda x: jnp.asarray(factor, _dtypes.real(x.dtype)) * x, tree
   )
 
 
@@ -64,14 +56,17 @@ def divide(tree: Any, divisor: jax.Array) -> Any:
 
 
 def local_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
-  """`h = x + u` in the accumulation dtypes."""
+  """`h = x + u` in the accumulation dtypes of `x`."""
   return jax.tree.map(
-    lambda x, u: widen_leaf(x) + jnp.asarray(u).astype(widen_leaf(x).dtype),
-    params,
-    updates,
+    lambda x, u: _dtypes.accumulated(x) + _cast(u, x), params, updates
   )
 
 
 def updates_to(new: optax.Params, params: optax.Params) -> optax.Updates:
   """The updates that lead from `params` to `new`, in the accumulation dtypes."""
-  return jax.tree.map(lambda y, x: y - widen_leaf(x), new, params)
+  return jax.tree.map(lambda y, x: y - _dtypes.accumulated(x), new, params)
+
+
+def _cast(value: Any, x: Any) -> jax.Array:
+  """`value` in the accumulation dtype of `x`."""
+  return jnp.asarray(value).astype(_dtypes.accumulated(x).dtype)

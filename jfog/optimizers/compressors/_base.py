@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jfog import _dtypes
+
 
 class Compressor(NamedTuple):
   """Three pure functions that turn a tree into a small message, and back.
@@ -193,7 +195,7 @@ def require_real(x: jax.Array, leaf: str) -> None:
 
 def scale_dtype(dtype: Any) -> np.dtype:
   """Dtype of scales: float32, or float64 for float64 and complex128 leaves."""
-  real = jnp.finfo(dtype).dtype
+  real = _dtypes.real(dtype)
   return real if real.itemsize > 4 else jnp.dtype(jnp.float32)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jfog.optimizers import _requirements
+from jfog import _validation
 from jfog.optimizers.compressors import _base
 from jfog.optimizers.compressors._base import Compressor
 
@@ -51,7 +51,7 @@ def low_rank(rank: int) -> Compressor:
   Source: Vogels, Karimireddy and Jaggi, "PowerSGD: practical low-rank gradient
   compression for distributed optimization", 2019.
   """
-  rank = _requirements.check_positive(rank, "low_rank: rank")
+  rank = _validation.positive(rank, "low_rank: rank")
 
   def draw(key: Any, index: int, x: jax.Array) -> jax.Array:
     m, n = x.shape[0], x.size // x.shape[0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jfog.optimizers import _requirements
+from jfog import _validation
 from jfog.optimizers.compressors import _base
 from jfog.optimizers.compressors._base import Compressor
 
@@ -50,7 +50,7 @@ def quantize(bits: int) -> Compressor:
   Source: Alistarh et al., "QSGD: communication-efficient SGD via gradient
   quantization and encoding", 2017, with the largest modulus as the norm.
   """
-  bits = _requirements.check_int(bits, "quantize: bits")
+  bits = _validation.as_int(bits, "quantize: bits")
   if not 2 <= bits <= 16:
     raise ValueError(
       f"quantize: bits={bits} is not in 2..16; use sign() for one bit, or "

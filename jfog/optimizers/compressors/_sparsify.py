@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jfog.optimizers import _requirements
+from jfog import _validation
 from jfog.optimizers.compressors import _base
 from jfog.optimizers.compressors._base import Compressor
 
@@ -148,7 +148,7 @@ def _counted(
       f"{name}(fraction=0.01)."
     )
   if k is not None:
-    k = _requirements.check_positive(k, f"{name}: k")
+    k = _validation.positive(k, f"{name}: k")
   else:
     real = isinstance(fraction, (int, float, np.integer, np.floating))
     if isinstance(fraction, bool) or not real:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from jfog import _validation
 from jfog.optimizers import _requirements, _tree
 from jfog.optimizers._compressed_gossip import compressed_exchange
 from jfog.optimizers._transformation import wrap_inner
@@ -91,7 +92,7 @@ def deep_squeeze(
     comm,
     name,
   )
-  eta = _requirements.check_fraction(eta, f"{name}: eta")
+  eta = _validation.fraction(eta, f"{name}: eta")
   if check and isinstance(compressor, Sparsifier):
     warnings.warn(
       f"{name}: top_k and random_k drop most parameters in every step, so {name} "

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jfog.optimizers import _averaging, _requirements, _tree
+from jfog import _dtypes, _validation
+from jfog.optimizers import _averaging, _requirements
 from jfog.optimizers._transformation import wrap_inner
 from jfog.optimizers.contrib._edge_exchange import Edges, edges_of
 from jfog.primitives import neighbor_allreduce_start, uniform, wait
@@ -104,7 +105,7 @@ def power_gossip(
   _requirements.require_topology(topology, name)
   if check:
     _requirements.SYMMETRIC.check(topology, name)
-  rank = _requirements.check_positive(rank, f"{name}: rank")
+  rank = _validation.positive(rank, f"{name}: rank")
   edges = edges_of(topology, name)
   weights = _signed_weights(topology, edges)
 
@@ -113,7 +114,7 @@ def power_gossip(
       def zeros(x: Any) -> Any:
         if not _is_matrix(x):
           return optax.MaskedNode()
-        h = _matrix(_tree.widen_leaf(x))
+        h = _matrix(_dtypes.accumulated(x))
         shape = edges.slots, h.shape[side], min(rank, *h.shape)
         return jnp.zeros_like(h, shape=shape)
 
@@ -185,7 +186,7 @@ def _iterate(
   def draw(p: list, q: list) -> tuple[list, list]:
     shapes = [x.shape for pair in zip(p, q, strict=True) for x in pair]
     ends = np.cumsum([np.prod(shape[1:]) for shape in shapes])
-    dtype = jnp.finfo(jnp.result_type(*p)).dtype
+    dtype = _dtypes.real(jnp.result_type(*p))
     numbers = _normal(seed, low, high, step, int(ends[-1]), dtype)
     pieces = jnp.split(numbers, ends[:-1], axis=1)
     fresh = [x.reshape(s) for x, s in zip(pieces, shapes, strict=True)]
