@@ -1,14 +1,14 @@
-"""What one slow rank costs: push-sum that waits for it, and that does not.
+"""The cost of one slow rank for synchronous and asynchronous push-sum.
 
-`jfog run -np 4 python examples/async_push_sum.py` pauses every rank in each of
-its steps, as if it computed, and makes one rank several times slower than the
-others. It averages vectors and trains on handwritten digits, each by neighbor
-averaging, where a rank waits for its neighbors, and by push-sum over windows,
-where nobody waits; with the slow rank and without. The two have the same time.
+`jfog run -np 4 python examples/async_push_sum.py` simulates computation by a
+pause in each step, and one rank several times slower than the others. It averages
+vectors and trains on handwritten digits, with and without the slow rank, by
+neighbor averaging, where a rank waits for its neighbors, and by push-sum over
+windows, which does not wait. Both get the same time.
 
-`python examples/async_push_sum.py` does the same on virtual ranks. Those step
-together, so there is no time to measure: what the slow rank sends, and what is
-sent to it, arrives some steps late instead.
+`python examples/async_push_sum.py` does the same on virtual ranks. Those run in
+lockstep, so time is not measured; messages from and to the slow rank arrive some
+steps late instead.
 """
 
 import argparse
@@ -34,26 +34,26 @@ from jfog.optimizers import adapt_then_combine, window_push_sum
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DIMENSION = 64  # of the vectors
-POINTS = 60  # of a curve
-FLOOR = 1e-16  # of the plot, for errors of zero
+DIMENSION = 64  # length of the vectors
+POINTS = 60  # points per curve
+FLOOR = 1e-16  # lower bound in the plot, for errors of zero
 
 
 class Method(NamedTuple):
-  """One rank's program, in pieces."""
+  """The functions of one rank's program."""
 
-  init: Callable  # what the rank starts with -> state; all ranks together
-  step: Callable  # (state, what the rank has, number of the step) -> state
-  estimate: Callable  # state -> what the rank takes for the solution
-  collect: Callable  # state -> state, once all ranks have stopped
+  init: Callable  # initial value of the rank -> state; collective
+  step: Callable  # (state, data of the rank, step) -> state
+  estimate: Callable  # state -> the rank's estimate of the solution
+  collect: Callable  # state -> state, after all ranks have stopped
 
 
 class Problem(NamedTuple):
-  """What is to be solved, by either kind of method."""
+  """A problem for synchronous and asynchronous methods."""
 
   name: str
   start: Any  # stacked over ranks
-  own: Any  # what the ranks have besides, stacked over them
+  own: Any  # data of the ranks, stacked over ranks
   synchronous: Callable  # graph -> Method
   asynchronous: Callable  # (graph, delay) -> Method
   score: Callable  # estimate -> a scalar, equal on all ranks
@@ -65,21 +65,21 @@ class Problem(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """A rank's share of the sums of values and of weights."""
+  """Biased value and weight of a rank."""
 
   values: jax.Array
   weight: jax.Array
 
 
 class Windowed(NamedTuple):
-  """A rank's share of the values; that of the weights is in the window."""
+  """Biased value of a rank; its weight is in the window."""
 
   values: jax.Array
   window: jfog.Window
 
 
 def push_sum(graph):
-  """Push-sum in step: a rank waits for what its in-neighbors send."""
+  """Synchronous push-sum: a rank waits for its in-neighbors."""
   return Method(
     init=lambda x: Sums(x, jnp.ones([], x.dtype)),
     step=lambda state, own, k: jfog.neighbor_allreduce(state, graph),
@@ -89,7 +89,7 @@ def push_sum(graph):
 
 
 def push_sum_over_windows(graph, delay):
-  """Push-sum that takes what has arrived."""
+  """Asynchronous push-sum: a rank uses the messages that have arrived."""
   part = 1 / (1 + graph.degree)  # the graph is regular
 
   def init(x):
@@ -118,7 +118,7 @@ def push_sum_over_windows(graph, delay):
 
 
 def vectors(n, arguments):
-  """Random vectors, whose average is sought."""
+  """The average of random vectors."""
   x = np.random.RandomState(arguments.seed).randn(n, DIMENSION)
   mean = x.mean(axis=0)
 
@@ -153,7 +153,7 @@ def sgd(arguments):
 
 
 def training(tx, collect):
-  """Training by an optimizer."""
+  """Training with an optimizer."""
 
   def step(training, own, k):
     data, order = own
@@ -171,7 +171,7 @@ def training(tx, collect):
 
 
 def collect_parameters(training):
-  """Adds what still lies in the window to the parameters."""
+  """Adds the values left in the window to the parameters."""
   state = training.state
   biased, window = jfog.win_update_then_collect(state.window, state.biased)
   weight = jfog.win_associated_p(window)
@@ -204,7 +204,7 @@ def handwritten(n, arguments):
     start=params,
     own=(data, jnp.asarray(np.concatenate(order, axis=1))),
     synchronous=lambda graph: training(
-      # Push-sum in step on a regular graph, whose weights w stay 1.
+      # Synchronous push-sum: on a regular graph its weights w stay 1.
       adapt_then_combine(sgd(arguments), graph),
       lambda training: training,
     ),
@@ -217,18 +217,18 @@ def handwritten(n, arguments):
   )
 
 
-# On MPI, where time counts.
+# On MPI: time is measured.
 
 
 class Pace(NamedTuple):
-  """How fast a rank is."""
+  """The speed of a rank."""
 
-  pause: float  # seconds in each step
-  factor: float  # how many times as long as the others it takes
+  pause: float  # seconds per step
+  factor: float  # duration of its steps relative to the other ranks
 
 
 def paced(step, state, own, pace, goes_on):
-  """Steps at a pace; the times and estimates after each step."""
+  """Runs steps at a given pace; returns times and estimates after each."""
   jfog.barrier()
   start = time.perf_counter()
   now, trace = 0.0, []
@@ -243,7 +243,7 @@ def paced(step, state, own, pace, goes_on):
 
 
 def make_measure(problem, method, rank):
-  """A function which runs a method on this rank, compiled once."""
+  """A function that runs a method on this rank, compiled once."""
   start, own = jax.tree.map(
     lambda x: jnp.asarray(x[rank]), (problem.start, problem.own)
   )
@@ -261,13 +261,13 @@ def make_measure(problem, method, rank):
     return state, problem.results(method.estimate(state)), curve
 
   def measure(pace, goes_on):
-    state, _ = step(init(start), own, 0)  # which compiles
+    state, _ = step(init(start), own, 0)  # compiles
     state, trace = paced(step, state, own, pace, goes_on)
-    jfog.barrier()  # all has been sent
+    jfog.barrier()  # all messages are sent
     times = np.array([now for now, _ in trace])
     seconds = float(jfog.allreduce(jnp.asarray(times[-1]), "max"))
     rates = jfog.allgather(jnp.asarray([len(times) / times[-1]]))
-    # Every rank looks at what it had at the same times.
+    # All ranks evaluate their estimates at the same times.
     grid = np.linspace(0, seconds, POINTS + 1)[1:]
     last = np.maximum(np.searchsorted(times, grid, side="right") - 1, 0)
     estimates = [trace[i][1] for i in last]
@@ -318,7 +318,7 @@ def run_on_mpi(problem, graph, world, arguments):
   return runs
 
 
-# On virtual ranks, where steps count.
+# On virtual ranks: steps are counted.
 
 
 def run_virtual(problem, graph, n, arguments):
@@ -336,7 +336,7 @@ def run_virtual(problem, graph, n, arguments):
       state, curve = jax.lax.scan(
         step, method.init(start), jnp.arange(arguments.steps)
       )
-      for _ in range(waits + 1):  # till all has arrived
+      for _ in range(waits + 1):  # until all messages have arrived
         state = method.collect(state)
       return curve, problem.results(method.estimate(state))
 
@@ -358,11 +358,11 @@ def run_virtual(problem, graph, n, arguments):
   return runs
 
 
-# What they tell.
+# The report.
 
 
 def describe(name, arguments):
-  """A run's name, for people."""
+  """The printed name of a run."""
   rank = arguments.slow_rank
   return name.replace("slow", f"rank {rank} slow").replace(
     "late", f"rank {rank} late"
@@ -416,7 +416,7 @@ def table(problem, runs, arguments):
     print(line(*cells) + end)
   if on_mpi and problem.name == "digits":
     print(
-      "(what fast ranks lose: of the steps/s that they make in an even run)"
+      "(loss of the fast ranks: relative to their steps/s without a slow rank)"
     )
 
 
@@ -458,22 +458,22 @@ def parse():
     "--slow-factor",
     type=float,
     default=4.0,
-    help="how many times as long its steps take; on virtual ranks, by how many "
-    "steps its messages are late",
+    help="duration of its steps relative to the others; on virtual ranks, the "
+    "delay of its messages in steps",
   )
   parser.add_argument(
     "--steps",
     type=int,
-    help="of the slow rank, or of each virtual rank (default: 100)",
+    help="steps of the slow rank, or of each virtual rank (default: 100)",
   )
   parser.add_argument(
     "--pause",
     type=float,
     default=10.0,
-    help="milliseconds in each step of a rank on MPI that is not slow",
+    help="milliseconds per step of the other ranks, on MPI",
   )
   parser.add_argument(
-    "--quick", action="store_true", help="25 steps, unless told otherwise"
+    "--quick", action="store_true", help="25 steps, unless --steps is given"
   )
   parser.add_argument("--learning-rate", type=float, default=0.02)
   parser.add_argument("--seed", type=int, default=0)
@@ -498,11 +498,13 @@ def main():
   on_mpi = world.backend == "mpi"
   n = world.size if on_mpi else arguments.ranks
   if not 0 <= arguments.slow_rank < n:
-    raise SystemExit(f"--slow-rank {arguments.slow_rank} is none of {n} ranks.")
+    raise SystemExit(
+      f"--slow-rank {arguments.slow_rank} is out of range for {n} ranks."
+    )
   graph = topology.exponential(n)
   if world.rank == 0:
     print(
-      f"{n} ranks (MPI), a pause of {arguments.pause:g} ms in each step"
+      f"{n} ranks (MPI), a pause of {arguments.pause:g} ms per step"
       if on_mpi
       else f"{n} ranks (virtual)"
     )

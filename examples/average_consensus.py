@@ -1,7 +1,7 @@
 """Average consensus on every graph of jfog: the error in each round, and a plot.
 
-Every rank holds a random vector and mixes it with its neighbors', again and
-again, in 64-bit floats. Run it as `python examples/average_consensus.py` on
+Every rank averages a random vector with those of its neighbors in each round, in
+64-bit floats. Run it as `python examples/average_consensus.py` on
 virtual ranks, or as `jfog run -np 8 python examples/average_consensus.py` on
 MPI.
 """
@@ -35,7 +35,7 @@ STATIC = {
   "random regular": lambda n: topology.random_regular(n, 4, seed=0),
   "fully connected": topology.fully_connected,
 }
-PERIOD = 16  # of the random schedules
+PERIOD = 16  # rounds of the random schedules
 TIME_VARYING = {
   "one-peer exponential": topology.one_peer_exponential,
   "hierarchical one-peer": lambda n: topology.hierarchical(
@@ -58,7 +58,7 @@ TIME_VARYING = {
   ),
 }
 DIMENSION = 64
-FLOOR = 1e-17  # of the plot, for errors of zero
+FLOOR = 1e-17  # lower bound in the plot, for errors of zero
 
 
 def machines(n, local_size):
@@ -69,7 +69,7 @@ def machines(n, local_size):
 
 
 def mixed(x, graph, rounds):
-  """One rank's value before the first round and after each."""
+  """A rank's value before the first round and after each round."""
 
   def body(x, step):
     x = jfog.neighbor_allreduce(x, graph, step)
@@ -80,7 +80,7 @@ def mixed(x, graph, rounds):
 
 
 def protocol_run(x, protocol, rounds):
-  """The same for CECA, which moves one of two sums in each round."""
+  """The same for CECA, which sends one of two sums in each round."""
   n, hops = protocol.size, protocol.rounds
   if not hops:  # a single rank
     return jnp.broadcast_to(x, (rounds + 1, *x.shape))
@@ -97,7 +97,7 @@ def protocol_run(x, protocol, rounds):
   start = (x, jnp.zeros_like(x))
   _, sums = jax.lax.scan(body, start, jnp.arange(len(hops)))
   sums = jnp.concatenate([x[None], sums])
-  # After a hop the sum is one over `shift` more ranks.
+  # After a hop the sum covers `shift` more ranks.
   counts = np.cumsum([1, *(hop.shift for hop in hops)])
   values = sums / jnp.array(counts, x.dtype)[:, None]
   last = jnp.broadcast_to(values[-1], (max(0, rounds - len(hops)), *x.shape))
@@ -114,7 +114,7 @@ def consensus(x, graph, rounds):
 
 
 def run(graph, n, rounds, seed, world):
-  """Runs a graph's rounds where this process runs: on MPI, or simulated."""
+  """Runs the rounds of a graph, on MPI or in simulation."""
   x = np.random.RandomState(seed).randn(n, DIMENSION)
   program = functools.partial(consensus, graph=graph, rounds=rounds)
   if world.backend == "single":
@@ -126,7 +126,7 @@ def run(graph, n, rounds, seed, world):
 
 
 def graphs_of(n, names, verbose):
-  """Those of the named graphs that there are for `n` ranks, by name."""
+  """The named graphs that exist for `n` ranks."""
   graphs = {}
   for name in names:
     try:
@@ -179,7 +179,7 @@ def plot(curves, n, path):
       graph, errors = curves[name]
       exact = graph.rounds_to_exact_average()
       label = name if exact is None else f"{name}, exact after {exact}"
-      # What follows an exact average is rounding only.
+      # After an exact average, the error is rounding only.
       shown = np.maximum(errors, FLOOR)[: None if exact is None else exact + 1]
       axes.semilogy(shown, style, color=color, label=label)
       if exact is not None and exact < len(errors):
@@ -197,7 +197,7 @@ def plot(curves, n, path):
 
 
 def main():
-  """Runs all graphs that there are for this number of ranks."""
+  """Runs all graphs that exist for this number of ranks."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--ranks", type=int, help="virtual ranks (default: 16)")
   parser.add_argument("--rounds", type=int, default=40)

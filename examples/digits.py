@@ -44,7 +44,7 @@ TEST = 357  # of 1797 images
 
 
 class Data(NamedTuple):
-  """Images as patches, and labels; of one rank, or stacked over ranks."""
+  """Images as patches, and labels, of one rank or stacked over ranks."""
 
   x: jax.Array  # shape=(..., images, 36, 9)
   y: jax.Array  # shape=(..., images)
@@ -57,18 +57,18 @@ def load(n, split, seed):
   x, y = patches(digits.images[order] / 16.0), digits.target[order]
   test = Data(jnp.asarray(x[:TEST]), jnp.asarray(y[:TEST]))
   x, y = x[TEST:], y[TEST:]
-  if split == "label":  # each rank gets consecutive labels only
+  if split == "label":  # each rank gets consecutive labels
     by_label = np.argsort(y, kind="stable")
     x, y = x[by_label], y[by_label]
   each = len(y) // n
   if each < BATCH:
-    raise SystemExit(f"{n} ranks leave {each} images for each; take fewer.")
+    raise SystemExit(f"{n} ranks get {each} images each; use fewer ranks.")
   x = x[: n * each].reshape(n, each, *x.shape[1:])
   return Data(jnp.asarray(x), jnp.asarray(y[: n * each].reshape(n, each))), test
 
 
 def patches(images):
-  """The 3 x 3 neighborhoods that the convolution sees, cut out once."""
+  """The 3 x 3 patches of the convolution, extracted once."""
   windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), (1, 2))
   return windows.reshape(len(images), 36, 9).astype(np.float32)
 
@@ -89,7 +89,7 @@ def init_params(seed):
 
 
 def batches(n, images, seed, epoch):
-  """Which images each rank sees in each step of an epoch."""
+  """Indices of the images of each rank in each step of an epoch."""
   steps = images // BATCH
   order = [
     np.random.RandomState((seed, rank, epoch)).permutation(images)
@@ -99,7 +99,7 @@ def batches(n, images, seed, epoch):
 
 
 def logits(params, x):
-  """The network; a convolution of patches is a product of matrices."""
+  """The network; a convolution of patches is a matrix product."""
 
   def dense(name, x):
     return x @ params[name]["w"] + params[name]["b"]
@@ -117,7 +117,7 @@ def loss(params, x, y):
 
 
 def accuracy(params, data):
-  """The part of the images that is named rightly."""
+  """The accuracy: the fraction of correctly classified images."""
   return jnp.mean(jnp.argmax(logits(params, data.x), axis=-1) == data.y)
 
 
@@ -153,7 +153,7 @@ def make_epoch(tx):
 
 
 def train(method, arguments, world, n, data, test, progress):
-  """Trains by one method; returns the curves and the bytes sent."""
+  """Trains with one method; returns the curves and the bytes sent."""
   images = data.y.shape[1]
   steps = arguments.epochs * (images // BATCH)
   tx = optimizer(method, n, arguments.learning_rate, steps)
@@ -165,7 +165,7 @@ def train(method, arguments, world, n, data, test, progress):
 
   on_mpi = world.backend == "mpi"
 
-  def here(stacked):  # what of a value for each rank this process works on
+  def here(stacked):  # the part of this process
     return stacked[world.rank] if on_mpi else stacked
 
   if not on_mpi:
@@ -220,7 +220,7 @@ def report(results, arguments, n, place):
     left.plot(epochs, 100 * np.array(curves["accuracy"]), label=method)
     distance = np.maximum(curves["consensus_distance"], 1e-8)
     right.semilogy(epochs, distance, label=method)
-  print("(gradient allreduce: what a ring allreduce sends, 2 (n-1)/n times)")
+  print("(gradient allreduce: bytes of a ring allreduce, 2 (n-1)/n times)")
   left.set(xlabel="epoch", ylabel="test accuracy of the ranks' models in %")
   right.set(xlabel="epoch", ylabel="consensus distance (floor 1e-8)")
   left.legend(fontsize=8)
@@ -258,7 +258,7 @@ def parse():
 
 
 def main():
-  """Trains by every method and reports."""
+  """Trains with every method and reports."""
   arguments = parse()
   world = jfog.init()
   on_mpi = world.backend == "mpi"

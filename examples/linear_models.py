@@ -1,15 +1,15 @@
-"""Linear and logistic regression by all decentralized optimizers that wait.
+"""Linear and logistic regression with all synchronous optimizers.
 
 `python examples/linear_models.py` fits a ridge regression (scikit-learn's diabetes)
 and a logistic regression of three classes (its wines) on 8 virtual ranks, in
 64-bit floats and with constant step sizes. The samples are sorted by their
-targets, so that every rank has others; the exact minimizer is known. It prints how
-far the ranks end from it and what they sent, and draws the distance against steps
-and against bytes: exact methods go on to rounding, the others stop at a bias.
+targets, so the data of the ranks differ; the exact minimizer is known. It prints
+the final distance to it and the bytes sent, and plots the distance against steps
+and bytes: exact methods converge up to rounding, the others up to a bias.
 
 `jfog run -np 4 python examples/linear_models.py` does the same on MPI, where the
-bytes are counted; on virtual ranks they are those of the formulas below. Optimizers
-over windows are left to `async_push_sum.py`.
+bytes are counted; on virtual ranks they follow from the formulas below. For the
+window optimizers see `async_push_sum.py`.
 """
 
 import argparse
@@ -39,24 +39,22 @@ import matplotlib.pyplot as plt
 
 EVERY = 5  # steps between global averages
 MOMENTUM = 0.8
-SLOW = 0.2  # step size times L of the methods with a bias, momentum included
-RECORDS = 150  # of a curve
-FLOOR = 1e-16  # of the plot
+SLOW = 0.2  # step size times L of methods with a bias, momentum included
+RECORDS = 150  # points per curve
+FLOOR = 1e-16  # lower bound in the plot
 
 # The models.
 
 
 class Model(NamedTuple):
-  """A regression whose samples lie on `n` ranks, and what is known of it."""
+  """A regression with samples on `n` ranks, and its constants."""
 
   x: np.ndarray  # shape=(n, samples, features), the last feature is 1
   y: np.ndarray  # shape=(n, samples, outputs)
   loss: Callable  # (params, x, y) of one rank -> a scalar
-  solution: (
-    np.ndarray
-  )  # shape=(features, outputs), minimizes the mean of losses
-  smoothness: float  # of the worst rank: its gradient's Lipschitz constant
-  convexity: float  # the least curvature of the mean of losses at the solution
+  solution: np.ndarray  # shape=(features, outputs), minimizer of the mean loss
+  smoothness: float  # largest Lipschitz constant of a rank's gradient
+  convexity: float  # smallest curvature of the mean of losses at the solution
 
 
 def ridge(params, x, y, l2):
@@ -89,7 +87,7 @@ def linear_model(n, split, seed, l2):
 
 
 def logistic_model(n, split, seed, l2):
-  """Logistic regression of three sorts of wine on thirteen features."""
+  """Logistic regression of three kinds of wine on thirteen features."""
   wine = load_wine()
   x, y = shared_out(
     wine.data, np.eye(3)[wine.target], wine.target, n, split, seed
@@ -115,7 +113,7 @@ def standardised(x):
 
 
 def shared_out(x, y, order_by, n, split, seed):
-  """Standardised features and a constant one, and targets, stacked over ranks."""
+  """Standardized features and a constant one, and targets, stacked over ranks."""
   x = np.column_stack([standardised(x), np.ones(len(x))])
   if split == "sorted":
     order = np.argsort(order_by, kind="stable")
@@ -160,7 +158,7 @@ def ring(n):
 
 
 def lazy_ring(n):
-  """The ring, with all eigenvalues of its weights above 0, as D2 needs."""
+  """The lazy ring, with all eigenvalues above 0; D2 needs them above -1/3."""
   return topology.ring(n).lazy()
 
 
@@ -187,18 +185,18 @@ def shortcuts(n, weights):
 
 
 def directed(n):
-  """Its columns sum to 1, and its rows do not: there is no average on it."""
+  """Column-stochastic, not row-stochastic: for push-sum methods."""
   return shortcuts(n, "uniform_out")
 
 
 class Method(NamedTuple):
-  """An optimizer, on a graph, with a step size of `factor` / smoothness."""
+  """An optimizer on a graph, with the step size `factor` / smoothness."""
 
   is_exact: bool
   factor: float
   graph: Callable  # number of ranks -> graph
   make: Callable  # (step size, graph, seed) -> optimizer
-  # (graph, params) -> bytes that a rank sends in a step, on average.
+  # (graph, params) -> mean bytes that a rank sends per step.
   sent: Callable[[Any, Any], float] = bytes_per_step
 
 
@@ -226,12 +224,12 @@ def twice(graph, x):
 
 
 def with_weight(*copies):
-  """Of push-sum, whose parameters travel with a scalar."""
+  """Bytes of push-sum, which sends a scalar with the parameters."""
   return lambda graph, x: bytes_per_step(graph, ([x] * len(copies), 1.0))
 
 
 def an_allreduce(graph, x):
-  """What a rank contributes; the way through the others is the MPI library's."""
+  """The contribution of a rank; the algorithm is chosen by the MPI library."""
   return float(x.nbytes)
 
 
@@ -240,7 +238,7 @@ def of(compressor):
 
 
 def of_factors(rank):
-  """Of PowerGossip: one factor in even steps, the other in odd ones."""
+  """Bytes of PowerGossip: one factor in even steps, the other in odd ones."""
 
   def sent(graph, x):
     columns = min(rank, *x.shape)
@@ -250,7 +248,7 @@ def of_factors(rank):
 
 
 def now_and_then(graph, x):
-  """Neighbors, and all ranks by CECA's rounds in each `EVERY`-th step."""
+  """Bytes to neighbors, and of the rounds of CECA in every `EVERY`-th step."""
   exact = topology.ceca(graph.size)
   mean = len(exact) * bytes_per_step(exact, x)
   return ((EVERY - 1) * bytes_per_step(graph, x) + mean) / EVERY
@@ -383,7 +381,7 @@ METHODS = {
 
 
 def fit(name, model, arguments, world):
-  """Fits a model by one method; returns its curves."""
+  """Fits a model with one method; returns its curves."""
   method = METHODS[name]
   n = len(model.x)
   graph = method.graph(n)
@@ -419,7 +417,7 @@ def fit(name, model, arguments, world):
     "loss": np.asarray(seen.loss).tolist(),
     "consensus_distance": relative(seen.consensus_distance),
     "distance": relative(seen.distance),
-    "bytes": (np.cumsum(sent) - sent).tolist(),  # up to the record
+    "bytes": (np.cumsum(sent) - sent).tolist(),  # before the recorded step
     "bytes_per_step": float(sent.mean() / every),
   }
 
@@ -435,8 +433,8 @@ def table(name, model, curves):
     f"{features} x {model.y.shape[-1]} parameters"
   )
   print(
-    f"curvatures up to L = {model.smoothness:.3g} on a rank, from mu = "
-    f"{model.convexity:.3g} on in all"
+    f"largest curvature of a rank L = {model.smoothness:.3g}, smallest "
+    f"curvature of the mean loss mu = {model.convexity:.3g}"
   )
   line = "{:<28} {:>6} {:>8} {:>11} {:>10} {:>12} {:>10}".format
   print(line("", "", "step", "bytes per", "final", "bytes until", "ranks"))
@@ -511,11 +509,11 @@ def parse():
     "--step-scale",
     type=float,
     default=1.0,
-    help="times all step sizes; those here were found on 3 to 8 ranks, and on "
-    "larger graphs the methods that track gradients want smaller ones",
+    help="factor of all step sizes, which were chosen for 3 to 8 ranks; larger "
+    "graphs need smaller ones for gradient tracking",
   )
   parser.add_argument(
-    "--l2", type=float, default=0.1, help="of the squares of the parameters"
+    "--l2", type=float, default=0.1, help="weight of the squared parameters"
   )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
@@ -542,7 +540,7 @@ def parse():
 
 
 def main():
-  """Fits the models by every method and reports."""
+  """Fits the models with every method and reports."""
   arguments = parse()
   jax.config.update("jax_enable_x64", True)
   world = jfog.init()

@@ -16,7 +16,7 @@ from jfog import topology
 
 
 def wrapped(tx):
-  """Every second update, clipped, of one leaf."""
+  """The transformation of one leaf, clipped, in every second update."""
   masked = optax.masked(tx, {"b": False, "w": True})
   chained = optax.chain(optax.clip(0.25), masked)
   return optax.MultiSteps(chained, 2).gradient_transformation()
@@ -24,9 +24,9 @@ def wrapped(tx):
 
 @functools.cache
 def stepper(place, wrap):
-  """For all ranks: the start of every method, and a step of it, both jitted."""
+  """Jitted init and step of all methods, over all ranks."""
   makers = {name: make(place.size) for name, make in EVERY.items()}
-  if place.kind == "mesh":  # where the types of the branches are looked at
+  if place.kind == "mesh":  # where the types of `cond` branches are checked
     makers = {k: makers[k] for k in ("nids", "tracking atc", "diloco")}
   if wrap:
     makers = {name: wrapped(tx) for name, tx in makers.items()}
@@ -71,7 +71,7 @@ def test_chained_masked_and_in_several_steps(place, rng):
 
 @pytest.mark.places("simulate-5")
 def test_a_restored_state_goes_on_bit_for_bit(place, rng, tmp_path):
-  """Saved in the middle of two updates that are one."""
+  """Saved between the two mini-steps of one update."""
   n = place.size
   x = float32({"b": rng.randn(n), "w": rng.randn(n, 2, 2)})
   g = float32({"b": rng.randn(7, n), "w": rng.randn(7, n, 2, 2)})
@@ -93,7 +93,7 @@ def test_a_restored_state_goes_on_bit_for_bit(place, rng, tmp_path):
 
 @pytest.mark.places("simulate-5")
 def test_half_parameters_have_float32_states(place, rng):
-  """Their iterates stay near those of float32, and gradients are halves too."""
+  """With half gradients too, the iterates stay near those of float32."""
   n = place.size
   x, g = float32((rng.randn(n, 2, 2), rng.randn(6, n, 2, 2)))
   init, step = stepper(place, wrap=False)
@@ -127,7 +127,7 @@ def test_updates_of_halves_are_float32(name):
 
 @pytest.mark.parametrize("name", ["extra", "tracking awc", "push_pull"])
 def test_gradients_may_be_wider_or_narrower_than_parameters(name, x64):
-  """The state's dtypes are those of the parameters."""
+  """The dtypes of the state follow the parameters."""
   tx = EVERY[name](2)
 
   def run(x):
@@ -146,7 +146,7 @@ def test_gradients_may_be_wider_or_narrower_than_parameters(name, x64):
 
 
 def test_a_start_that_is_one_value_on_all_devices(rng):
-  """A `shard_map` knows that it is, and branches must not differ in that."""
+  """`shard_map` tracks that it is replicated; branches must have equal types."""
   names = ("nids", "tracking atc", "local_sgd", "slow_momentum", "diloco")
 
   def one_step(x, g):
@@ -174,15 +174,15 @@ def test_a_start_that_is_one_value_on_all_devices(rng):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_parameters_and_state_may_be_overwritten_together(name):
-  """A step that is given both may not get one buffer twice."""
+  """A step that donates both must not get one buffer twice."""
   x = jnp.ones(3)
   leaves = jax.tree.leaves((x, EVERY[name](2).init(x)))
   assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
-# Bytes: what the formula says is what travels.
+# Bytes sent, against the formulas of the documentation.
 
-# Method: the parameters' bytes in one message, scalars of 8 bytes beside them,
+# By method: copies of the parameters in one message, scalars of 8 bytes in it,
 # and the graph of that message in the second update.
 MESSAGES = {
   "exact_diffusion": [(1, 0, topology.ring)],
@@ -205,7 +205,7 @@ MESSAGES = {
 
 @pytest.mark.places("mpi-3")
 def test_bytes_counted_are_those_of_the_formula(place, rng, x64):
-  """Of the second updates; what travels together is one operation."""
+  """In the second updates; values sent together are one operation."""
   n, rank = place.size, jfog.rank()
   x, g = rng.randn(2, 50)
   makers = {name: EVERY[name](n) for name in MESSAGES}

@@ -29,7 +29,7 @@ STEPS = 200
 
 
 def all_iterates(makers, steps):
-  """One jitted scan of many transformations: a rank's problem to iterates."""
+  """A jitted scan of many transformations: a rank's problem to iterates."""
 
   @jax.jit
   def program(hessian, linear, start):
@@ -48,7 +48,7 @@ def all_iterates(makers, steps):
 
 
 def solve_all(place, makers, problem, steps, start=None):
-  """The iterates of all ranks seen here, ranks first, by name."""
+  """The iterates of the ranks of this process, by name."""
   start = problem.start if start is None else start
   return place.run(
     all_iterates(makers, steps), problem.hessian, problem.linear, start
@@ -72,17 +72,18 @@ def test_iterates_are_those_of_the_dense_recursion(place, rng, x64, cases):
     )
 
 
-# Identities: two ways to one sequence of iterates.
+# Identities: pairs of methods with equal iterates.
 
 B = 0.6
-W = topology.symmetric_exponential  # symmetric, irregular in no size
+W = topology.symmetric_exponential  # symmetric and regular for every size
 
 
 def _gd(rate=RATE):
   return optax.sgd(rate)
 
 
-# Name: (left, right) of the number of ranks; the first five are all ATC.
+# By name: two methods as functions of the number of ranks; the first five are
+# ATC.
 SAME = {
   "decentlam without momentum": (
     lambda n: optimizers.decentlam(RATE, 0.0, W(n)),
@@ -175,7 +176,7 @@ def test_identities(place, rng, x64):
     )
 
 
-# What is conserved.
+# Conserved quantities.
 
 
 @pytest.mark.places("simulate-6")
@@ -209,7 +210,7 @@ def test_trackers_hold_the_mean_gradient(place, rng, x64):
   found = place.run(program, problem.hessian, problem.linear, problem.start)
   weight = found.pop("weight")
   np.testing.assert_allclose(weight.sum(axis=0), n, rtol=1e-13)
-  assert weight.max() > 1.1  # or it would show nothing
+  assert weight.max() > 1.1  # the test needs unequal weights
   for name, (tracker, gradient) in found.items():
     np.testing.assert_allclose(
       tracker.mean(axis=0),
@@ -222,7 +223,7 @@ def test_trackers_hold_the_mean_gradient(place, rng, x64):
 
 @pytest.mark.places("simulate-6")
 def test_without_gradients_the_mean_stays(place, rng):
-  """Over 10 000 float32 steps; and who does not divide never gets there."""
+  """Over 10 000 float32 steps; without the division the mean is lost."""
   n = place.size
   x = (3 + rng.randn(n, 4)).astype(np.float32)
   still = optax.sgd(0.0)
@@ -257,7 +258,7 @@ def test_without_gradients_the_mean_stays(place, rng):
     np.testing.assert_allclose(end, mean, rtol=2e-5, err_msg=name)
 
 
-# Where the methods end on different data.
+# Limits on heterogeneous data.
 
 EXACT = {
   "exact_diffusion": lambda n: optimizers.exact_diffusion(
@@ -339,7 +340,7 @@ def test_exact_methods_reach_the_minimizer_where_averaging_stalls(
   assert 1.7 < bias["atc"] / bias["atc, half"] < 2.3
   assert bias["gossip_pga"] < bias["atc"]
   assert bias["atc, exponential"] < bias["atc"]
-  # As large a step in the end as DmSGD's: momentum that travels loses less.
+  # At the effective step size of DmSGD: averaged momentum has a smaller bias.
   assert bias["dmsgd_sync"] < bias["dmsgd"]
 
 
@@ -365,7 +366,7 @@ DRIFT = {
 
 @pytest.mark.places("simulate-8")
 def test_no_drift_in_float32(place):
-  """20 000 steps of what has a double root at 1 in exact arithmetic."""
+  """20 000 steps of recursions with a double root at 1 in exact arithmetic."""
   n, rng = place.size, np.random.RandomState(2)
   curvature = (1 + rng.rand(n, 4)).astype(np.float32)
   target = (3 + rng.randn(n, 4)).astype(np.float32)
@@ -393,11 +394,11 @@ def test_no_drift_in_float32(place):
     assert error < 1e-5, (name, error)
 
 
-# Without data the disagreement shrinks, or grows, by the largest root.
+# Without gradients the disagreement changes by the largest root in each step.
 
 
 def largest_root(values, *polynomial):
-  """Over all eigenvalues but 1; the polynomial is that of one of them."""
+  """The largest root over all eigenvalues except 1, one polynomial for each."""
   return max(
     abs(np.roots([coefficient(v) for coefficient in polynomial])).max()
     for v in values
@@ -501,7 +502,7 @@ def test_disagreement_grows_by_the_largest_root(place, rng, x64):
   for name, (_, graph, root, table) in GROWTH.items():
     predicted = root(one(graph(n)))
     assert predicted == pytest.approx(table, abs=1e-3), name
-    # What shrinks is at the level of rounding in the end.
+    # A decreasing disagreement reaches the level of rounding.
     first, last = (200, 500) if predicted > 1 else (50, 250)
     measured = rate(np.asarray(found[name]), first, last)
     assert measured == pytest.approx(predicted, abs=0.01), name

@@ -19,7 +19,7 @@ LEAVES = (slice(0, 1), slice(1, 5))  # of `tree`, the second of shape (2, 2)
 GAMMA = 0.3
 ETA = 0.5
 SEED = 7
-STEPS = 200  # that are compared
+STEPS = 200  # compared
 LONG = 500  # until all converge
 
 COMPRESSORS = {
@@ -32,8 +32,8 @@ COMPRESSORS = {
 }
 SQUEEZED = {"quantize": optimizers.quantize(8), "sign": optimizers.sign()}
 
-# Everything in simulation; elsewhere less, for every rank compiles its own. All
-# kinds of messages travel on MPI: bytes, indices, factors, and none but values.
+# All methods in simulation; fewer elsewhere, as every rank compiles its own
+# program. MPI covers all kinds of payloads: bytes, indices, factors and values.
 PARTS = {
   "single": {"choco": ("top_k",)},
   "simulate-5": {
@@ -48,8 +48,8 @@ PARTS = {
   },
   "mpi-8": {"choco": ("random_k", "top_k")},
 }
-# With --soak. On 8 ranks low_rank normalises differences so small that rounding
-# shows.
+# With --soak. On 8 ranks low_rank normalizes differences at the level of
+# rounding, so it is left out.
 LONG_PARTS = {
   "mpi-4": {"choco": tuple(COMPRESSORS), "deep_squeeze": tuple(SQUEEZED)},
   "mpi-8": {
@@ -67,7 +67,7 @@ GRAPHS = {
 
 
 def side_by_side(compressors):
-  """A compressor of dicts: to each entry the one of its name."""
+  """A compressor of dicts that applies to each entry the one of its name."""
 
   def init(tree):
     return {name: compressors[name].init(part) for name, part in tree.items()}
@@ -92,7 +92,7 @@ def side_by_side(compressors):
 
 
 def make(method, n):
-  """A transformation of dicts of what is trained side by side."""
+  """A transformation of dicts, one entry per compressor."""
   inner, graph = optax.sgd(RATE), GRAPHS[method](n)
   if method == "deep_squeeze":
     compressor = side_by_side(SQUEEZED)
@@ -103,7 +103,7 @@ def make(method, n):
 
 
 def iterates(parts, n, steps, hessian, linear, start):
-  """One scan of all methods: a rank's problem to its iterates."""
+  """A scan of all methods from a rank's problem to its iterates."""
   known = {method: make(method, n) for method in parts}
 
   def update(carry, _):
@@ -129,7 +129,7 @@ def iterates(parts, n, steps, hessian, linear, start):
 
 @functools.cache
 def simulated():
-  """A problem of five ranks and all iterates, until they have converged."""
+  """A problem of five ranks and all iterates until convergence."""
   problem = Quadratic(5, np.random.RandomState(0))
   run = functools.partial(iterates, PARTS["simulate-5"], 5, LONG)
   result = jax.jit(jfog.simulate(run, 5))(
@@ -140,7 +140,7 @@ def simulated():
 
 @functools.cache
 def random_numbers(n):
-  """Of every leaf: those of all steps and ranks, by the documented rule."""
+  """Random numbers of all leaves, steps and ranks, by the documented rule."""
 
   @jax.jit
   def draw():
@@ -162,7 +162,7 @@ def random_numbers(n):
 
 
 class Dense:
-  """What a compressor makes of all ranks' rows, in NumPy."""
+  """NumPy version of a compressor, applied to the rows of all ranks."""
 
   def __init__(self, name, n, bits):
     self.compress = getattr(self, name)
@@ -201,7 +201,7 @@ class Dense:
       return v
     if rank not in self.factors:
       like = {"b": jnp.zeros(()), "w": jnp.zeros((2, 2))}
-      first = COMPRESSORS["low_rank"].init(like)  # the library's own
+      first = COMPRESSORS["low_rank"].init(like)  # by the library
       self.factors[rank] = np.asarray(first[0], float)
     v = v.reshape(2, 2)
     p = v @ self.factors[rank]
@@ -232,7 +232,7 @@ def dense_deep_squeeze(compress, matrix, eta, gradient, x):
 
 
 def bytes_of_a_step(parts, n, rank):
-  """What a rank sends in one update of all methods."""
+  """Bytes that a rank sends in one update of all methods."""
   total, one = 0, tree(jnp.zeros(5))
   for method, names in parts.items():
     known = SQUEEZED if method == "deep_squeeze" else COMPRESSORS
@@ -242,7 +242,7 @@ def bytes_of_a_step(parts, n, rank):
 
 
 def limit(problem, matrix):
-  """Where `X <- W (X - a G)` ends: `(I - W (I - a H)) X = a W c`."""
+  """The limit of `X <- W (X - a G)`: `(I - W (I - a H)) X = a W c`."""
   n, width = problem.start.shape
   blocks = np.zeros((n, width, n, width))
   for i in range(n):
@@ -317,12 +317,14 @@ def test_deep_squeeze_of_many_bits_converges(x64):
   truth = limit(problem, eye + ETA * (matrix - eye))
   late = result["deep_squeeze"]["quantize"][:, 300:]
   assert np.abs(late - truth[:, None]).max() < 0.02
-  assert np.abs(truth - problem.minimizer()).max() > 0.2  # what is small here
+  assert (
+    np.abs(truth - problem.minimizer()).max() > 0.2
+  )  # the scale of the errors above
 
 
 @pytest.mark.places("mpi-4")
 def test_what_travels_is_the_message_and_nothing_else(place):
-  """Also a leaf without elements, and one without axes."""
+  """Includes an empty leaf and a scalar."""
   like = {"e": (0, 3), "s": (), "w": (100, 100)}
   graph = topology.star(place.size)
   compressor = optimizers.top_k(fraction=0.01)
@@ -350,7 +352,7 @@ def test_what_travels_is_the_message_and_nothing_else(place):
 
 @pytest.mark.places("simulate-5", "mpi-4")
 def test_a_rank_alone_and_two_that_swap(place, rng):
-  """Rows that keep nothing of the own value, and rows of nothing else."""
+  """Rows without a self weight, and rows with a self weight only."""
   matrix = np.eye(place.size)
   matrix[:2, :2] = [[0, 1], [1, 0]]
   graph = topology.Topology(matrix, connected=False)
@@ -368,11 +370,11 @@ def test_a_rank_alone_and_two_that_swap(place, rng):
   np.testing.assert_allclose(result, place.mine(matrix @ x), atol=1e-6)
 
 
-# What a step does, and its state.
+# One step, and the state.
 
 
 def test_what_does_not_travel_is_kept(rng):
-  """`c + e = v`, with the value that all ranks decode of the message."""
+  """`c + e = v`, with `c` as decoded by all ranks."""
   compressor = side_by_side({**SQUEEZED, "top_k": COMPRESSORS["top_k"]})
   with warnings.catch_warnings():
     warnings.simplefilter("error")
@@ -386,7 +388,7 @@ def test_what_does_not_travel_is_kept(rng):
     e: Any = tx.update(g, state, x)[1]
     key = jax.random.fold_in(jax.random.key(SEED), 4)
     key = jax.random.fold_in(key, jfog.rank())
-    # v = x - g + e = x up to what rounding leaves.
+    # v = x - g + e = x up to rounding.
     v = jax.tree.map(lambda x, g: (x - g) + g, x, g)
     message, _ = compressor.encode(key, v, compressor.init(v))
     return v, compressor.decode(message, v), e[-1]
@@ -502,7 +504,9 @@ def test_wrapped_by_other_transformations(place, rng):
   np.testing.assert_allclose(
     result["masked"]["w"], result["plain"]["w"], rtol=1e-5, atol=1e-6
   )
-  untouched = place.mine(x["b"] + 3 * g["b"])  # masked passes the gradient on
+  untouched = place.mine(
+    x["b"] + 3 * g["b"]
+  )  # masked returns the gradient unchanged
   np.testing.assert_allclose(result["masked"]["b"], untouched, rtol=1e-5)
 
 
@@ -528,7 +532,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     del params, extra
     return jax.tree.map(lambda g: factor * g, updates), state
 
-  wants_factor: Any = update  # optax types the arguments all updates share
+  wants_factor: Any = update  # optax annotates only the common arguments
   inner = optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), wants_factor
   )

@@ -1,4 +1,4 @@
-"""Compressors against NumPy, which draws nothing but their random numbers."""
+"""Compressors against NumPy with the same random numbers."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from jfog import optimizers
 from jfog.optimizers import message_bytes
 
-# Leaves of all kinds, for one program.
+# Leaves of all kinds, compressed in one program.
 LEAVES = {
   "a": ((), "float32"),
   "b": ((3, 5), "float64"),
@@ -35,7 +35,7 @@ def kept(size):
 
 
 def in_bytes(codes, bits):
-  """Bit by bit, element 0 in the lowest."""
+  """Packs bit by bit, element 0 in the lowest bits."""
   each = (np.asarray(codes)[:, None] >> np.arange(bits)) & 1
   return np.packbits(each.astype(np.uint8).ravel(), bitorder="little")
 
@@ -47,7 +47,7 @@ def draws(key, size, index, dtype):
 
 
 def run_all(key, tree):
-  """Every compressor's message and what is made of it, and the draws."""
+  """Message, decoded value and random draws of every compressor."""
   results = {}
   for name, compressor in COMPRESSORS.items():
     state = compressor.init(tree)
@@ -92,7 +92,7 @@ def test_messages_and_values_are_those_of_numpy(rng, x64):
     uniform, wide_uniform = (np.asarray(u, float) for u in drawn[i])
     width = jnp.dtype(dtype).itemsize
     scale = jnp.promote_types(dtype, jnp.float32)
-    # What a truth in float64 may be off by: some roundings to the leaf's dtype.
+    # Tolerance against the float64 truth: some roundings to the leaf's dtype.
     near = 8 * float(jnp.finfo(dtype).eps)
 
     def check(name, expected, parts, i=i, leaf=leaf, near=near):
@@ -150,7 +150,7 @@ def test_messages_and_values_are_those_of_numpy(rng, x64):
     assert start.shape == last.shape == (matrix.shape[1], rank)
     assert start.dtype == last.dtype == scale
     p = np.linalg.qr(matrix @ np.asarray(start, float))[0]
-    # The signs of P's columns are free, and cancel in the product.
+    # The signs of the columns of P are arbitrary and cancel in the product.
     p = p * np.sign(
       (p * np.asarray(results["low_rank"][0][i][0], float)).sum(0)
     )
@@ -162,7 +162,7 @@ def test_messages_and_values_are_those_of_numpy(rng, x64):
 
 
 def test_means_over_many_keys():
-  """Unbiased, and with the variance that was promised."""
+  """Unbiased, with the documented bound of the variance."""
   v = jnp.asarray(np.random.RandomState(1).randn(12), jnp.float32)
   count = 20_000
   compressors = {
@@ -209,12 +209,12 @@ def test_means_over_many_keys():
   for name, s in steps.items():
     bound = np.abs(x).max() / s * (1 + 1e-6)
     assert (np.abs(samples[name] - x) < bound).all()
-  # All elements are drawn equally often.
+  # All elements have the same probability.
   within((samples["random_k"] != 0).astype(float), np.full(12, 3 / 12))
 
 
 def test_codes_of_all_widths_fill_their_bytes(rng):
-  """Levels themselves are exact whatever is drawn, so the bits are known."""
+  """Values on levels are exact for every draw, so the bits are known."""
   sizes = (13,)
   widths = (2, 3, 4, 5, 7, 8, 11, 16)
   codes = {}
@@ -222,7 +222,7 @@ def test_codes_of_all_widths_fill_their_bytes(rng):
     s = 2 ** (bits - 1) - 1
     codes[bits] = [rng.randint(-s, s + 1, size) for size in sizes]
     for code in codes[bits]:
-      code[-1] = -s  # the greatest modulus
+      code[-1] = -s  # the largest modulus
 
   @jax.jit
   def run(codes):
@@ -244,7 +244,7 @@ def test_codes_of_all_widths_fill_their_bytes(rng):
       got = np.unpackbits(np.asarray(packed), bitorder="little")
       truth = np.unpackbits(in_bytes(code + s, bits), bitorder="little")
       numbers = got[: code.size * bits].reshape(-1, bits) @ 2 ** np.arange(bits)
-      # v/M s may round to just below a level, and then be drawn down.
+      # v/M s may round to just below a level and is then drawn down.
       assert (np.abs(numbers - (code + s)) <= 1).all()
       assert got.size == truth.size
       assert not got[code.size * bits :].any()
@@ -277,7 +277,7 @@ def test_indices_of_large_leaves_are_wide():
 
 
 def test_zeros_stay_zeros_and_do_not_hold_low_rank_back(rng):
-  """A factor that is 0 is drawn anew, from the key."""
+  """A zero factor is replaced by a new draw with the key."""
   v = jnp.asarray(rng.randn(4, 6), jnp.float32)
   best = np.linalg.svd(v)
   best = best[0][:, :2] * best[1][:2] @ best[2][:2]
@@ -307,7 +307,7 @@ def test_zeros_stay_zeros_and_do_not_hold_low_rank_back(rng):
   assert not np.asarray(stuck[0]).any()
   error = ((np.asarray(seen) - np.asarray(v)) ** 2).sum((1, 2))
   assert error[0] < (np.asarray(v) ** 2).sum()
-  assert (np.diff(error) < 1e-4).all()  # the warm start makes it better
+  assert (np.diff(error) < 1e-4).all()  # the warm start improves it
   np.testing.assert_allclose(seen[-1], best, rtol=1e-3, atol=1e-3)
 
 
@@ -371,7 +371,7 @@ def test_trees_and_leaves_without_elements():
     message, _ = compressor.encode(None, {}, compressor.init({}))
     assert compressor.decode(message, {}) == {}
     assert message_bytes(compressor, {}) == 0
-  # A leaf without elements has nothing to choose from.
+  # An empty leaf has an empty message.
   assert message_bytes(optimizers.top_k(k=3), jnp.zeros(0)) == 0
 
 

@@ -1,4 +1,4 @@
-"""RelaySGD and PowerGossip, in which every edge carries values of its own."""
+"""RelaySGD and PowerGossip, with a separate message for every edge."""
 
 import contextlib
 from typing import Any
@@ -24,7 +24,7 @@ EVERYWHERE = pytest.mark.places(
 
 
 def scan(makers, gradient, steps):
-  """A rank's problem to its iterates and last states, by name, in one scan."""
+  """A scan from a rank's problem to its iterates and last states, by name."""
 
   @jax.jit
   def program(problem, start):
@@ -44,7 +44,7 @@ def scan(makers, gradient, steps):
 
 
 def assert_iterates(place, found, truth, name=""):
-  """Compares with a truth whose first axis is the iteration."""
+  """Compares with a truth of shape (steps, ranks, ...)."""
   assert np.isfinite(truth).all(), name
   expected = place.mine(truth.swapaxes(0, 1))
   np.testing.assert_allclose(
@@ -54,7 +54,7 @@ def assert_iterates(place, found, truth, name=""):
 
 @contextlib.contextmanager
 def counted(place):
-  """On MPI fills in the bytes that go to each neighbor."""
+  """On MPI, records the bytes sent to each neighbor."""
   sent: dict[int, int] = {}
   if place.kind == "mpi":
     jfog.diagnostics.reset_counters()
@@ -70,7 +70,7 @@ def counted(place):
 
 
 def graphs(n):
-  """Trees and others, with degrees that differ."""
+  """Trees and other graphs with unequal degrees."""
   shuffled = nx.relabel_nodes(
     nx.path_graph(n), dict(enumerate(np.random.RandomState(1).permutation(n)))
   )
@@ -101,7 +101,7 @@ TREES = ("binary", "chain", "star")
 
 
 def relay_sum(inner, tree, gradient, x, steps):
-  """All iterates; `m[i, q]` and `c[i, q]` are what `i` has last got from `q`."""
+  """All iterates; `m[i, q]`, `c[i, q]` are the last values from `q` to `i`."""
   n, start = len(x), x
   near = np.zeros((n, n), bool)
   for i in range(n):
@@ -177,7 +177,7 @@ def test_constant_values_are_averaged_after_diameter_steps(rng, x64):
 
 
 def test_relay_sum_does_not_drift(rng):
-  """Sums of 7 and eighths of them are not exact in float32."""
+  """Sums of 7 values and their eighths are inexact in float32."""
   tx = optimizers.relay_sum(optax.set_to_zero(), topology.chain(7))
   x = np.broadcast_to(rng.randn(50).astype(np.float32), (7, 50))
   program = scan({"x": tx}, lambda _, x: jnp.zeros_like(x), 3000)
@@ -240,7 +240,7 @@ def cases_of(place):
 
 
 def drawn(low, high, step, rank, shapes, seed=0):
-  """The factors that both ends of an edge draw, `{leaf: (P, Q)}`."""
+  """The factors drawn at both ends of an edge, `{leaf: (P, Q)}`."""
   key = jax.random.key(seed, impl="threefry2x32")
   for word in (low, high, step):
     key = jax.random.fold_in(key, word)
@@ -258,7 +258,7 @@ def orth(x):
 
 
 def power_gossip(inner, matrix, rank, gradient, x, steps):
-  """All iterates by leaf; every edge follows the difference of its ends."""
+  """All iterates by leaf; the factors track the difference of each edge."""
   n = len(matrix)
   edges = [(i, j) for i in range(n) for j in range(i + 1, n) if matrix[i, j]]
   shapes = matrices({name: leaf.shape[1:] for name, leaf in x.items()})
@@ -298,7 +298,9 @@ def diagonal(problem, x):
 
 
 @pytest.mark.places("single", "simulate", "mesh", "simulate-8", "mpi")
-@pytest.mark.mpi(4, soak=(8,))  # where every rank compiles its own, for long
+@pytest.mark.mpi(
+  4, soak=(8,)
+)  # every rank compiles its own program, which is slow
 def test_power_gossip_is_the_dense_recursion(place, rng, x64):
   n, steps = place.size, 40 if place.kind == "mesh" else STEPS
   cases = cases_of(place)
@@ -307,8 +309,8 @@ def test_power_gossip_is_the_dense_recursion(place, rng, x64):
   problem = jax.tree.map(lambda x: np.exp(0.3 * x), curvature), linear
   heterogeneous = "exponential" in cases
   if not heterogeneous:
-    # In a low rank, differences that last turn rounding errors into others'
-    # directions. Ranks with the same data come to agree.
+    # With low rank, lasting differences amplify rounding errors into other
+    # directions; ranks with the same data reach consensus.
     problem = jax.tree.map(lambda x: np.broadcast_to(x[0], x.shape), problem)
   makers = {
     name: optimizers.power_gossip(optax.sgd(RATE), graph, rank)
@@ -338,7 +340,7 @@ def test_power_gossip_is_the_dense_recursion(place, rng, x64):
     )
     for leaf in shapes:
       assert_iterates(place, found[name][leaf], truth[leaf], f"{name} {leaf}")
-    # Both ends of an edge hold the same factors, bit for bit.
+    # Both ends of an edge hold bit-identical factors.
     edges = edges_of(graph, "test")
     for factor in jax.tree.leaves(factors[name]):
       factor = np.asarray(factor)
@@ -353,7 +355,7 @@ def test_power_gossip_is_the_dense_recursion(place, rng, x64):
 
 
 def test_power_gossip_in_full_rank_is_plain_gossip_in_even_steps(rng, x64):
-  """And keeps the mean in all steps, of complex matrices too."""
+  """Conserves the mean in all steps, also of complex matrices."""
   n, graph = 4, topology.chain(4)
   x = leaves(rng, n, {"b": (2,), "w": (4, 3), "z": (2, 2)})
   x["z"] = x["z"] + 1j * rng.randn(n, 2, 2)
@@ -371,7 +373,7 @@ def test_power_gossip_in_full_rank_is_plain_gossip_in_even_steps(rng, x64):
 
 
 def test_power_gossip_finds_differences_that_come_up_again(rng):
-  """Equal matrices leave no direction; then the last entries differ alone."""
+  """Equal matrices give zero factors; later only the last entries differ."""
   n, graph = 4, topology.ring(4)
   tx = optimizers.power_gossip(optax.sgd(1.0), graph, 1)
   gradients = np.zeros((n, 240, 5, 4), np.float32)
@@ -415,7 +417,7 @@ def both(n, inner, **options):
 
 
 def pair(rng):
-  """Constant gradients of two ranks, and where they start.
+  """Constant gradients and initial parameters of two ranks.
 
   By either method both go with the mean of the gradients.
   """
@@ -430,7 +432,7 @@ def constant(gradient, x):
 
 
 def test_wrapped_by_other_transformations(rng, x64):
-  """`masked` hides a leaf, `chain` comes before, `MultiSteps` is around."""
+  """Inside of `masked`, behind `chain`, within `MultiSteps`."""
   g, x = pair(rng)
   wrapped: Any = {
     name: optax.MultiSteps(
@@ -453,7 +455,7 @@ def test_wrapped_by_other_transformations(rng, x64):
 
 
 def test_a_mesh_of_the_users_own(rng, x64):
-  """Where `shard_map` checks what differs from rank to rank."""
+  """In a `shard_map` that checks replication."""
   spec = PartitionSpec("data")
   makers = both(2, optax.sgd(1.0), comm=jfog.Axis("data"))
 
@@ -473,7 +475,7 @@ def test_a_mesh_of_the_users_own(rng, x64):
 
 
 def test_a_state_from_numpy_goes_on_bit_for_bit(rng):
-  """Of half parameters, whose buffers are float32."""
+  """The buffers of half parameters are float32."""
   n = 2
   makers = both(n, optax.sgd(RATE, momentum=0.9))
   g, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), pair(rng))

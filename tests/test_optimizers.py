@@ -17,7 +17,7 @@ from support.problems import INNERS, RATE, WIDTH, Quadratic, chords, row, tree
 import jfog
 from jfog import optimizers, topology
 
-# By name, for the number of ranks is the place's.
+# Graphs by name, as functions of the place's number of ranks.
 GRAPHS = {
   "ring": topology.ring,
   "exponential": topology.exponential,
@@ -31,7 +31,7 @@ BOTH = ("adapt_then_combine", "adapt_with_combine")
 
 
 def iterates(make, steps):
-  """One jitted scan: a rank's problem to its iterates, a row for each."""
+  """A jitted scan from a rank's problem to its iterates, one per row."""
 
   @jax.jit
   def program(hessian, linear, start, *hyper):
@@ -54,7 +54,7 @@ def iterates(make, steps):
 
 
 def solve(place, make, problem, steps, start=None, hyper=()):
-  """The iterates of all ranks seen here, ranks first."""
+  """The iterates of the ranks of this process, shape (ranks, steps, ...)."""
   start = problem.start if start is None else start
   in_axes = (0, 0, 0, *(None for _ in hyper))
   return place.run(
@@ -66,7 +66,7 @@ def solve(place, make, problem, steps, start=None, hyper=()):
 
 @contextlib.contextmanager
 def warned(graph):
-  """Expects the warning that a graph without the plain average deserves."""
+  """Expects the warning of a graph that is not doubly stochastic."""
   if graph.is_doubly_stochastic:
     yield
     return
@@ -75,7 +75,7 @@ def warned(graph):
 
 
 def assert_iterates(place, result, truth, tolerance=1e-10):
-  """Compares with a truth whose first axis is the iteration."""
+  """Compares with a truth of shape (steps, ranks, ...)."""
   expected = place.mine(truth.swapaxes(0, 1))
   np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
@@ -134,7 +134,7 @@ def test_gradient_allreduce_is_the_dense_recursion(
 @pytest.mark.mpi(3)
 @pytest.mark.parametrize("method", BOTH)
 def test_a_schedule_advances_with_communications(place, method):
-  """The averaging adds its step, so the sum tells which steps it saw."""
+  """The averaging adds its step, so the sum encodes the sequence of steps."""
   tx = getattr(optimizers, method)(
     optax.set_to_zero(), lambda x, step: x + 10.0**step, every=3
   )
@@ -159,7 +159,7 @@ def test_a_schedule_advances_with_communications(place, method):
 @pytest.mark.two_axes
 @pytest.mark.mpi(2, 5)
 def test_averaging_may_be_a_function(place, rng):
-  """Two rounds in one step, by a function of the user's own."""
+  """Two rounds per step, by a user-defined averaging."""
   graph = topology.one_peer_exponential(place.size)
 
   def average(params, step):
@@ -207,8 +207,8 @@ def test_half_parameters_get_float32_updates_and_are_rounded_once(
   local = -0.5 * g
   new = matrix @ (x + local) if "then" in method else matrix @ x + local
   np.testing.assert_allclose(updates, place.mine(new - x), rtol=1e-5, atol=1e-5)
-  # Rounding once is off by half a unit in the last place at most, up to what
-  # float32 makes of the sum itself.
+  # Rounding once is off by at most half a unit in the last place, plus the
+  # float32 error of the sum.
   error = np.abs(np.asarray(y, float) - place.mine(new))
   _, exponent = np.frexp(place.mine(new))
   assert (error <= 0.5 * 2.0 ** (exponent - 8) + 1e-5).all()
@@ -216,7 +216,7 @@ def test_half_parameters_get_float32_updates_and_are_rounded_once(
 
 @pytest.mark.mpi(2)
 def test_half_gradients_are_accumulated_in_float32(place):
-  """In bfloat16, 256 + 1 is 256: sixteen ones would be lost."""
+  """In bfloat16, 256 + 1 is 256: a sum in bfloat16 loses sixteen ones."""
   tx = optimizers.gradient_allreduce(optax.sgd(1.0), every=17)
 
   @jax.jit
@@ -238,7 +238,7 @@ def test_half_gradients_are_accumulated_in_float32(place):
 
 @pytest.mark.mpi(3)
 def test_wrapped_by_other_transformations(place, rng):
-  """`masked` and `partition` hide leaves, `chain` comes before."""
+  """Inside of `masked` and `partition`, behind `chain`."""
   graph = topology.fully_connected(place.size)
   average = optimizers.adapt_then_combine(optax.sgd(1.0), graph)
   labels = {"own": "own", "shared": "shared"}
@@ -276,7 +276,7 @@ def test_wrapped_by_other_transformations(place, rng):
 @pytest.mark.mpi(3)
 @pytest.mark.parametrize("method", BOTH)
 def test_equal_float32_values_do_not_drift(place, rng, method):
-  """Weights of thirds, none exact: a weighted sum would creep away."""
+  """Weights of one third are inexact: a plain weighted sum would drift."""
   graph = topology.ring(place.size)
   tx = getattr(optimizers, method)(optax.sgd(0.1), graph)
 
@@ -293,7 +293,7 @@ def test_equal_float32_values_do_not_drift(place, rng, method):
   np.testing.assert_array_equal(place.run(program, x), place.mine(x))
 
 
-# What the iterates have in common, and where they end.
+# Invariants and limits of the iterates.
 
 
 @pytest.mark.mpi(4)
@@ -363,7 +363,7 @@ def test_limits_on_heterogeneous_data(place, rng, x64):
     assert 1.7 < ratio < 2.3
 
 
-# States, communicators and what is passed on.
+# States, communicators and extra arguments.
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_extra_arguments_reach_the_inner_transformation(method, every):
     del params, extra
     return jax.tree.map(lambda g: factor * g, updates), state
 
-  wants_factor: Any = update  # optax types the arguments all updates share
+  wants_factor: Any = update  # optax annotates only the common arguments
   inner = optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), wants_factor
   )
@@ -486,7 +486,7 @@ PLAIN = optax.sgd(RATE)
 
 
 def pushing(n):
-  """Column-stochastic and not row-stochastic."""
+  """Column-stochastic, not row-stochastic."""
   return chords(n, "uniform_in").transpose()
 
 

@@ -1,4 +1,4 @@
-"""The window optimizers against dense iterations, and where nobody waits."""
+"""The window optimizers against dense iterations, and without waiting."""
 
 import contextlib
 import time
@@ -20,7 +20,7 @@ STEPS = 300
 IN_ORDER = pytest.mark.places("single", "simulate", "mesh")
 
 
-# By name, for the number of ranks is the place's.
+# Graphs by name, as functions of the place's number of ranks.
 PULLING = {
   "directed ring": lambda n: topology.ring(n, "right"),
   "star": topology.star,
@@ -39,7 +39,7 @@ ALL = (*BOTH, "window_push_sum")
 
 
 def iterates(tx, steps):
-  """One jitted scan: a rank's problem to its iterates and its last state."""
+  """A jitted scan from a rank's problem to its iterates and last state."""
 
   @jax.jit
   def program(hessian, linear, start):
@@ -63,7 +63,7 @@ def iterates(tx, steps):
 
 
 def solve(place, tx, problem, steps):
-  """The iterates of all ranks seen here, ranks first."""
+  """The iterates of the ranks of this process, shape (ranks, steps, ...)."""
   return place.run(
     lambda *arguments: iterates(tx, steps)(*arguments)[0],
     *(problem.hessian, problem.linear, problem.start),
@@ -72,7 +72,7 @@ def solve(place, tx, problem, steps):
 
 @contextlib.contextmanager
 def warned(graph):
-  """Expects the warning that a graph without the plain average deserves."""
+  """Expects the warning of a graph that is not doubly stochastic."""
   if graph.is_doubly_stochastic:
     yield
     return
@@ -81,7 +81,7 @@ def warned(graph):
 
 
 def make(method, inner, graph, *arguments, **options):
-  """A window optimizer, with the warnings that it deserves."""
+  """A window optimizer; expects its warnings."""
   if method == "window_push_sum":
     return optimizers.window_push_sum(inner, graph, *arguments, **options)
   with warned(graph):
@@ -89,19 +89,20 @@ def make(method, inner, graph, *arguments, **options):
 
 
 def assert_iterates(place, result, truth, tolerance=1e-12):
-  """Compares with a truth whose first axis is the iteration."""
+  """Compares with a truth of shape (steps, ranks, ...)."""
   expected = place.mine(truth.swapaxes(0, 1))
   np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
-# Dense truths: late[i, j] is by how many steps rank i hears late from rank j.
+# Dense truths: late[i, j] is the delay, in steps, of messages from rank j at
+# rank i.
 
 
 def stale_combine(inner, matrix, gradient, start, steps, late):
-  """`x[i] <- W[i, i] x[i] + sum_j W[i, j] x[j, late] + u[i]`, at first x[i]."""
+  """`x[i] <- W[i, i] x[i] + sum_j W[i, j] x[j, late] + u[i]`, initially x[i]."""
   n, past, x = len(start), [start], start
   for k in range(steps):
-    heard = np.array(
+    received = np.array(
       [
         [
           past[k - late[i, j]][j] if k >= late[i, j] else start[i]
@@ -110,8 +111,8 @@ def stale_combine(inner, matrix, gradient, start, steps, late):
         for i in range(n)
       ]
     )
-    heard[range(n), range(n)] = x
-    x = np.einsum("ij,ijd->id", matrix, heard) + inner(gradient(x), x)
+    received[range(n), range(n)] = x
+    x = np.einsum("ij,ijd->id", matrix, received) + inner(gradient(x), x)
     past.append(x)
   return np.array(past[1:])
 
@@ -119,15 +120,16 @@ def stale_combine(inner, matrix, gradient, start, steps, late):
 def push_sum(inner, matrix, gradient, start, steps, every=1, late=None):
   """`(XS, w) <- A (XS + U, w); X = XS / w`, with messages late by `late`.
 
-  A rank keeps no less than nine tenths of what it ever would with none of them
-  late. Returns the iterates and, step by step, `sum w` held and on the way.
+  A rank keeps at least nine tenths of the smallest weight that it keeps without
+  delays. Returns the iterates and, step by step, `sum w`, in-flight weights
+  included.
   """
   n, own = len(start), np.diag(matrix)
   rounds = [np.linalg.matrix_power(matrix, t).sum(axis=1) for t in range(50)]
   least = 0.9 * own * np.min(rounds, axis=0)
   late = np.zeros((n, n), int) if late is None else late
   held = np.concatenate([start, np.ones((n, 1))], axis=1)
-  way, iterates, masses = [], [], []
+  in_flight, iterates, masses = [], [], []
   for k in range(steps):
     x = held[:, :-1] / held[:, -1:]
     held[:, :-1] += inner(gradient(x), x)
@@ -135,22 +137,22 @@ def push_sum(inner, matrix, gradient, start, steps, every=1, late=None):
       t = k // every
       kept = np.maximum(own, np.minimum(1, least / held[:, -1]))
       sent = (1 - kept) / np.maximum(1 - own, 1e-300)
-      way += [
+      in_flight += [
         (t + late[i, j], i, matrix[i, j] * sent[j] * held[j])
         for i in range(n)
         for j in range(n)
         if i != j
       ]
       held = held * kept[:, None]
-      for _, i, message in (m for m in way if m[0] <= t):
+      for _, i, message in (m for m in in_flight if m[0] <= t):
         held[i] = held[i] + message
-      way = [m for m in way if m[0] > t]
+      in_flight = [m for m in in_flight if m[0] > t]
     iterates.append(held[:, :-1] / held[:, -1:])
-    masses.append(held[:, -1].sum() + sum(m[-1] for _, _, m in way))
+    masses.append(held[:, -1].sum() + sum(m[-1] for _, _, m in in_flight))
   return np.array(iterates), np.array(masses)
 
 
-# Without delays what is sent has arrived: the synchronous optimizers.
+# Without delays: equal to the synchronous optimizers.
 
 
 @IN_ORDER
@@ -219,7 +221,7 @@ def test_in_program_order_it_is_push_sum(place, rng, x64, inner, graph, every):
 
 @pytest.mark.places("simulate")
 def test_what_is_published_are_parameters(place, rng):
-  """Not the average that they were part of: a gradient step lies between."""
+  """Exposed values include the gradient step: averages alone are not exposed."""
   graph = topology.ring(place.size, "right")
   tx = optimizers.window_get(optax.sgd(0.5), graph)
   behind = {(i - 1) % place.size: 1 for i in range(place.size)}
@@ -244,7 +246,7 @@ def test_what_is_published_are_parameters(place, rng):
 
 
 def uneven(n):
-  """Delays of 0 to 3, another one for each edge."""
+  """Delays of 0 to 3, a different one per edge."""
   return (np.arange(n)[:, None] * 2 + np.arange(n)) % 4
 
 
@@ -296,7 +298,7 @@ def test_push_sum_with_delays_reaches_the_average_and_loses_nothing(
   place, rng, x64
 ):
   graph = chords(place.size, "uniform_out")
-  # Another delay in each of seven updates.
+  # A different delay in each of seven updates.
   delay = rng.randint(0, 6, (7, place.size, place.size))
   tx = optimizers.window_push_sum(optax.set_to_zero(), graph, delay=delay)
 
@@ -310,7 +312,7 @@ def test_push_sum_with_delays_reaches_the_average_and_loses_nothing(
     start: Any = x, tx.init(x)
     (x, state), _ = jax.lax.scan(update, start, length=400)
     held, window = state.biased, state.window
-    for _ in range(6):  # until all that is on its way has arrived
+    for _ in range(6):  # until all messages have arrived
       held, window = jfog.win_update_then_collect(window, held)
     return x, held, jfog.win_associated_p(window)
 
@@ -327,7 +329,7 @@ def test_push_sum_with_delays_reaches_the_average_and_loses_nothing(
 @pytest.mark.places("simulate")
 @pytest.mark.parametrize("make", PUSHING.values(), ids=PUSHING)
 def test_a_rank_alone_keeps_its_weight(place, rng, make):
-  """All go on for a hundred updates while nobody hears but from rank 1."""
+  """A hundred updates in which only messages of rank 1 arrive."""
   n = place.size
   graph = make(n)
   far = np.where(np.arange(n) == 1, 0, 1000)  # by source
@@ -352,11 +354,11 @@ def test_a_rank_alone_keeps_its_weight(place, rng, make):
   np.testing.assert_allclose(x, 1.0, rtol=0, atol=1e-3)
 
 
-# At everyone's own pace.
+# On MPI, at independent paces.
 
 
 def wander(tx, gradient, x, pace):
-  """Two seconds of updates without waiting for anyone, in uneven pauses."""
+  """Two seconds of updates without waiting, with uneven pauses."""
   state: Any = tx.init(x)
 
   @jax.jit
@@ -364,7 +366,7 @@ def wander(tx, gradient, x, pace):
     updates, state = tx.update(gradient(x), state, x)
     return optax.apply_updates(x, updates), state
 
-  x, state = step(x, state)  # which is compiled
+  x, state = step(x, state)  # compiles
   jfog.barrier()
   end = time.monotonic() + 2.0
   while time.monotonic() < end:
@@ -386,7 +388,7 @@ def test_push_sum_at_random_paces_reaches_the_average(place, rng, x64):
   held, window = jfog.win_update_then_collect(state.window, state.biased)
   weight = jfog.win_associated_p(window)
   total, weights = jfog.allreduce((held, weight), "sum")
-  # Nothing was lost on the way.
+  # The sums are conserved.
   np.testing.assert_allclose(total, start.sum(axis=0), rtol=0, atol=1e-11)
   np.testing.assert_allclose(weights, place.size, rtol=1e-12)
   np.testing.assert_allclose(
@@ -399,7 +401,7 @@ def test_push_sum_at_random_paces_reaches_the_average(place, rng, x64):
 @pytest.mark.mpi(2, 3)
 @pytest.mark.parametrize("method", ALL)
 def test_training_at_random_paces_comes_close(place, rng, x64, method):
-  """Whoever steps more often counts more, so it is not quite the average."""
+  """Faster ranks count more, so the result is near the average only."""
   graph = topology.ring(place.size)
   tx = getattr(optimizers, method)(optax.sgd(0.05), graph)
   target = rng.randn(place.size, WIDTH)
@@ -408,11 +410,11 @@ def test_training_at_random_paces_comes_close(place, rng, x64, method):
   start = jnp.asarray(np.full(WIDTH, 100.0))  # not weakly typed
   x, state = wander(tx, lambda x: x - mine, start, pace)
   jfog.win_free(state.window)
-  # About 222 at the start.
+  # Initially about 222.
   assert np.linalg.norm(x - target.mean(axis=0)) < 5.0
 
 
-# How they go with the rest of optax.
+# Together with other transformations of optax.
 
 
 @pytest.mark.places("simulate")
@@ -443,7 +445,7 @@ def test_half_parameters_travel_in_float32(place, rng, method):
 
 @pytest.mark.places("simulate")
 def test_push_sum_keeps_what_half_parameters_cannot(place):
-  """A step of 1/1000 is lost on a bfloat16 1, and not on what stands behind."""
+  """A step of 1/1000 is lost on a bfloat16 1, but not on the float32 state."""
   graph = topology.exponential(place.size)
   tx = optimizers.window_push_sum(optax.sgd(1.0), graph)
 
@@ -464,7 +466,7 @@ def test_push_sum_keeps_what_half_parameters_cannot(place):
 @IN_ORDER
 @pytest.mark.parametrize("method", ALL)
 def test_wrapped_by_other_transformations(place, rng, method):
-  """`masked` and `partition` hide leaves, `chain` comes before."""
+  """Inside of `masked` and `partition`, behind `chain`."""
   graph = topology.fully_connected(place.size)
   average = getattr(optimizers, method)(optax.sgd(1.0), graph)
   labels = {"own": "own", "shared": "shared"}
@@ -576,7 +578,7 @@ def test_extra_arguments_reach_the_inner_transformation(method):
     del params, extra
     return jax.tree.map(lambda g: factor * g, updates), state
 
-  wants_factor: Any = update  # optax types the arguments all updates share
+  wants_factor: Any = update  # optax annotates only the common arguments
   inner = optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), wants_factor
   )

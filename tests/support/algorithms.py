@@ -1,4 +1,4 @@
-"""Every decentralized optimizer beside the recursion it stands for."""
+"""Every decentralized optimizer with its recursion in NumPy."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ SMALL = 0.04  # a step size at which all methods converge on all graphs here
 
 
 class Case(NamedTuple):
-  """A transformation for `n` ranks, and its iterates by NumPy."""
+  """A transformation for `n` ranks, and its iterates in NumPy."""
 
   make: Callable[[int], optax.GradientTransformationExtraArgs]
   truth: Callable[[Callable, Any, int, int], Any]  # (gradient, x, steps, n)
 
 
 def rounds(graph):
-  """The matrices of a graph, read by its accessors."""
+  """The matrices of a graph, from its accessors."""
   return [reference.mixing(graph, t) for t in range(len(graph))]
 
 
@@ -35,12 +35,12 @@ def falling(start):
 
 
 def directed(n):
-  """Column-stochastic, and not row-stochastic."""
+  """Column-stochastic, not row-stochastic."""
   return chords(n, "uniform_out")
 
 
 def pushing(n):
-  """Two directed graphs in turn, column-stochastic."""
+  """A schedule of directed, column-stochastic graphs."""
   return topology.Schedule(
     [directed(n), topology.ring(n, "right"), chords(n, "uniform_out")]
   )
@@ -57,7 +57,7 @@ def alternating(n):
 
 
 def static(static_graph, method, *args, name=None, **options):
-  """Looks like `Case` of a method of `(learning_rate, .., topology)`."""
+  """The `Case` of a method with arguments `(learning_rate, .., topology)`."""
   name = name or method
 
   def make(n):
@@ -72,7 +72,7 @@ def static(static_graph, method, *args, name=None, **options):
 
 
 def changing(graph, method, *args, name=None, given=(), **options):
-  """The same for `(learning_rate, .., graph)`, where a schedule is welcome."""
+  """The same for `(learning_rate, .., graph)` with a topology or a schedule."""
   name = name or method
 
   def make(n):
@@ -108,7 +108,7 @@ def wrapping(method, graph=None, every=None, name=None, more=(), **options):
 
 
 def wrapped_rate(method, graph, name=None, rate=RATE, form=()):
-  """Methods that wrap plain gradient descent, given to NumPy as a step size."""
+  """Methods that wrap plain gradient descent; NumPy takes the step size."""
 
   def make(n):
     return getattr(optimizers, method)(optax.sgd(rate), graph(n), *form)
@@ -189,7 +189,7 @@ def base(n):
 
 
 def pulling(n):
-  """Row-stochastic, and not column-stochastic."""
+  """Row-stochastic, not column-stochastic."""
   return chords(n, "uniform_in")
 
 
@@ -280,7 +280,7 @@ CHANGING = {
   "decentlam": changing(base, "decentlam", falling(SMALL), 0.3, check=False),
 }
 
-# Every optimizer with a state of its own, on `n` ranks.
+# Optimizers as functions of the number of ranks, for tests of their states.
 EVERY = {
   "exact_diffusion": lambda n: optimizers.exact_diffusion(
     optax.adam(RATE), topology.ring(n)

@@ -1,4 +1,4 @@
-"""Problems and graphs on which all optimizers are tested."""
+"""Problems and graphs of the optimizer tests."""
 
 import jax.numpy as jnp
 import networkx as nx
@@ -13,7 +13,7 @@ RATE = 0.1
 
 
 def chords(n, weights):
-  """A directed cycle with chords from rank 0: degrees of both kinds differ."""
+  """A directed cycle with chords from rank 0: unequal in- and out-degrees."""
   graph = nx.DiGraph()
   graph.add_nodes_from(range(n))
   if n > 1:
@@ -22,7 +22,7 @@ def chords(n, weights):
   return topology.from_networkx(graph, weights=weights)
 
 
-# The transformation beside its dense truth.
+# Transformations, each with its dense truth.
 INNERS = {
   "sgd": (lambda: optax.sgd(RATE), lambda: reference.sgd(RATE)),
   "momentum": (
@@ -46,7 +46,7 @@ INNERS = {
 
 
 class Quadratic:
-  """`f_i(x) = x.H_i.x / 2 - c_i.x` with another `H_i` and `c_i` on each rank."""
+  """`f_i(x) = x.H_i.x / 2 - c_i.x` with its own `H_i` and `c_i` on each rank."""
 
   def __init__(self, size, rng):
     turn = np.linalg.qr(rng.randn(size, WIDTH, WIDTH))[0]
@@ -56,11 +56,11 @@ class Quadratic:
     self.start = rng.randn(size, WIDTH)
 
   def gradient(self, x):
-    """All ranks' gradients, each at its own row."""
+    """The gradients of all ranks, each at its row of `x`."""
     return np.einsum("nij,nj->ni", self.hessian, x) - self.linear
 
   def minimizer(self):
-    """Where the sum of all `f_i` is least."""
+    """The minimizer of the sum of all `f_i`."""
     return np.linalg.solve(self.hessian.sum(axis=0), self.linear.sum(axis=0))
 
 
@@ -70,5 +70,5 @@ def tree(x):
 
 
 def row(params):
-  """The inverse of `tree`."""
+  """Inverse of `tree`."""
   return jnp.concatenate([params["b"][None], params["w"].ravel()])

@@ -1,8 +1,8 @@
-"""Decentralized algorithms as matrix recursions, from the papers' own forms.
+"""Decentralized algorithms as matrix recursions, in the forms of the papers.
 
-Each takes all ranks' gradients as a function, the start, one row for each rank,
-and the number of steps, and returns all iterates, the start left out. A matrix
-argument is a list of rounds.
+Each takes the gradients of all ranks as a function, the start with one row per
+rank, and the number of steps, and returns all iterates without the start. A
+matrix argument is a list of rounds.
 """
 
 import numpy as np
@@ -76,7 +76,7 @@ def tracking_awc(gradient, x, steps, rate, matrices):
 
 
 def tracking_atc(gradient, x, steps, rate, matrices, step=None):
-  """`step` is the local optimizer's, `-rate q` without."""
+  """`step` is the local optimizer; `-rate q` by default."""
   step = step or (lambda q, x: -rate * q)
   g = q = gradient(x)
   out = []
@@ -160,7 +160,7 @@ def dmsgd_sync(gradient, x, steps, rate, b, matrices):
 
 
 def periodic(gradient, x, steps, inner, every, matrices=None):
-  """Gossip-PGA; local SGD without matrices."""
+  """Gossip-PGA; without matrices, local SGD."""
   out = []
   for k in range(steps):
     x = x + inner(gradient(x), x)
@@ -186,7 +186,7 @@ def slow_momentum(gradient, x, steps, inner, every, rate, b, matrices=None):
 
 
 def diloco(gradient, x, steps, inner, outer, every, matrices=None):
-  """The mean of all ranks without matrices; else those of the rounds."""
+  """Averages by the matrices, or by the mean of all ranks without them."""
   z, out = x, []
   for k in range(steps):
     x = x + inner(gradient(x), x)
