@@ -166,7 +166,7 @@ def one_peer(n):
   return topology.one_peer_exponential(n)
 
 
-def everybody(n):
+def all_ranks(n):
   return topology.fully_connected(n)
 
 
@@ -260,7 +260,7 @@ METHODS = {
   "gradient_allreduce": Method(
     True,
     1.0,
-    everybody,
+    all_ranks,
     lambda a, graph, seed: optimizers.gradient_allreduce(optax.sgd(a)),
     an_allreduce,
   ),
@@ -276,7 +276,7 @@ METHODS = {
   "local_sgd": Method(
     False,
     SLOW,
-    everybody,
+    all_ranks,
     lambda a, graph, seed: optimizers.local_sgd(optax.sgd(a), EVERY),
     lambda graph, x: an_allreduce(graph, x) / EVERY,
   ),
@@ -301,7 +301,7 @@ METHODS = {
   "diloco": Method(
     False,
     SLOW / 1.4,
-    everybody,
+    all_ranks,
     lambda a, graph, seed: optimizers.diloco(
       optax.sgd(a), optax.sgd(0.7, momentum=0.5, nesterov=True), EVERY
     ),

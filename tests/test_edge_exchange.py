@@ -520,7 +520,7 @@ def test_parameters_and_state_may_be_donated():
   np.testing.assert_allclose(x, np.full((2, 3), 0.9), rtol=1e-6)
 
 
-# What is wrong is refused.
+# Errors when the transformations are built.
 
 PLAIN = optax.sgd(RATE)
 

@@ -480,7 +480,7 @@ def test_extra_arguments_reach_the_inner_transformation(method, every):
   np.testing.assert_array_equal(x, np.full(2, expected))
 
 
-# What is wrong is refused when the transformation is built.
+# Errors when the transformation is built.
 
 PLAIN = optax.sgd(RATE)
 

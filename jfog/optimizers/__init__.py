@@ -11,7 +11,7 @@ them:
   parameters at which that gradient was computed; its state is never averaged.
 * `graph` is a `Topology`, a `Schedule`, read at the number of communications so
   far, or a function `(params, step) -> params`. `topology` stays the same in
-  all steps; it is a `Topology` or, where the text says so, a function. A
+  all steps; it is a `Topology` or, where stated, a function. A
   function is not checked.
 * `check=False` skips the checks of the graph, not the algorithm.
 * `comm` is the communicator; the current one by default, see `jfog.init`.
