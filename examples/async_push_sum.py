@@ -1,14 +1,14 @@
 """The cost of one slow rank for synchronous and asynchronous push-sum.
 
 `jfog run -np 4 python examples/async_push_sum.py` simulates computation by a
-pause in each step, and one rank several times slower than the others. It averages
-vectors and trains on handwritten digits, with and without the slow rank, by
-neighbor averaging, where a rank waits for its neighbors, and by push-sum over
-windows, which does not wait. Both get the same time.
+pause in each step, and one rank several times slower than the others. It
+averages vectors and trains on handwritten digits, with and without the slow
+rank, by neighbor averaging, where a rank waits for its neighbors, and by
+push-sum over windows, which does not wait. Both get the same time.
 
 `python examples/async_push_sum.py` does the same on virtual ranks. Those run in
-lockstep, so time is not measured; messages from and to the slow rank arrive some
-steps late instead.
+lockstep, so time is not measured; messages from and to the slow rank arrive
+some steps late instead.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """Average consensus on every graph of jfog: the error in each round, and a plot.
 
-Every rank averages a random vector with those of its neighbors in each round, in
-64-bit floats. Run it as `python examples/average_consensus.py` on
-virtual ranks, or as `jfog run -np 8 python examples/average_consensus.py` on
-MPI.
+Every rank averages a random vector with those of its neighbors in each round,
+in 64-bit floats. Run it as `python examples/average_consensus.py` on virtual
+ranks, or as `jfog run -np 8 python examples/average_consensus.py` on MPI.
 """
 
 import argparse

@@ -1,15 +1,16 @@
 """Linear and logistic regression with all synchronous optimizers.
 
-`python examples/linear_models.py` fits a ridge regression (scikit-learn's diabetes)
-and a logistic regression of three classes (its wines) on 8 virtual ranks, in
-64-bit floats and with constant step sizes. The samples are sorted by their
-targets, so the data of the ranks differ; the exact minimizer is known. It prints
-the final distance to it and the bytes sent, and plots the distance against steps
-and bytes: exact methods converge up to rounding, the others up to a bias.
+`python examples/linear_models.py` fits a ridge regression (scikit-learn's
+diabetes) and a logistic regression of three classes (its wines) on 8 virtual
+ranks, in 64-bit floats and with constant step sizes. The samples are sorted by
+their targets, so the data of the ranks differ; the exact minimizer is known. It
+prints the final distance to it and the bytes sent, and plots the distance
+against steps and bytes: exact methods converge up to rounding, the others up to
+a bias.
 
-`jfog run -np 4 python examples/linear_models.py` does the same on MPI, where the
-bytes are counted; on virtual ranks they follow from the formulas below. For the
-window optimizers see `async_push_sum.py`.
+`jfog run -np 4 python examples/linear_models.py` does the same on MPI, where
+the bytes are counted; on virtual ranks they follow from the formulas below. For
+the window optimizers see `async_push_sum.py`.
 """
 
 import argparse

@@ -11,12 +11,13 @@ them:
   parameters at which that gradient was computed; its state is never averaged.
 * `graph` is a `Topology`, a `Schedule`, read at the number of communications so
   far, or a function `(params, step) -> params`. `topology` stays the same in
-  all steps; it is a `Topology` or, where stated, a function. A
-  function is not checked.
+  all steps; it is a `Topology` or, where stated, a function. A function is not
+  checked.
 * `check=False` skips the checks of the graph, not the algorithm.
 * `comm` is the communicator; the current one by default, see `jfog.init`.
-* Parameters are float or complex. For 16-bit parameters the updates, the buffers
-  and the messages are float32: `optax.apply_updates` rounds once per step.
+* Parameters are float or complex. For 16-bit parameters the updates, the
+  buffers and the messages are float32: `optax.apply_updates` rounds once per
+  step.
 
 `jfog.optimizers.contrib` lists the methods for special settings.
 """

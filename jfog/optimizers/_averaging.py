@@ -1,4 +1,4 @@
-"""Averagings over graphs and over all ranks, and the steps in which they run."""
+"""Averages over graphs and over all ranks, and the steps in which they run."""
 
 from collections.abc import Callable
 from typing import Any

@@ -92,8 +92,8 @@ def adapt_with_combine(
       x[i] <- sum_j W[i, j] x[j] + u[i]
 
   With `inner = optax.sgd(a)` this is decentralized gradient descent,
-  `X <- W X - a G`. The average does not depend on the gradient, so the exchange can
-  overlap with the forward and backward pass. The bias with heterogeneous data
+  `X <- W X - a G`. The average does not depend on the gradient, so the exchange
+  can overlap with the forward and backward pass. The bias with heterogeneous data
   is larger than that of `adapt_then_combine`. The inner transformation gets the
   parameters before averaging, at which the gradient was computed. In BlueFog it
   gets the averaged ones; the two differ for weight decay.

@@ -178,8 +178,8 @@ def slow_momentum(
       U <- b U + D,        x, z <- z - s U
 
   In the others, `x[i] <- sum_j W[i, j] (x[j] + u[j])`, or without a graph
-  `x[i] <- x[i] + u[i]`. With `b = 0` and `s = 1` this is `gossip_pga`. `U` has the
-  unit of the parameters: it is the paper's momentum times the step size.
+  `x[i] <- x[i] + u[i]`. With `b = 0` and `s = 1` this is `gossip_pga`. `U` has
+  the unit of the parameters: it is the paper's momentum times the step size.
 
   Args:
     inner: the local optimizer; any optax transformation.

@@ -63,7 +63,7 @@ def local_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
 
 
 def updates_to(new: optax.Params, params: optax.Params) -> optax.Updates:
-  """The updates that lead from `params` to `new`, in the accumulation dtypes."""
+  """The updates from `params` to `new`, in the accumulation dtypes."""
   return jax.tree.map(lambda y, x: y - _dtypes.accumulated(x), new, params)
 
 

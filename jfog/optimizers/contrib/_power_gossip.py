@@ -63,8 +63,8 @@ def power_gossip(
       jax.random.normal(key, (length,), dtype)
 
   from which both factors of each leaf, `P` before `Q`, are cut in the order of
-  the leaves; `dtype` is the real dtype of the widest leaf. So every difference
-  between two ranks is reached with probability 1.
+  the leaves; `dtype` is the real dtype of the widest leaf. So no difference
+  between two ranks stays orthogonal to the factors.
 
   Args:
     inner: the local optimizer; any optax transformation.
@@ -293,7 +293,7 @@ def _changes(
 
 
 def _signed_weights(topology: Topology, edges: Edges) -> np.ndarray:
-  """`W[lo, hi]` at the lower end of a slot's edge and its negative at the other.
+  """`W[lo, hi]` at the lower end of each edge, its negative at the higher end.
 
   Zero in slots without an edge.
   """
