@@ -384,8 +384,8 @@ SPARSIFIERS = pytest.mark.parametrize(
 @pytest.mark.parametrize(
   ("arguments", "error", "text"),
   [
-    ({}, ValueError, "pass one of them"),
-    ({"k": 1, "fraction": 0.5}, ValueError, "pass one of them"),
+    ({}, ValueError, "pass exactly one"),
+    ({"k": 1, "fraction": 0.5}, ValueError, "pass exactly one"),
     ({"k": 0}, ValueError, "k=0 must be at least 1"),
     ({"k": -2}, ValueError, "k=-2"),
     ({"k": 1.0}, TypeError, "k=1.0 must be an int"),
@@ -406,7 +406,7 @@ def test_how_many_elements_is_checked(make, arguments, error, text):
 def test_more_elements_than_a_leaf_has(make):
   compressor = make(k=4)
   tree = {"big": jnp.zeros(4), "small": jnp.zeros(3)}
-  text = r"the leaf x\['small'\] has 3 elements, and k=4"
+  text = r"the leaf x\['small'\] has 3 elements, fewer than k=4"
   with pytest.raises(ValueError, match=text):
     compressor.init(tree)
   with pytest.raises(ValueError, match=text):
