@@ -128,7 +128,8 @@ def dict_of(text):
 
 
 def test_numbers_of_stages(tmp_path):
-  for words, said in (("4,x", "is not numbers"), ("99", "no stage 99")):
+  cases = (("4,x", "is not numbers"), ("99", "stage 99 does not exist"))
+  for words, said in cases:
     command = [sys.executable, str(FOLDER / "check"), "--stages", words]
     done = subprocess.run(
       [*command, "--out", str(tmp_path / "out")],
