@@ -1,17 +1,18 @@
 // NCCL and the CUDA driver on a machine without a GPU, for tests: device memory
 // is host memory, streams are threads, and ranks are processes with sockets.
 //
-// What production calls has NVIDIA's names and nccl/api.h's types. What tests
-// ask is at the end of cuda.cc; the environment variables are
+// Functions for production have NVIDIA's names and nccl/api.h's types. Queries
+// for tests are at the end of cuda.cc; the environment variables are
 //
-//   JFOG_EMULATION_STRICT=S      of wrong calls, which are counted in any case:
-//                                1 says which (default), 2 aborts, 0 nothing
-//   JFOG_EMULATION_VERSION=N     what ncclGetVersion says
+//   JFOG_EMULATION_STRICT=S      for wrong calls, which are counted in any
+//   case:
+//                                1 prints them (default), 2 aborts, 0 nothing
+//   JFOG_EMULATION_VERSION=N     the result of ncclGetVersion
 //   JFOG_EMULATION_DELAY_MS=N    each NCCL operation first sleeps
 //   JFOG_EMULATION_HANG_INIT=R   communicators of rank R never connect
-//   JFOG_EMULATION_MISMATCH=garbage   messages of unequal sizes end with
-//   garbage,
-//                                as NCCL's small ones do, instead of hanging
+//   JFOG_EMULATION_MISMATCH=garbage   messages of unequal sizes end
+//                                with garbage, as NCCL's small ones do, instead
+//                                of hanging
 //   JFOG_EMULATION_MEMORY=N      bytes of device memory
 //   JFOG_EMULATION_FAIL=F:N:C    the N-th call of function F returns code C
 #ifndef JFOG_TESTS_EMULATION_EMULATION_H_
@@ -44,11 +45,11 @@ long Setting(const char* name, long otherwise);
 
 int Enter(const char* function);
 
-// Says that production has done what it must not.
+// Counts and prints a wrong call of production.
 void Fault(const std::string& text);
 
 // The objects behind handles. A handle's number is never used again, so that
-// what has ended is known as such.
+// handles of ended objects are detected.
 template <typename T>
 class Registry {
  public:
@@ -87,7 +88,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
  public:
   static std::shared_ptr<Stream> Create();
   void Enqueue(std::function<void()> work);
-  // Waits for what has been enqueued before.
+  // Waits for the work that was enqueued before.
   void Synchronize();
   // The thread ends once the queue is empty.
   void End();
