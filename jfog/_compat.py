@@ -1,4 +1,4 @@
-"""Private JAX in one place: the ordered effect and what else has no public name."""
+"""Private JAX in one place: the ordered effect and other non-public names."""
 
 import functools
 import warnings
@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 
 
 class CommunicationEffect(effects.Effect):
-  """Puts every communication of a program in one chain, in program order.
+  """Ordered effect: all communication of a program in one chain, in its order.
 
   XLA:CPU runs independent custom calls concurrently and in an order that
   differs from run to run. An ordered effect threads a token through all calls,
@@ -30,8 +30,8 @@ def communication_effect() -> effects.Effect:
   """The one effect that all communication primitives of this process share.
 
   It is mpi4jax's where mpi4jax can be imported, so that its operations and
-  jfog's form one chain. Importing mpi4jax starts MPI; this is therefore first
-  called when an operation between processes is traced, and then settled.
+  jfog's form one chain. Importing mpi4jax starts MPI, so the first call comes
+  from the first trace of an operation between processes; the result is cached.
   """
   effect = _effect_of_mpi4jax() or _OWN_EFFECT
   for allowed in (
@@ -46,13 +46,13 @@ def communication_effect() -> effects.Effect:
 
 
 def _effect_of_mpi4jax() -> effects.Effect | None:
-  """The ordered effect of mpi4jax; None if mpi4jax is not here or is broken."""
+  """The ordered effect of mpi4jax; None if mpi4jax is missing or broken."""
   try:
     with warnings.catch_warnings():
-      # That it does not know this version of JAX is for its own users to see.
+      # Its warning about an untested version of JAX concerns its own users.
       warnings.simplefilter("ignore")
       import mpi4jax  # type: ignore[import-not-found]
-  except Exception:  # nobody in this process can be using it
+  except Exception:  # an import that fails here fails in the whole process
     return None
   try:
     from mpi4jax._src.utils import (  # type: ignore[import-not-found]
@@ -60,8 +60,8 @@ def _effect_of_mpi4jax() -> effects.Effect | None:
     )
   except ImportError:
     warnings.warn(
-      f"jfog does not find the ordered effect of mpi4jax {mpi4jax.__version__}"
-      f", so operations of both in one jitted function may deadlock; keep them "
+      f"the ordered effect of mpi4jax {mpi4jax.__version__} is not at its "
+      f"expected place, so operations of both in one jitted function may deadlock; keep them "
       f"in separate functions, or install mpi4jax 0.9.",
       RuntimeWarning,
       stacklevel=2,
@@ -85,11 +85,11 @@ def ordered_ffi_lowering(
     target: the name under which the handler is registered.
     aliases: from the index of an operand of the primitive to that of the
       result that may share its buffer.
-    avals_in: the handler's operands, where they are not the primitive's.
+    avals_in: the handler's operands; by default those of the primitive.
     avals_out: its results, likewise.
   """
 
-  def rule(ctx, *operands, **attributes):
+  def rule(ctx: Any, *operands: Any, **attributes: Any) -> Any:
     effect = communication_effect()
     with_token = ctx.replace(
       avals_in=[core.abstract_token, *(avals_in or ctx.avals_in)],
@@ -108,21 +108,22 @@ def ordered_ffi_lowering(
   return rule
 
 
-def axis_is_bound(name) -> bool:
+def axis_is_bound(name: Any) -> bool:
   """Whether the named axis `name` is bound where this is traced.
 
-  The set of bound axes is part of the cache key of `jax.jit`.
+  `jax.jit` keeps the set of bound axes in its cache key, so a cached program
+  never comes from a trace with other axes.
   """
   return core.get_axis_env().axis_exists(name)
 
 
 def at_top_level() -> bool:
-  """Whether no transformation is tracing here: operations run eagerly."""
+  """Whether operations run eagerly here: no transformation is tracing."""
   return core.trace_state_clean()
 
 
 def backends_are_started() -> bool:
-  """Whether JAX has started its backends, so that their options are settled."""
+  """Whether JAX has started its backends; their options are fixed from then on."""
   return xla_bridge.backends_are_initialized()
 
 

@@ -1,5 +1,6 @@
 """The exact average in finitely many rounds, each an exchange with few peers."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,8 +44,7 @@ def finite_time_average(
   Computes `y[i] = (x[0] + ... + x[n-1]) / n` as `W_{r-1} ... W_0 x`, with the
   first r rounds of a schedule whose product is the exact average; or by the
   protocol of `jfog.topology.ceca`. In each round every rank exchanges one
-  message with each of its neighbors of that round, and no rank waits for others
-  than those. On MPI all rounds are one operation.
+  message with each of its neighbors of that round and waits for those only. On MPI all rounds are one operation.
 
   Linear in `x`, and its own transpose.
 
@@ -63,7 +63,7 @@ def finite_time_average(
   Raises:
     ValueError: if the graph does not reach the exact average, or has another
       size than the communicator.
-    TypeError: for integer or bool leaves, or what is no graph.
+    TypeError: for integer or bool leaves, or a graph of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
 
@@ -129,7 +129,12 @@ def _rounds(graph: Any, comm: Communicator) -> int:
 # The mesh: round by round.
 
 
-def _on_mesh(x, graph, rounds, comm) -> jax.Array:
+def _on_mesh(
+  x: jax.Array,
+  graph: Topology | Schedule | ExactAverage,
+  rounds: Sequence[Any],
+  comm: Any,
+) -> jax.Array:
   axes = comm.axes if comm.backend == "mesh" else ()
   wide = x.astype(_dtypes.accumulation(x.dtype))
   if axes:
@@ -140,6 +145,8 @@ def _on_mesh(x, graph, rounds, comm) -> jax.Array:
         [wide], topology, None, axes, comm.rank
       )
     return wide.astype(x.dtype)
+  # `inclusive` is the sum over a range of ranks with this one, `exclusive` the
+  # sum without it; every hop extends both by a received range.
   inclusive, exclusive = wide, jnp.zeros_like(wide)
   for hop in graph.rounds:
     sent = inclusive if hop.send_inclusive else exclusive
@@ -148,8 +155,10 @@ def _on_mesh(x, graph, rounds, comm) -> jax.Array:
   return (inclusive / graph.size).astype(x.dtype)
 
 
-def _shifted(x, shift, axes, comm):
-  """The value of the rank that is `shift` behind."""
+def _shifted(
+  x: jax.Array, shift: int, axes: tuple[str, ...], comm: Any
+) -> jax.Array:
+  """The value of rank `rank - shift`, modulo the size."""
   if _mesh.are_virtual(axes):
     return _mesh.gather(x, axes)[(comm.rank - shift) % comm.size]
   return lax.ppermute(
@@ -160,14 +169,25 @@ def _shifted(x, shift, axes, comm):
 # Between processes: the rules of the primitive.
 
 
-def _transpose(cotangents, *, fixed, graph, comm):
-  # The exact average is symmetric.
+def _transpose(
+  cotangents: Sequence[Any],
+  *,
+  fixed: int,
+  graph: Topology | Schedule | ExactAverage,
+  comm: Any,
+) -> Sequence[jax.Array]:
+  # The exact average is J = 11^T / n, which is symmetric.
   return finite_time_average_p.bind(
     *cotangents, fixed=fixed, graph=graph, comm=comm
   )
 
 
-def _attributes(mode, *leaves, graph, comm):
+def _attributes(
+  mode: nccl.Mode,
+  *leaves: Any,
+  graph: Topology | Schedule | ExactAverage,
+  comm: Any,
+) -> dict[str, Any]:
   del leaves
   is_exact = isinstance(graph, ExactAverage)
   if is_exact:
@@ -205,16 +225,25 @@ def _attributes(mode, *leaves, graph, comm):
   )
 
 
-# On GPUs: an exchange for each round, with its arithmetic behind it. What is
-# started has nobody who would compute between rounds, so it is an allreduce.
+# On GPUs: an exchange for each round, each followed by its arithmetic in XLA. The
+# split form cannot run XLA code between its NCCL calls, so it is an allreduce.
 
 
-def _rounds_on_gpus(call, fixed, leaves, *, graph, comm):
-  del fixed
+def _rounds_on_gpus(
+  call: Callable[..., list[Any]],
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  graph: Topology | Schedule | ExactAverage,
+  comm: Any,
+) -> list[jax.Array]:
+  del scalars
   packing = nccl.Packing.of(leaves)
   own = packing.pack(leaves)
 
-  def exchanged(t, values, rounds, slots):
+  def exchanged(
+    t: int, values: Sequence[jax.Array], rounds: Sequence[Any], slots: int
+  ) -> list[Any]:
     send = nccl.exchange(
       _NAME,
       nccl.Mode.WHOLE,
@@ -253,9 +282,9 @@ finite_time_average_p = _primitive.define(
   in_place=True,
   on_gpus=nccl.OnGpus(
     blocking=_rounds_on_gpus,
-    encode=lambda mode, fixed, leaves, *, graph, comm: (
+    encode=lambda mode, scalars, leaves, *, graph, comm: (
       _collectives.send_allreduce(
-        mode, fixed, leaves, op="mean", comm=comm, operation=_NAME
+        mode, scalars, leaves, op="mean", comm=comm, operation=_NAME
       )
     ),
     received=_collectives.received_allreduce,

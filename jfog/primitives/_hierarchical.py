@@ -1,6 +1,7 @@
-"""Averages inside machines and between them, every link carrying its share."""
+"""Averages inside and between machines; all ranks share the traffic between."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,11 +47,11 @@ def hierarchical_neighbor_allreduce(
   exchanges its mean with the rank of the same local rank on the neighboring
   machines, and gives the result to the ranks of its machine. So every rank sends
   `1 / local_size` of the bytes of `x` to each neighboring machine. On MPI the
-  parts travel in segments, of which several are under way in different steps, in
+  parts travel in segments, of which several are in flight in different steps, in
   one operation.
 
-  Linear in `x`; the transpose is the same operation on the machine graph with
-  every edge turned around.
+  Linear in `x`; the transpose is the same operation on the transposed machine
+  graph.
 
   Args:
     x: a pytree of float or complex arrays, of equal shapes and dtypes on all
@@ -72,7 +73,7 @@ def hierarchical_neighbor_allreduce(
     ValueError: if the graph has not as many ranks as there are machines, the
       machines hold different numbers of ranks, or a schedule comes without a
       step.
-    TypeError: for integer or bool leaves, or what is no graph.
+    TypeError: for integer or bool leaves, or a graph of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
 
@@ -133,14 +134,16 @@ def _check_machine_graph(graph: Any, comm: Communicator) -> Topology | Schedule:
 # machines, an all_gather inside.
 
 
-def _on_mesh(leaves, graph, index, comm) -> list[jax.Array]:
+def _on_mesh(
+  leaves: Sequence[jax.Array], graph: Topology | Schedule, index: Any, comm: Any
+) -> list[jax.Array]:
   inside = comm.local.axes if comm.local.backend == "mesh" else ()
   across = comm.machines.axes if comm.machines.backend == "mesh" else ()
   if comm.backend == "mesh":
     leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
   parts = [_mean_part(leaf, inside, comm) for leaf in leaves]
 
-  def mix(topology, parts):
+  def mix(topology: Topology, parts: Sequence[jax.Array]) -> list[jax.Array]:
     return _neighbor_allreduce.mix_on_mesh(
       parts, topology, None, across, comm.machines.rank
     )
@@ -155,7 +158,7 @@ def _on_mesh(leaves, graph, index, comm) -> list[jax.Array]:
   ]
 
 
-def _mean_part(x, inside, comm):
+def _mean_part(x: jax.Array, inside: tuple[str, ...], comm: Any) -> jax.Array:
   """This local rank's part of the mean over the machine."""
   if not inside or x.size == 0:
     return x
@@ -166,14 +169,16 @@ def _mean_part(x, inside, comm):
   return _mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
 
 
-def _mean(rows):
-  """The mean over axis 0; equal values return bit for bit."""
+def _mean(rows: Any) -> jax.Array:
+  """The mean over axis 0, x[0] + sum_k (x[k] - x[0]) / n: exact for equal values."""
   wide = rows.astype(_dtypes.accumulation(rows.dtype))
   mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
   return mean.astype(rows.dtype)
 
 
-def _join(part, like, inside):
+def _join(
+  part: jax.Array, like: jax.Array, inside: tuple[str, ...]
+) -> jax.Array:
   if not inside or like.size == 0:
     return part
   (axis,) = inside
@@ -183,8 +188,15 @@ def _join(part, like, inside):
 # Between processes: the rules of the primitive.
 
 
-def _transpose(cotangents, *operands, fixed, graph, comm):
-  # The adjoint of W (x) J is W.T (x) J.
+def _transpose(
+  cotangents: Sequence[Any],
+  *operands: Any,
+  fixed: int,
+  graph: Topology | Schedule,
+  comm: Any,
+) -> Sequence[jax.Array]:
+  # With J the mean inside a machine, y = (W (x) J) x. J is symmetric, so the
+  # adjoint is W.T (x) J: the same operation on the transposed machine graph.
   return hierarchical_neighbor_allreduce_p.bind(
     *operands,
     *cotangents,
@@ -194,7 +206,9 @@ def _transpose(cotangents, *operands, fixed, graph, comm):
   )
 
 
-def _attributes(mode, *leaves, graph, comm):
+def _attributes(
+  mode: nccl.Mode, *leaves: Any, graph: Topology | Schedule, comm: Any
+) -> dict[str, Any]:
   del leaves
   members = comm.ranks_of(comm.machine_rank)
   place = members.index(comm.rank)
@@ -216,12 +230,20 @@ def _attributes(mode, *leaves, graph, comm):
 # On GPUs: the steps of the mesh, on the communicators inside and across machines.
 
 
-def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
+def _steps_on_gpus(
+  call: Callable[..., list[Any]],
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  graph: Topology | Schedule,
+  comm: Any,
+) -> list[jax.Array]:
   packing = nccl.Packing.of(leaves)
   vectors = packing.pack(leaves)
   size, place = comm.local_size, comm.local_rank
   parts = vectors
   if size > 1:
+    # Reduce-scatter inside the machine: this rank averages its own part.
     split = [_split(x, size) for x in vectors]
     others = [r for r in range(size) if r != place]
     theirs = np.array(others, np.int32)
@@ -240,18 +262,22 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
       for x, got in zip(split, received, strict=True)
     ]
   if comm.machine_size > 1:
+    # The part goes to the ranks of the same local rank on neighbor machines.
     rounds = nccl.rounds_of(graph, comm.machine_rank)
     slots = nccl.slots_of(rounds)
-    send = _exchange(comm.machines, fixed[0], parts, rounds, graph, like=leaves)
-    row = nccl.row_of_graph(graph, comm.machine_rank, fixed[0])
+    send = _exchange(
+      comm.machines, scalars[0], parts, rounds, graph, like=leaves
+    )
+    row = nccl.row_of_graph(graph, comm.machine_rank, scalars[0])
     received = call(
       send, [jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in parts]
     )
     parts = nccl.average(parts, row, received, slots)
   else:
-    row = nccl.row_of_graph(graph, 0, fixed[0])
+    row = nccl.row_of_graph(graph, 0, scalars[0])
     parts = nccl.average(parts, row, [x[None][:0] for x in parts], 0)
   if size > 1:
+    # Allgather of the parts inside the machine.
     attributes = nccl.common_attributes(
       nccl.Mode.WHOLE,
       comm.local,
@@ -268,7 +294,14 @@ def _steps_on_gpus(call, fixed, leaves, *, graph, comm):
   return packing.unpack(parts)
 
 
-def _exchange(comm, step, parts, rounds, graph, **kwargs):
+def _exchange(
+  comm: Any,
+  step: Any,
+  parts: Sequence[jax.Array],
+  rounds: Sequence[Any],
+  graph: Topology | Schedule,
+  **kwargs: Any,
+) -> nccl.Send:
   variant = (_ffi_attributes.fingerprint(graph), "hierarchical")
   return nccl.exchange(
     _NAME,
@@ -282,21 +315,28 @@ def _exchange(comm, step, parts, rounds, graph, **kwargs):
   )
 
 
-def _split(x, size):
+def _split(x: jax.Array, size: int) -> jax.Array:
   """One row for each rank of the machine, the last one with zeros behind."""
   return jnp.pad(x, (0, -len(x) % size)).reshape(size, -1)
 
 
-def _avals(split, rows):
+def _avals(split: Sequence[Any], rows: Any) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype) for x in split]
 
 
-# What is started has nobody who would compute between its steps: NCCL takes the
-# mean inside the machine, in 32 bits or more, and every rank gets all that its
-# machine has received.
+# The split form cannot run XLA code between its NCCL calls, so NCCL takes the
+# mean inside the machine, in 32 bits or more, and every rank of a machine gets
+# all buffers that the machine has received. `decode` averages them on each rank.
 
 
-def _encode_start(mode, fixed, leaves, *, graph, comm):
+def _encode_start(
+  mode: nccl.Mode,
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  graph: Topology | Schedule,
+  comm: Any,
+) -> nccl.Send:
   rounds = nccl.rounds_of(graph, comm.machine_rank)
   inside = getattr(comm.local, "context", -1)
   across = getattr(comm.machines, "context", -1)
@@ -306,7 +346,7 @@ def _encode_start(mode, fixed, leaves, *, graph, comm):
     "hierarchical_start",
     mode,
     comm,
-    fixed[0],
+    scalars[0],
     [x.reshape(-1) for x in _wide_split(leaves, comm.local_size)],
     rounds,
     variant=_ffi_attributes.fingerprint(graph),
@@ -320,7 +360,7 @@ def _encode_start(mode, fixed, leaves, *, graph, comm):
   return send
 
 
-def _wide_split(leaves, size):
+def _wide_split(leaves: Sequence[jax.Array], size: int) -> list[jax.Array]:
   """The packed leaves in rows, complex ones as pairs, of 32 bits or more."""
   vectors = []
   for x in nccl.Packing.of(leaves).pack(leaves):
@@ -331,7 +371,9 @@ def _wide_split(leaves, size):
   return vectors
 
 
-def _received(results, static):
+def _received(
+  results: Sequence[Any], static: Any
+) -> list[jax.ShapeDtypeStruct]:
   size, slots = static
   split = jax.eval_shape(lambda *x: _wide_split(x, size), *results)
   return [
@@ -339,7 +381,9 @@ def _received(results, static):
   ]
 
 
-def _finish(own, row, received, static):
+def _decode(
+  own: Sequence[jax.Array], row: Any, received: Sequence[jax.Array], static: Any
+) -> list[jax.Array]:
   del static
   packing = nccl.Packing.of(own)
   mixed = _weighted_sum.combine(
@@ -357,11 +401,13 @@ def _finish(own, row, received, static):
   return packing.unpack(vectors)
 
 
-def _weigh(fixed, *, graph, comm):
-  return nccl.row_of_graph(graph, comm.machine_rank, fixed[0])
+def _row_weights(
+  scalars: Sequence[Any], *, graph: Topology | Schedule, comm: Any
+) -> _weighted_sum.Row:
+  return nccl.row_of_graph(graph, comm.machine_rank, scalars[0])
 
 
-def _machine_slots(graph, comm):
+def _machine_slots(graph: Topology | Schedule, comm: Any) -> int:
   return nccl.slots_of(nccl.rounds_of(graph, comm.machine_rank))
 
 
@@ -374,8 +420,8 @@ hierarchical_neighbor_allreduce_p = _primitive.define(
     blocking=_steps_on_gpus,
     encode=_encode_start,
     received=_received,
-    decode=_finish,
-    weights=_weigh,
+    decode=_decode,
+    weights=_row_weights,
     static=lambda *, graph, comm: (
       comm.local_size,
       _machine_slots(graph, comm),

@@ -54,8 +54,8 @@ def neighbor_allgather(
   its own part.
 
   Args:
-    x: a pytree of arrays, of equal dtypes on all ranks and equal shapes but for
-      what `axis_sizes` allows.
+    x: a pytree of arrays, of equal dtypes on all ranks and equal shapes except
+      for the lengths in `axis_sizes`.
     graph: a `Topology` or a `Schedule`, equal on all ranks, of the
       communicator's size; or between processes `Peers`.
     step: the index into a `Schedule`, as in `neighbor_allreduce`.
@@ -78,7 +78,7 @@ def neighbor_allgather(
       schedule comes without a step, lengths differ where they may not, or
       `axis_sizes` has another number of entries than ranks or does not give
       this rank's own length.
-    TypeError: for a graph that is none, or a step that is no integer.
+    TypeError: for a `graph` of another type, or a step that is not an integer.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
 
@@ -148,7 +148,9 @@ neighbor_allgather_start = _operation.start_of(
 )
 
 
-def _check_lengths(table, axis_sizes, pad, comm) -> None:
+def _check_lengths(
+  table: Sequence[Topology], axis_sizes: Sequence[Any], pad: bool, comm: Any
+) -> None:
   """Refuses results whose shape is not known when a program is compiled."""
   if pad:
     return
@@ -173,7 +175,12 @@ def _check_lengths(table, axis_sizes, pad, comm) -> None:
     )
 
 
-def _total(table, rounds, sizes, pad) -> int:
+def _total(
+  table: Sequence[Topology],
+  rounds: Sequence[Any],
+  sizes: Sequence[int],
+  pad: bool,
+) -> int:
   """The length of the result's axis 0."""
   if pad and table is not None:
     return max(
@@ -200,7 +207,9 @@ def _on_mesh(
   slots = max(len(t.in_neighbors(i)) for t in table for i in range(t.size))
   pick = _picked if _mesh.are_virtual(comm.axes) else _permuted
 
-  def gather(topology, leaves):
+  def gather(
+    topology: Topology, leaves: Sequence[jax.Array]
+  ) -> list[jax.Array]:
     results = []
     for x in leaves:
       if slots == 0:
@@ -229,9 +238,12 @@ def _picked(
   return jnp.where(is_part, values, jnp.zeros_like(values))
 
 
-def _permuted(x, topology, slots, comm):
+def _permuted(
+  x: jax.Array, topology: Topology, slots: int, comm: Any
+) -> jax.Array:
   """On devices: one `ppermute` for each group of edges that fits in one."""
-  # What nobody has sent goes to one more slot, which is cut off.
+  # ppermute yields zeros on ranks without a source in this group: those write
+  # to one more slot, which is cut off.
   parts = jnp.zeros((slots + 1, *x.shape), x.dtype)
   parts = _compat.varying(parts, comm.axes)
   for group in permutations(topology):
@@ -243,11 +255,13 @@ def _permuted(x, topology, slots, comm):
   return parts[:slots]
 
 
-# Between processes: the rules of the primitives. A leaf comes with the lengths
-# that all ranks bring of it, and the length of its result.
+# Between processes: the rules of the primitives. Parameters for each leaf:
+# `axis_sizes`, its length on every rank, and `totals`, that of its result.
 
 
-def _abstract_eval(*operands, fixed, totals, **params):
+def _abstract_eval(
+  *operands: Any, fixed: int, totals: Sequence[int], **params: Any
+) -> list[jax.core.ShapedArray]:
   del params
   return [
     jax.core.ShapedArray((total, *x.shape[1:]), x.dtype)
@@ -255,7 +269,13 @@ def _abstract_eval(*operands, fixed, totals, **params):
   ]
 
 
-def _transpose_abstract_eval(*operands, fixed, axis_sizes, comm, **params):
+def _transpose_abstract_eval(
+  *operands: Any,
+  fixed: int,
+  axis_sizes: Sequence[Any],
+  comm: Any,
+  **params: Any,
+) -> list[jax.core.ShapedArray]:
   del params
   return [
     jax.core.ShapedArray((sizes[comm.rank], *x.shape[1:]), x.dtype)
@@ -263,24 +283,24 @@ def _transpose_abstract_eval(*operands, fixed, axis_sizes, comm, **params):
   ]
 
 
-# Linear; a leaf comes with its own lengths.
+# Linear; leaves with a zero tangent take their lengths along out of it.
 _tangents = functools.partial(
   _primitive.linear_tangents, per_leaf=("axis_sizes", "totals")
 )
 
 
-def _attributes(name):
+def _attributes(name: str) -> dict[str, Any]:
   def attributes(
-    mode,
-    *leaves,
-    rounds,
-    first,
-    fingerprint,
-    axis_sizes,
-    totals,
-    check,
-    comm,
-  ):
+    mode: nccl.Mode,
+    *leaves: Any,
+    rounds: Sequence[Any],
+    first: int,
+    fingerprint: int,
+    axis_sizes: Sequence[Any],
+    totals: Sequence[int],
+    check: bool,
+    comm: Any,
+  ) -> dict[str, Any]:
     rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
     unused = [0.0] * len(rows)
     return _ffi_attributes.numbered(
@@ -303,27 +323,40 @@ def _attributes(name):
   return attributes
 
 
-def _to_transpose(cotangents, *operands, **params):
+def _to_transpose(
+  cotangents: Sequence[Any], *operands: Any, **params: Any
+) -> Sequence[jax.Array]:
   return neighbor_allgather_transpose_p.bind(*operands, *cotangents, **params)
 
 
-def _from_transpose(cotangents, *operands, **params):
+def _from_transpose(
+  cotangents: Sequence[Any], *operands: Any, **params: Any
+) -> Sequence[jax.Array]:
   return neighbor_allgather_p.bind(*operands, *cotangents, **params)
 
 
-# On GPUs: one exchange, into the parts of the result; and back, into slots that
-# are added up.
+# On GPUs: one exchange, into the parts of the result. The transpose sends each
+# source its part of the cotangent, and sums the received slots.
 
 
 def _encode(
-  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
-):
+  mode: nccl.Mode,
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  rounds: Sequence[Any],
+  first: int,
+  fingerprint: int,
+  axis_sizes: Sequence[Any],
+  comm: Any,
+  **params: Any,
+) -> nccl.Send:
   del params
   return nccl.exchange(
     _NAME,
     mode,
     comm,
-    fixed[0],
+    scalars[0],
     leaves,
     rounds,
     variant=(fingerprint, first),
@@ -333,14 +366,23 @@ def _encode(
 
 
 def _encode_back(
-  mode, fixed, leaves, *, rounds, first, fingerprint, axis_sizes, comm, **params
-):
+  mode: nccl.Mode,
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  rounds: Sequence[Any],
+  first: int,
+  fingerprint: int,
+  axis_sizes: Sequence[Any],
+  comm: Any,
+  **params: Any,
+) -> nccl.Send:
   del params
   return nccl.exchange(
     f"{_NAME}_transpose",
     mode,
     comm,
-    fixed[0],
+    scalars[0],
     leaves,
     [(to, sources) for sources, to in rounds],
     variant=(fingerprint, first, "transpose"),
@@ -350,12 +392,14 @@ def _encode_back(
   )
 
 
-def _rows(leaves):
+def _rows(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
   """One row of each leaf: ranks have different numbers of them."""
   return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
 
 
-def _counts(leaves, axis_sizes):
+def _counts(
+  leaves: Sequence[jax.Array], axis_sizes: Sequence[Any]
+) -> list[int]:
   """The elements that each rank has of each leaf, in one list."""
   return [
     size * math.prod(x.shape[1:])
@@ -364,14 +408,21 @@ def _counts(leaves, axis_sizes):
   ]
 
 
-def _filled(fixed, *, rounds, **params):
-  """Which slots the destinations of the round fill."""
+def _filled(
+  scalars: Sequence[Any], *, rounds: Sequence[Any], **params: Any
+) -> Any:
+  """Weights of the transpose: 1 for the slots that the round fills."""
   counts = np.array([len(to) for _, to in rounds])
   table = np.arange(max(counts)) < counts[:, None]
-  return nccl.at_step(table.astype(np.float32), fixed[0])
+  return nccl.at_step(table.astype(np.float32), scalars[0])
 
 
-def _add_up(own, filled, received, slots):
+def _add_up(
+  own: Sequence[jax.Array],
+  filled: Any,
+  received: Sequence[jax.Array],
+  slots: int,
+) -> list[jax.Array]:
   del own, slots
   return _weighted_sum.combine(
     [jnp.zeros(x.shape[1:], x.dtype) for x in received],

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jfog import _compat, _dtypes
@@ -50,14 +51,15 @@ def neighbor_allreduce(
   in-neighbors returns `W[i, i] x[i]` in a new buffer.
 
   The operation is linear in `x`; its transpose is the same operation on the
-  graph with every edge turned around. It is differentiable in `weights` too.
+  transposed graph. It is differentiable in `weights` too: between processes that
+  derivative costs one more exchange for each rank of the communicator.
 
   Args:
     x: a pytree of float or complex arrays, of equal shapes and dtypes on all
       ranks.
     graph: a `Topology` or a `Schedule`, equal on all ranks, of the
-      communicator's size; or between processes `Peers`, which each rank makes
-      for itself.
+      communicator's size; or between processes `Peers`, the decision of each
+      rank alone.
     step: the index into a `Schedule`, taken modulo its period; an int or a
       traced integer scalar, equal on all ranks. Another step of one schedule is
       neither traced nor compiled again. Not needed for a `Topology`.
@@ -74,11 +76,11 @@ def neighbor_allreduce(
   Raises:
     ValueError: if the graph and the communicator have different sizes, a
       schedule comes without a step, or `weights` has another shape.
-    TypeError: for integer or bool leaves, which hold no fractions, for a graph
-      that is neither a topology nor a schedule, or a step that is no integer.
+    TypeError: for integer or bool leaves, for a graph that is neither a topology
+      nor a schedule, or a step that is not an integer.
     NotInitializedError: if there is no communicator.
-    jax.errors.JaxRuntimeError: on MPI, if a neighbor runs another operation,
-      brings other shapes, dtypes or another graph (`FAILED_PRECONDITION`), has
+    jax.errors.JaxRuntimeError: on MPI, if a neighbor runs another operation or
+      passes other shapes, dtypes or another graph (`FAILED_PRECONDITION`), has
       ended (`ABORTED`), or does not answer in time (`DEADLINE_EXCEEDED`).
 
   Example:
@@ -130,13 +132,13 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
   if isinstance(weights, Mapping):
     raise TypeError(
       "neighbor_allreduce: weights is a dict; pass a matrix weights[dst, src], "
-      "or jfog.Peers for what this rank alone decides."
+      "or jfog.Peers for a decision of this rank alone."
     )
   weights = jnp.asarray(weights)
   if weights.shape != (comm.size, comm.size):
     raise ValueError(
-      f"neighbor_allreduce: weights has shape {weights.shape}, a matrix of "
-      f"{(comm.size, comm.size)} is wanted: weights[dst, src]."
+      f"neighbor_allreduce: weights has shape {weights.shape}; pass a matrix "
+      f"weights[dst, src] of shape {(comm.size, comm.size)}."
     )
   if jnp.issubdtype(weights.dtype, jnp.complexfloating):
     raise TypeError(
@@ -279,7 +281,7 @@ def _at(values: np.ndarray, rank: Any) -> Any:
 
 
 class Weighting(enum.IntEnum):
-  """Where the weights of a call come from; numbered as in neighbor.cc."""
+  """Source of the weights; numbered as in xla_ops/mpi."""
 
   GRAPH = 0  # the graph's table
   DESTINATION = 1  # y[i] = sum_j row_i[j] x[j]: receivers weight
@@ -294,13 +296,22 @@ _TRANSPOSED = {
 
 
 def _tangents(
-  primitive, primals, results, tangents, *, fixed, weighting, **params
-):
+  primitive: Primitive,
+  primals: Sequence[Any],
+  results: Sequence[Any],
+  tangents: Sequence[Any],
+  *,
+  fixed: int,
+  weighting: Weighting,
+  **params: Any,
+) -> list[Any]:
   """Linear in the leaves, and linear in the row of weights.
 
   y = sum_j row[j] x[j], so dy = sum_j row[j] dx[j] + sum_j drow[j] x[j]. The
   second sum needs the neighbors' leaves one by one, for its transpose
-  drow[j] = <dy, x[j]>: each is fetched by a row that selects it.
+  drow[j] = <dy, x[j]>: an exchange with a row that selects rank j fetches each.
+  All ranks bind the same number of exchanges, one for each rank of the
+  communicator, whichever neighbors they have, so their order agrees.
   """
   out = _primitive.linear_tangents(
     primitive,
@@ -331,9 +342,17 @@ def _tangents(
   return out
 
 
-def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
-  # The adjoint of x -> W x is ct -> W.T ct: every edge turns around, and with
-  # runtime weights the rank that weighted what it got weights what it sends.
+def _transpose(
+  cotangents: Sequence[Any],
+  *operands: Any,
+  fixed: int,
+  graph: Topology | Schedule,
+  weighting: Weighting,
+  comm: Any,
+) -> Sequence[jax.Array]:
+  # The adjoint of x -> W x is ct -> W.T ct: sources become destinations. Runtime
+  # weights of received values become weights of sent ones, for each rank holds
+  # its own row of W only.
   return neighbor_allreduce_p.bind(
     *operands,
     *cotangents,
@@ -345,12 +364,18 @@ def _transpose(cotangents, *operands, fixed, graph, weighting, comm):
 
 
 @functools.lru_cache(maxsize=1024)
-def transposed(graph):
-  """The graph with every edge turned around."""
+def transposed(graph: Topology | Schedule) -> Topology | Schedule:
+  """The transposed graph, made once, so that caches by graph find it again."""
   return graph.transpose()
 
 
-def _attributes(mode, *leaves, graph, weighting, comm):
+def _attributes(
+  mode: nccl.Mode,
+  *leaves: Any,
+  graph: Topology | Schedule,
+  weighting: Weighting,
+  comm: Any,
+) -> dict[str, Any]:
   del leaves
   return _ffi_attributes.numbered(
     "neighbor_allreduce",
@@ -367,12 +392,20 @@ def _attributes(mode, *leaves, graph, weighting, comm):
 # On GPUs: one exchange into slots, and their weighted sum.
 
 
-def _encode(mode, fixed, leaves, *, graph, weighting, comm):
+def _encode(
+  mode: nccl.Mode,
+  scalars: Sequence[Any],
+  leaves: Sequence[jax.Array],
+  *,
+  graph: Topology | Schedule,
+  weighting: Weighting,
+  comm: Any,
+) -> nccl.Send:
   rounds = nccl.rounds_of(graph, comm.rank)
   packed = nccl.Packing.of(leaves).pack(leaves)
   scales = weighting is Weighting.SOURCE
   if scales:
-    step, row = fixed
+    step, row = scalars
     slots = max(len(destinations) for _, destinations in rounds)
     table = np.zeros((len(rounds), slots), np.int32)
     for t, (_, destinations) in enumerate(rounds):
@@ -382,7 +415,7 @@ def _encode(mode, fixed, leaves, *, graph, weighting, comm):
     "neighbor_allreduce",
     mode,
     comm,
-    fixed[0],
+    scalars[0],
     packed,
     rounds,
     variant=(_ffi_attributes.fingerprint(graph), int(weighting)),
@@ -391,15 +424,21 @@ def _encode(mode, fixed, leaves, *, graph, weighting, comm):
   )
 
 
-def _row_weights(fixed, *, graph, weighting, comm):
+def _row_weights(
+  scalars: Sequence[Any],
+  *,
+  graph: Topology | Schedule,
+  weighting: Weighting,
+  comm: Any,
+) -> _weighted_sum.Row:
   given = None
   if weighting is not Weighting.GRAPH:
-    row = fixed[1]
+    row = scalars[1]
     given = (row[comm.rank], row, weighting is Weighting.SOURCE)
-  return nccl.row_of_graph(graph, comm.rank, fixed[0], given)
+  return nccl.row_of_graph(graph, comm.rank, scalars[0], given)
 
 
-def _slots(*, graph, comm, **params):
+def _slots(*, graph: Topology | Schedule, comm: Any, **params: Any) -> int:
   del params
   return nccl.slots_of(nccl.rounds_of(graph, comm.rank))
 

@@ -1,4 +1,4 @@
-"""Splits the edges of a graph into permutations, for collectives of a mesh."""
+"""Edge coloring: edges of a graph as permutations, for collectives of a mesh."""
 
 import functools
 
@@ -13,8 +13,8 @@ def permutations(topology: Topology) -> tuple[tuple[tuple[int, int], ...], ...]:
 
   A circulant graph is split by its shifts. Any other is split into as many
   groups as its largest in- or out-degree, which is the least there can be: by
-  König's theorem the edges of a bipartite graph have such a colouring, found
-  edge by edge by swapping two colours along an alternating path.
+  König's theorem the edges of a bipartite graph have such a coloring, found
+  edge by edge by swapping two colors along an alternating path.
   """
   size = topology.size
   edges = [
@@ -35,16 +35,18 @@ def _degree(topology: Topology) -> int:
   return int(max(edges.sum(axis=0).max(), edges.sum(axis=1).max()))
 
 
-def _color(edges, size: int, colors: int):
-  """Colours bipartite edges so that no end sees a colour twice."""
-  sends = np.full((size, colors), -1)  # the destination by source and colour
-  receives = np.full((size, colors), -1)  # the source by destination and colour
+def _color(
+  edges: list[tuple[int, int]], size: int, colors: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+  """Colors bipartite edges so that the edges at each end differ in color."""
+  sends = np.full((size, colors), -1)  # the destination by source and color
+  receives = np.full((size, colors), -1)  # the source by destination and color
   for src, dst in edges:
     a = int(np.argmax(sends[src] < 0))  # free at the source
     b = int(np.argmax(receives[dst] < 0))  # free at the destination
     if a != b:
-      # From dst follow the path whose edges are coloured a, b, a, ... in turn
-      # and swap its colours; it cannot reach src, where a is free.
+      # From dst follow the path whose edges are colored a, b, a, ... in turn
+      # and swap its colors; it cannot reach src, where a is free.
       path = []
       at, color, at_destination = dst, a, True
       while True:
