@@ -450,7 +450,7 @@ def test_step_that_is_no_integer(place, x, step):
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_integer_leaf_is_named(place, x, dtype):
   graph = topology.ring(place.size)
-.*cast it.*op=\"sum\""):
+  with pytest.raises(TypeError, match=r"x\['count'\].*cast it.*op=\"sum\""):
     place.run(
       lambda x: average({"w": x, "count": x.astype(dtype)}, graph),
       jnp.asarray(x),
