@@ -275,20 +275,56 @@ def _rounds_on_gpus(
   return packing.unpack(own)
 
 
+class _OnGpus(nccl.Rendition):
+  """Rounds in the blocking form, an allreduce in the split form."""
+
+  def blocking(
+    self,
+    call: Callable[..., list[Any]],
+    results: Sequence[Any],
+    scalars: Sequence[Any],
+    leaves: Sequence[Any],
+    **params: Any,
+  ) -> Sequence[Any]:
+    """One exchange for each round."""
+    del results
+    return _rounds_on_gpus(call, scalars, leaves, **params)
+
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Sequence[jax.Array],
+    *,
+    graph: Topology | Schedule | ExactAverage,
+    comm: Any,
+  ) -> nccl.Send:
+    """The allreduce of the split form."""
+    del graph
+    return _collectives.send_allreduce(
+      mode, scalars, leaves, op="mean", comm=comm, operation=_NAME
+    )
+
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Those of the allreduce."""
+    return _collectives.received_allreduce(results, static)
+
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The results of the allreduce."""
+    return _collectives.finish_allreduce(own, weights, received, static)
+
+  def static(self, *, comm: Any, **params: Any) -> tuple[str, int]:
+    """Operation and number of ranks of the allreduce."""
+    del params
+    return "mean", comm.size
+
+
 finite_time_average_p = _primitive.define(
   _NAME,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
-  on_gpus=nccl.OnGpus(
-    blocking=_rounds_on_gpus,
-    encode=lambda mode, scalars, leaves, *, graph, comm: (
-      _collectives.send_allreduce(
-        mode, scalars, leaves, op="mean", comm=comm, operation=_NAME
-      )
-    ),
-    received=_collectives.received_allreduce,
-    decode=_collectives.finish_allreduce,
-    static=lambda *, graph, comm: ("mean", comm.size),
-  ),
+  on_gpus=_OnGpus(),
 )

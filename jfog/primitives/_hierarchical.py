@@ -1,7 +1,7 @@
 """Averages inside and between machines; all ranks share the traffic between."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog import _compat, _dtypes
+from jfog import _compat
 from jfog.primitives import (
   _ffi_attributes,
   _mesh,
@@ -22,6 +22,7 @@ from jfog.primitives import (
   nccl,
 )
 from jfog.primitives._operation import Operation
+from jfog.primitives.nccl._hierarchical import HierarchicalNeighborAllreduce
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._neighbor_table import neighbor_table
@@ -166,14 +167,7 @@ def _mean_part(x: jax.Array, inside: tuple[str, ...], comm: Any) -> jax.Array:
   flat = x.ravel()
   flat = jnp.pad(flat, (0, -len(flat) % size))
   (axis,) = inside
-  return _mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
-
-
-def _mean(rows: Any) -> jax.Array:
-  """The mean over axis 0, x[0] + sum_k (x[k] - x[0]) / n: exact for equal values."""
-  wide = rows.astype(_dtypes.accumulation(rows.dtype))
-  mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
-  return mean.astype(rows.dtype)
+  return _weighted_sum.mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
 
 
 def _join(
@@ -227,204 +221,10 @@ def _attributes(
   )
 
 
-# On GPUs: the steps of the mesh, on the communicators inside and across machines.
-
-
-def _steps_on_gpus(
-  call: Callable[..., list[Any]],
-  scalars: Sequence[Any],
-  leaves: Sequence[jax.Array],
-  *,
-  graph: Topology | Schedule,
-  comm: Any,
-) -> list[jax.Array]:
-  packing = nccl.Packing.of(leaves)
-  vectors = packing.pack(leaves)
-  size, place = comm.local_size, comm.local_rank
-  parts = vectors
-  if size > 1:
-    # Reduce-scatter inside the machine: this rank averages its own part.
-    split = [_split(x, size) for x in vectors]
-    others = [r for r in range(size) if r != place]
-    theirs = np.array(others, np.int32)
-    send = _exchange(
-      comm.local,
-      0,
-      [x[theirs] for x in split],
-      [(others, others)],
-      graph,
-      like=leaves,
-      apart=True,
-    )
-    received = call(send, _avals(split, size - 1))
-    parts = [
-      _mean(jnp.insert(got, place, x[place], axis=0))
-      for x, got in zip(split, received, strict=True)
-    ]
-  if comm.machine_size > 1:
-    # The part goes to the ranks of the same local rank on neighbor machines.
-    rounds = nccl.rounds_of(graph, comm.machine_rank)
-    slots = nccl.slots_of(rounds)
-    send = _exchange(
-      comm.machines, scalars[0], parts, rounds, graph, like=leaves
-    )
-    row = nccl.row_of_graph(graph, comm.machine_rank, scalars[0])
-    received = call(
-      send, [jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in parts]
-    )
-    parts = nccl.average(parts, row, received, slots)
-  else:
-    row = nccl.row_of_graph(graph, 0, scalars[0])
-    parts = nccl.average(parts, row, [x[None][:0] for x in parts], 0)
-  if size > 1:
-    # Allgather of the parts inside the machine.
-    attributes = nccl.common_attributes(
-      nccl.Mode.WHOLE,
-      comm.local,
-      _NAME,
-      _ffi_attributes.fingerprint(graph),
-      leaves,
-    )
-    received = call(
-      nccl.Send("allgather", attributes, parts), _avals(split, size)
-    )
-    parts = [
-      y.reshape(-1)[: len(x)] for x, y in zip(vectors, received, strict=True)
-    ]
-  return packing.unpack(parts)
-
-
-def _exchange(
-  comm: Any,
-  step: Any,
-  parts: Sequence[jax.Array],
-  rounds: Sequence[Any],
-  graph: Topology | Schedule,
-  **kwargs: Any,
-) -> nccl.Send:
-  variant = (_ffi_attributes.fingerprint(graph), "hierarchical")
-  return nccl.exchange(
-    _NAME,
-    nccl.Mode.WHOLE,
-    comm,
-    step,
-    parts,
-    rounds,
-    variant=variant,
-    **kwargs,
-  )
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-  """One row for each rank of the machine, the last one with zeros behind."""
-  return jnp.pad(x, (0, -len(x) % size)).reshape(size, -1)
-
-
-def _avals(split: Sequence[Any], rows: Any) -> list[jax.ShapeDtypeStruct]:
-  return [jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype) for x in split]
-
-
-# The split form cannot run XLA code between its NCCL calls, so NCCL takes the
-# mean inside the machine, in 32 bits or more, and every rank of a machine gets
-# all buffers that the machine has received. `decode` averages them on each rank.
-
-
-def _encode_start(
-  mode: nccl.Mode,
-  scalars: Sequence[Any],
-  leaves: Sequence[jax.Array],
-  *,
-  graph: Topology | Schedule,
-  comm: Any,
-) -> nccl.Send:
-  rounds = nccl.rounds_of(graph, comm.machine_rank)
-  inside = getattr(comm.local, "context", -1)
-  across = getattr(comm.machines, "context", -1)
-  if comm.machine_size == 1:
-    across, rounds = -1, [([], [])] * len(rounds)
-  send = nccl.exchange(
-    "hierarchical_start",
-    mode,
-    comm,
-    scalars[0],
-    [x.reshape(-1) for x in _wide_split(leaves, comm.local_size)],
-    rounds,
-    variant=_ffi_attributes.fingerprint(graph),
-    like=leaves,
-    operation=_NAME,
-  )
-  send.attributes["local_context"] = np.int64(
-    inside if comm.local_size > 1 else -1
-  )
-  send.attributes["machines_context"] = np.int64(across)
-  return send
-
-
-def _wide_split(leaves: Sequence[jax.Array], size: int) -> list[jax.Array]:
-  """The packed leaves in rows, complex ones as pairs, of 32 bits or more."""
-  vectors = []
-  for x in nccl.Packing.of(leaves).pack(leaves):
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-      x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
-    wide = x.astype(_dtypes.accumulation(x.dtype))
-    vectors.append(_split(wide, size))
-  return vectors
-
-
-def _received(
-  results: Sequence[Any], static: Any
-) -> list[jax.ShapeDtypeStruct]:
-  size, slots = static
-  split = jax.eval_shape(lambda *x: _wide_split(x, size), *results)
-  return [
-    jax.ShapeDtypeStruct((size, 1 + slots, x.shape[1]), x.dtype) for x in split
-  ]
-
-
-def _decode(
-  own: Sequence[jax.Array], row: Any, received: Sequence[jax.Array], static: Any
-) -> list[jax.Array]:
-  del static
-  packing = nccl.Packing.of(own)
-  mixed = _weighted_sum.combine(
-    [x[:, 0] for x in received],
-    [jnp.moveaxis(x[:, 1:], 1, 0) for x in received],
-    *row,
-  )
-  vectors = []
-  for x, size, dtype in zip(mixed, packing.sizes, packing.dtypes, strict=True):
-    x = x.reshape(-1)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-      pairs = x[: 2 * size].reshape(size, 2)
-      x = lax.complex(pairs[:, 0], pairs[:, 1])
-    vectors.append(x[:size].astype(dtype))
-  return packing.unpack(vectors)
-
-
-def _row_weights(
-  scalars: Sequence[Any], *, graph: Topology | Schedule, comm: Any
-) -> _weighted_sum.Row:
-  return nccl.row_of_graph(graph, comm.machine_rank, scalars[0])
-
-
-def _machine_slots(graph: Topology | Schedule, comm: Any) -> int:
-  return nccl.slots_of(nccl.rounds_of(graph, comm.machine_rank))
-
-
 hierarchical_neighbor_allreduce_p = _primitive.define(
   _NAME,
   attributes=_attributes,
   transpose=_transpose,
   in_place=True,
-  on_gpus=nccl.OnGpus(
-    blocking=_steps_on_gpus,
-    encode=_encode_start,
-    received=_received,
-    decode=_decode,
-    weights=_row_weights,
-    static=lambda *, graph, comm: (
-      comm.local_size,
-      _machine_slots(graph, comm),
-    ),
-  ),
+  on_gpus=HierarchicalNeighborAllreduce(),
 )

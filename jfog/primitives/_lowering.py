@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 
 from jfog import _compat
 from jfog.primitives.nccl import _lowering as nccl_lowering
-from jfog.primitives.nccl._lowering import Mode, OnGpus
+from jfog.primitives.nccl._lowering import Mode, Rendition
 
 # A rule from context, operands and parameters to the values of the results.
 LoweringRule = Callable[..., Sequence[Any]]
@@ -26,7 +26,7 @@ _BACKENDS = {"cpu": "mpi", "cuda": "nccl"}
 _lowerings: dict[Primitive, dict[str, LoweringRule]] = {}
 
 # Rendition on GPUs by the name of the operation; None: the host fallback.
-_renditions: dict[str, OnGpus | None] = {}
+_renditions: dict[str, Rendition | None] = {}
 
 
 def register(
@@ -73,7 +73,7 @@ def register_operation(
   blocking: tuple[Primitive, AbstractEval],
   start: tuple[Primitive, AbstractEval],
   attributes: HandlerAttributes,
-  rendition: OnGpus | None,
+  rendition: Rendition | None,
   in_place: bool,
 ) -> None:
   """Registers the blocking and the split primitive of an operation.
@@ -139,7 +139,7 @@ def _lower_to_handler(
 
 def _lower_to_xla(
   stage: Callable[..., Sequence[Any]],
-  rendition: OnGpus,
+  rendition: Rendition,
   abstract_eval: AbstractEval,
 ) -> LoweringRule:
   """XLA arithmetic around a call of NCCL."""

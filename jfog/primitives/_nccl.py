@@ -21,5 +21,8 @@ _NAMES = {
 }
 
 
-def OnGpus(**hooks: Any) -> nccl.OnGpus:
-  return nccl.OnGpus(**{_NAMES.get(k, k): v for k, v in hooks.items()})
+def OnGpus(**hooks: Any) -> nccl.Rendition:
+  rendition = nccl.Rendition()
+  for name, hook in hooks.items():
+    setattr(rendition, _NAMES.get(name, name), hook)
+  return rendition

@@ -1,7 +1,6 @@
 """Neighbor gathers: the values of each rank's in-neighbors, one by one."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +17,14 @@ from jfog.primitives import (
   _operation,
   _primitive,
   _pytree,
-  _weighted_sum,
   nccl,
 )
 from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, check_ranks
+from jfog.primitives.nccl._neighbor_allgather import (
+  NeighborAllgather,
+  NeighborAllgatherTranspose,
+)
 from jfog.runtime import Axis, Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
@@ -335,105 +337,6 @@ def _from_transpose(
   return neighbor_allgather_p.bind(*operands, *cotangents, **params)
 
 
-# On GPUs: one exchange, into the parts of the result. The transpose sends each
-# source its part of the cotangent, and sums the received slots.
-
-
-def _encode(
-  mode: nccl.Mode,
-  scalars: Sequence[Any],
-  leaves: Sequence[jax.Array],
-  *,
-  rounds: Sequence[Any],
-  first: int,
-  fingerprint: int,
-  axis_sizes: Sequence[Any],
-  comm: Any,
-  **params: Any,
-) -> nccl.Send:
-  del params
-  return nccl.exchange(
-    _NAME,
-    mode,
-    comm,
-    scalars[0],
-    leaves,
-    rounds,
-    variant=(fingerprint, first),
-    like=_rows(leaves),
-    receive_counts=_counts(leaves, axis_sizes),
-  )
-
-
-def _encode_back(
-  mode: nccl.Mode,
-  scalars: Sequence[Any],
-  leaves: Sequence[jax.Array],
-  *,
-  rounds: Sequence[Any],
-  first: int,
-  fingerprint: int,
-  axis_sizes: Sequence[Any],
-  comm: Any,
-  **params: Any,
-) -> nccl.Send:
-  del params
-  return nccl.exchange(
-    f"{_NAME}_transpose",
-    mode,
-    comm,
-    scalars[0],
-    leaves,
-    [(to, sources) for sources, to in rounds],
-    variant=(fingerprint, first, "transpose"),
-    like=_rows(leaves),
-    apart=True,
-    send_counts=_counts(leaves, axis_sizes),
-  )
-
-
-def _rows(leaves: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-  """One row of each leaf: ranks have different numbers of them."""
-  return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
-
-
-def _counts(
-  leaves: Sequence[jax.Array], axis_sizes: Sequence[Any]
-) -> list[int]:
-  """The elements that each rank has of each leaf, in one list."""
-  return [
-    size * math.prod(x.shape[1:])
-    for x, sizes in zip(leaves, axis_sizes, strict=True)
-    for size in sizes
-  ]
-
-
-def _filled(
-  scalars: Sequence[Any], *, rounds: Sequence[Any], **params: Any
-) -> Any:
-  """Weights of the transpose: 1 for the slots that the round fills."""
-  counts = np.array([len(to) for _, to in rounds])
-  table = np.arange(max(counts)) < counts[:, None]
-  return nccl.at_step(table.astype(np.float32), scalars[0])
-
-
-def _add_up(
-  own: Sequence[jax.Array],
-  filled: Any,
-  received: Sequence[jax.Array],
-  slots: int,
-) -> list[jax.Array]:
-  del own, slots
-  return _weighted_sum.combine(
-    [jnp.zeros(x.shape[1:], x.dtype) for x in received],
-    received,
-    0,
-    jnp.ones_like(filled),
-    filled != 0,
-    False,
-  )
-
-
 neighbor_allgather_p = _primitive.define(
   _NAME,
   abstract_eval=_abstract_eval,
@@ -441,7 +344,7 @@ neighbor_allgather_p = _primitive.define(
   tangents=_tangents,
   transpose=_to_transpose,
   batch_axis=-1,  # axis 0 is concatenated
-  on_gpus=nccl.OnGpus(encode=_encode),
+  on_gpus=NeighborAllgather(),
 )
 
 neighbor_allgather_transpose_p = _primitive.define(
@@ -451,13 +354,5 @@ neighbor_allgather_transpose_p = _primitive.define(
   tangents=_tangents,
   transpose=_from_transpose,
   batch_axis=-1,
-  on_gpus=nccl.OnGpus(
-    encode=_encode_back,
-    received=lambda results, slots: [
-      jax.ShapeDtypeStruct((slots, *x.shape), x.dtype) for x in results
-    ],
-    decode=_add_up,
-    weights=_filled,
-    static=lambda *, rounds, **params: max(len(to) for _, to in rounds),
-  ),
+  on_gpus=NeighborAllgatherTranspose(),
 )

@@ -1,6 +1,5 @@
 """Neighbor collectives: weighted averages over each rank's in-neighbors."""
 
-import enum
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +23,8 @@ from jfog.primitives import (
 )
 from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, peers_call
+from jfog.primitives._weighted_sum import Weighting
+from jfog.primitives.nccl._neighbor_allreduce import NeighborAllreduce
 from jfog.runtime import Axis, Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
@@ -280,14 +281,6 @@ def _at(values: np.ndarray, rank: Any) -> Any:
 # Between processes: the rules of the primitive.
 
 
-class Weighting(enum.IntEnum):
-  """Source of the weights; numbered as in xla_ops/mpi."""
-
-  GRAPH = 0  # the graph's table
-  DESTINATION = 1  # y[i] = sum_j row_i[j] x[j]: receivers weight
-  SOURCE = 2  # y[i] = sum_j row_j[i] x[j]: senders weight, the transpose
-
-
 _TRANSPOSED = {
   Weighting.GRAPH: Weighting.GRAPH,
   Weighting.DESTINATION: Weighting.SOURCE,
@@ -389,71 +382,11 @@ def _attributes(
   )
 
 
-# On GPUs: one exchange into slots, and their weighted sum.
-
-
-def _encode(
-  mode: nccl.Mode,
-  scalars: Sequence[Any],
-  leaves: Sequence[jax.Array],
-  *,
-  graph: Topology | Schedule,
-  weighting: Weighting,
-  comm: Any,
-) -> nccl.Send:
-  rounds = nccl.rounds_of(graph, comm.rank)
-  packed = nccl.Packing.of(leaves).pack(leaves)
-  scales = weighting is Weighting.SOURCE
-  if scales:
-    step, row = scalars
-    slots = max(len(destinations) for _, destinations in rounds)
-    table = np.zeros((len(rounds), slots), np.int32)
-    for t, (_, destinations) in enumerate(rounds):
-      table[t, : len(destinations)] = destinations
-    packed = nccl.scaled(packed, row[nccl.at_step(table, step)])
-  return nccl.exchange(
-    "neighbor_allreduce",
-    mode,
-    comm,
-    scalars[0],
-    packed,
-    rounds,
-    variant=(_ffi_attributes.fingerprint(graph), int(weighting)),
-    like=leaves,
-    apart=scales,
-  )
-
-
-def _row_weights(
-  scalars: Sequence[Any],
-  *,
-  graph: Topology | Schedule,
-  weighting: Weighting,
-  comm: Any,
-) -> _weighted_sum.Row:
-  given = None
-  if weighting is not Weighting.GRAPH:
-    row = scalars[1]
-    given = (row[comm.rank], row, weighting is Weighting.SOURCE)
-  return nccl.row_of_graph(graph, comm.rank, scalars[0], given)
-
-
-def _slots(*, graph: Topology | Schedule, comm: Any, **params: Any) -> int:
-  del params
-  return nccl.slots_of(nccl.rounds_of(graph, comm.rank))
-
-
 neighbor_allreduce_p = _primitive.define(
   "neighbor_allreduce",
   attributes=_attributes,
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
-  on_gpus=nccl.OnGpus(
-    encode=_encode,
-    received=lambda results, slots: nccl.Packing.of(results).avals(slots),
-    decode=nccl.average,
-    weights=_row_weights,
-    static=_slots,
-  ),
+  on_gpus=NeighborAllreduce(),
 )

@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jfog.primitives import _lowering
-from jfog.primitives.nccl import Mode, OnGpus
+from jfog.primitives.nccl import Mode, Rendition
 
 
 def _like_leaves(
@@ -95,7 +95,7 @@ class OperationRules:
   transpose: Callable[..., Sequence[jax.Array]] | None = None
   batch_axis: int | None = 0
   in_place: bool = False
-  on_gpus: OnGpus | None = None
+  on_gpus: Rendition | None = None
   blocking: Primitive = dataclasses.field(init=False)
   start: Primitive = dataclasses.field(init=False)
 

@@ -1,5 +1,6 @@
 """Weighted sum of an own value and of received values in slots, in XLA."""
 
+import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,14 @@ from jfog.primitives import _mesh, _pytree
 
 # A sum over more slots than this is a loop in the program.
 UNROLLED = 16
+
+
+class Weighting(enum.IntEnum):
+  """Source of the weights; numbered as in xla_ops/mpi."""
+
+  GRAPH = 0  # the graph's table
+  DESTINATION = 1  # y[i] = sum_j row_i[j] x[j]: receivers weight
+  SOURCE = 2  # y[i] = sum_j row_j[i] x[j]: senders weight, the transpose
 
 
 class Row(NamedTuple):
@@ -123,6 +132,13 @@ def times(weight: Any, x: jax.Array) -> jax.Array:
     weight = along(weight, x).astype(jnp.finfo(x.dtype).dtype)
     return lax.complex(weight * x.real, weight * x.imag)
   return along(weight, x).astype(x.dtype) * x
+
+
+def mean(rows: jax.Array) -> jax.Array:
+  """The mean over axis 0, x[0] + sum_k (x[k] - x[0]) / n: exact for equal values."""
+  wide = rows.astype(_dtypes.accumulation(rows.dtype))
+  mean = wide[0] + jnp.sum(wide[1:] - wide[:1], axis=0) / len(rows)
+  return mean.astype(rows.dtype)
 
 
 def sum_dtype(x: jax.Array) -> np.dtype:

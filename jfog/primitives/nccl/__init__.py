@@ -12,7 +12,7 @@ from jfog.primitives.nccl._exchange import row_of_graph as row_of_graph
 from jfog.primitives.nccl._exchange import scaled as scaled
 from jfog.primitives.nccl._exchange import slots_of as slots_of
 from jfog.primitives.nccl._lowering import Mode as Mode
-from jfog.primitives.nccl._lowering import OnGpus as OnGpus
 from jfog.primitives.nccl._lowering import Reduction as Reduction
+from jfog.primitives.nccl._lowering import Rendition as Rendition
 from jfog.primitives.nccl._lowering import Send as Send
 from jfog.primitives.nccl._packing import Packing as Packing

@@ -39,61 +39,73 @@ class Send(NamedTuple):
   operands: Sequence[Any]
 
 
-def _no_static(**params: Any) -> tuple[()]:
-  del params
-  return ()
-
-
-def _no_weights(scalars: Sequence[Any], **params: Any) -> tuple[()]:
-  del scalars, params
-  return ()
-
-
-def _received_like_results(
-  results: Sequence[Any], static: Any
-) -> Sequence[Any]:
-  del static
-  return results
-
-
-def _received_are_results(
-  own: Sequence[Any], weights: Any, received: Sequence[Any], static: Any
-) -> Sequence[Any]:
-  del own, weights, static
-  return received
-
-
-@dataclasses.dataclass(frozen=True)
-class OnGpus:
+class Rendition:
   """Rendition of an operation on GPUs: encode in XLA, one NCCL call, decode.
 
-  A split operation encodes in one program and decodes in another. The handle
-  carries the inputs of `decode`: the arrays of `weights` and the value of
-  `static`.
+  A split operation encodes in one program and decodes in another. Its handle
+  carries the further inputs of `decode`: the arrays of `weights` and the value
+  of `static`.
 
   Attributes:
-    encode: `(mode, scalar operands, leaves, **params)` to the call.
-    received: `(avals of the results, static)` to the avals of the buffers that
-      NCCL fills.
-    decode: `(own, weights, received, static)` to the results. `own` holds this
-      rank's leaves. In a split operation whose results differ in shape it holds
-      zeros shaped like the results.
-    weights: `(scalar operands, **params)` to a pytree of arrays for `decode`.
-    static: `(**params)` to a hashable value for `received` and `decode`, part
-      of the type of a handle.
-    blocking: `(call, scalar operands, leaves, **params)` to the results, for an
-      operation of several calls `call(Send, avals)`. It replaces all of the
-      others in the blocking form.
     in_place: whether received buffers may alias the sent ones.
   """
 
-  encode: Callable[..., Send]
-  received: Callable[..., Sequence[Any]] = _received_like_results
-  decode: Callable[..., Sequence[Any]] = _received_are_results
-  weights: Callable[..., Any] = _no_weights
-  static: Callable[..., Any] = _no_static
-  blocking: Callable[..., Sequence[Any]] | None = None
-  in_place: bool = False
+  in_place = False
+
+  def encode(
+    self, mode: Mode, scalars: Sequence[Any], leaves: Any, **params: Any
+  ) -> Send:
+    """The call that sends the leaves."""
+    raise NotImplementedError
+
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the buffers that NCCL fills, from those of the results."""
+    del static
+    return results
+
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The results, from the received buffers.
+
+    `own` holds this rank's leaves. In a split operation whose results differ in
+    shape it holds zeros shaped like the results.
+    """
+    del own, weights, static
+    return received
+
+  def weights(self, scalars: Sequence[Any], **params: Any) -> Any:
+    """A pytree of arrays for `decode`."""
+    del scalars, params
+    return ()
+
+  def static(self, **params: Any) -> Any:
+    """A hashable value for `received` and `decode`, part of a handle's type."""
+    del params
+    return ()
+
+  def blocking(
+    self,
+    call: Callable[..., list[Any]],
+    results: Sequence[Any],
+    scalars: Sequence[Any],
+    leaves: Sequence[Any],
+    **params: Any,
+  ) -> Sequence[Any]:
+    """The blocking form; an operation of several calls has its own.
+
+    Args:
+      call: `(Send, avals of the received buffers)` to these buffers.
+      results: the avals of the results.
+      scalars: the scalar operands.
+      leaves: the leaves.
+      **params: the parameters of the primitive.
+    """
+    static = self.static(**params)
+    send = self.encode(Mode.WHOLE, scalars, leaves, **params)
+    received = call(send, self.received(results, static), self.in_place)
+    weights = self.weights(scalars, **params)
+    return self.decode(leaves, weights, received, static)
 
 
 # One call of a handler. Only the lowerings below bind this primitive, so it needs
@@ -163,26 +175,18 @@ def _blocking_call(
 
 
 def blocking(
-  rendition: OnGpus,
+  rendition: Rendition,
   results: Sequence[Any],
   scalars: Sequence[Any],
   leaves: Sequence[Any],
   params: dict[str, Any],
 ) -> Sequence[Any]:
   """Results of a blocking operation; `results` are their avals."""
-  if rendition.blocking is not None:
-    return rendition.blocking(_blocking_call, scalars, leaves, **params)
-  static = rendition.static(**params)
-  send = rendition.encode(Mode.WHOLE, scalars, leaves, **params)
-  received = _blocking_call(
-    send, rendition.received(results, static), rendition.in_place
-  )
-  weights = rendition.weights(scalars, **params)
-  return rendition.decode(leaves, weights, received, static)
+  return rendition.blocking(_blocking_call, results, scalars, leaves, **params)
 
 
 def start(
-  rendition: OnGpus,
+  rendition: Rendition,
   results: Sequence[Any],
   scalars: Sequence[Any],
   leaves: Sequence[Any],
@@ -209,7 +213,7 @@ def start(
 
 
 def wait(
-  rendition: OnGpus,
+  rendition: Rendition,
   number: Any,
   weights: Any,
   placeholders: Sequence[Any],
