@@ -1,4 +1,4 @@
-"""What a GPU can do at best: NCCL and the CUDA driver alone, called by ctypes.
+"""Upper bounds of a GPU: NCCL and the CUDA driver alone, called by ctypes.
 
 The peers of `_peers.py` that average, and of here that only move: a send to and
 a receive from each neighbor, and a copy on the device.
@@ -120,7 +120,7 @@ class RawNccl:
     self.chunk, self._gpu = chunk, gpu
     rank, n = gpu.comm.rank, gpu.comm.size
     plan = [[d for d, _ in offsets] for offsets in _peers.rounds(graph)]
-    # XLA's own memory, written behind its back: nobody else holds these arrays.
+    # Writes into XLA's memory directly: no other reference to these arrays exists.
     self._x = jnp.asarray(x)
     self._received = [jnp.zeros_like(self._x) for _ in max(plan, key=len)]
     jax.block_until_ready((self._x, self._received))
@@ -149,7 +149,7 @@ class RawNccl:
     return time.perf_counter() - begin
 
   def value(self):
-    """What came in last, by the order of the neighbors."""
+    """The messages received last, in the order of the neighbors."""
     return [np.asarray(each) for each in self._received]
 
 
@@ -202,7 +202,7 @@ class XlaMean(_peers.Scanned):
     )
 
   def value(self):
-    """What the ranks of this process hold: pairs of rank and array."""
+    """The values of the ranks of this process: pairs of rank and array."""
     return [
       (shard.index[0].start or 0, np.asarray(shard.data)[0])
       for shard in self.x.addressable_shards

@@ -1,4 +1,4 @@
-"""What the benchmarks share: jobs, timing loops, statistics, tables, plots."""
+"""Shared parts of the benchmarks: jobs, timing, statistics, tables, plots."""
 
 import argparse
 import datetime
@@ -222,7 +222,7 @@ def size_name(size):
   return f"{size} B"
 
 
-# What is written.
+# Output files.
 
 
 def header(title, compared, script, notes=()):

@@ -11,7 +11,7 @@ from jax import lax
 
 
 class Model(NamedTuple):
-  """What a training needs of a model; `units` are what a sample counts for."""
+  """A model to train; `units` is the weight of one sample in the rates."""
 
   init: Callable[[jax.Array], Any]  # key -> parameters, float32
   loss: Callable[[Any, Any], jax.Array]  # (parameters, batch) -> shape=()

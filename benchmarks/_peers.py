@@ -1,4 +1,4 @@
-"""Who averages with the neighbors: jfog, raw MPI, mpi4py, mpi4jax and XLA.
+"""Implementations of the neighbor average: jfog, raw MPI, mpi4py, mpi4jax, XLA.
 
 A peer holds one rank's array `x`, jfog's any pytree, and averages it in place. All are given the
 same graphs, and all sum in the form x + sum_j w_j (x_j - x). Every graph here is
@@ -79,7 +79,7 @@ class Scanned:
     return seconds
 
   def value(self):
-    """What this rank holds."""
+    """The value of this rank."""
     return jax.tree.map(np.asarray, self.x)
 
 
@@ -162,7 +162,7 @@ class Mpi4py:
     return time.perf_counter() - begin
 
   def value(self):
-    """What this rank holds."""
+    """The value of this rank."""
     return self.x
 
 
@@ -205,7 +205,7 @@ class Raw:
     return seconds
 
   def value(self):
-    """What this rank holds."""
+    """The value of this rank."""
     return self.x
 
 
@@ -240,7 +240,7 @@ class Xla(Scanned):
     )
 
   def value(self):
-    """What the ranks of this process hold: pairs of rank and array."""
+    """The values of the ranks of this process: pairs of rank and array."""
     return [
       (shard.index[0].start or 0, np.asarray(shard.data)[0])
       for shard in self.x.addressable_shards

@@ -121,7 +121,7 @@ def in_turns(ranks, gpus, job, turns):
 
 
 def key(graph, size):
-  """What a case is called in JSON."""
+  """The key of a case in JSON."""
   return f"{graph} {size}"
 
 
@@ -353,7 +353,7 @@ def on_xla(job):
     pathlib.Path(job["result"]).write_text(json.dumps({"average": average}))
 
 
-# What is written.
+# Output files.
 
 
 def ratios(times, peer):

@@ -193,7 +193,7 @@ def carried(times, peer):
 
 
 def note(link, speeds):
-  """What a link of so many megabytes a second was measured to be."""
+  """The measured rate of a link with a nominal rate in MB/s."""
   places = [
     f"{rate / 1e6:.3g} MB/s and {_measure.duration(latency)} for a message of "
     f"8 B {place} machines"

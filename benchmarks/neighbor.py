@@ -81,7 +81,7 @@ def in_turns(ranks, cases, turns, rounds, target):
 
 
 def key(graph, size):
-  """What a case is called in JSON."""
+  """The key of a case in JSON."""
   return f"{graph} {size}"
 
 
