@@ -83,42 +83,40 @@ TESTED_BY = {
 
 # p90 and the longest file; to be lowered to 400 and 600 where they are above.
 LENGTHS = {
-  ("jfog", measure.PYTHON): (450, 983),
+  ("jfog", measure.PYTHON): (430, 983),
   ("xla_ops", measure.CPP): (400, 741),
-  ("tests", measure.PYTHON): (570, 901),
+  ("tests", measure.PYTHON): (540, 801),
+  ("tests", measure.CPP): (400, 600),
 }
-ANNOTATED = 0.5  # of the arguments in jfog; to be raised to 0.9
+ANNOTATED = 0.75  # of the arguments in jfog; to be raised to 0.9
 
 # Includes and copies that are not yet right; to become 0.
 INCLUDE_CIRCLES = 1
 INCLUDES_UPWARD = 8
 EQUAL_RUNS = 6
 
-# The beginnings of names of files without a banned word; to become the whole tree.
-CLEAN = (
-  "docs/optimizers.md",
-  "examples/",
-  "jfog/optimizers/",
-  ".ci/",
-  "tests/bazel",
-  "tests/conftest.py",
-  "tests/emulation/",
-  "tests/gpu/",
-  "tests/house_numbers",
-  "tests/sanitize",
-  "tests/support/",
-  *("tests/test_docs", "tests/test_emulation", "tests/test_examples"),
-  *("tests/test_failures", "tests/test_finite", "tests/test_gpu"),
-  *("tests/test_handles", "tests/test_hierarchical", "tests/test_m"),
-  *("tests/test_n", "tests/test_order", "tests/test_shared"),
-  "tests/support/algorithms.py",
-  "tests/support/problems.py",
-  "tests/support/recursions.py",
-  "tests/test_algorithm",
-  "tests/test_compress",
-  "tests/test_edge_exchange.py",
-  "tests/test_optimizers.py",
-  "tests/test_window_averaging",
+# The rooms without a banned word, and those of their files that still hold some: the
+# beginnings of names. The second list is to become empty.
+ROOMS = (
+  *("jfog/", "xla_ops/", "tests/", "docs/", "benchmarks/", "examples/", ".ci/"),
+  *("README.md", "CONTRIBUTING.md"),
+)
+UNCLEAN = (
+  "README.md",
+  "jfog/_compat.py",
+  "jfog/diagnostics",
+  "jfog/launch",
+  "jfog/primitives/",
+  "jfog/runtime/",
+  "jfog/topology/",
+  *(
+    "tests/test_asynchrony",
+    "tests/test_collectives",
+    "tests/test_diagnostics",
+  ),
+  *("tests/test_launch", "tests/test_peers", "tests/test_runtime"),
+  *("tests/test_schedule", "tests/test_topology", "tests/test_window"),
+  "xla_ops/",
 )
 # Files that hold the banned words themselves.
 WORD_LISTS = (
@@ -216,7 +214,8 @@ def test_banned_words_stay_out():
   paths = [
     path
     for path in tracked()
-    if (name := str(path.relative_to(ROOT))).startswith(CLEAN)
+    if (name := str(path.relative_to(ROOT))).startswith(ROOMS)
+    and not name.startswith(UNCLEAN)
     and name not in WORD_LISTS
   ]
   require(house.words(ROOT, paths, WORDS_THAT_STAY))
