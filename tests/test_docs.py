@@ -1,10 +1,12 @@
-"""Docstrings: every public name has one, and every example in them runs."""
+"""Docstrings and pages: public names have docstrings, and all examples run."""
 
 import doctest
 import importlib
 import inspect
 import io
+import pathlib
 import pkgutil
+import re
 import types
 
 import pytest
@@ -13,6 +15,24 @@ import jfog
 
 PUBLIC = ("jfog", "jfog.topology", "jfog.optimizers", "jfog.diagnostics")
 NATIVE = {"_build", "_mpi", "_nccl"}  # made by the build
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted(
+  [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+    ROOT / "benchmarks" / "README.md",
+  ]
+)
+# Pages whose file names, and names inside of these files, are checked.
+MAPS = [
+  page
+  for page in PAGES
+  if page.name in ("architecture.md", "CONTRIBUTING.md")
+  or page.parent.name == "decisions"
+]
+# The operation that CONTRIBUTING.md adds as its example.
+SKETCH = "neighbor_max"
 
 
 def public_names():
@@ -110,3 +130,51 @@ def test_the_examples_are_found():
   assert "jfog.topology._static.ring" in names
   assert "jfog.optimizers._combine.adapt_then_combine" in names
   assert "jfog.runtime._communicator.Axis" in names
+
+
+def page_name(page):
+  """A page's path as the tests' names show it."""
+  return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+  """The fenced python blocks of a page, with their lines in it."""
+  text = page.read_text()
+  for match in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
+    yield text[: match.start(1)].count("\n"), match[1]
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in PAGES if any(blocks(page))], ids=page_name
+)
+def test_python_blocks_run(page, no_world):
+  """The blocks of one page are one program."""
+  namespace = {}
+  for line, code in blocks(page):
+    exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_blocks_are_found():
+  assert len(list(blocks(ROOT / "README.md"))) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_to_files(page):
+  for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    assert (page.parent / target).exists(), f"{page_name(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", MAPS, ids=page_name)
+def test_named_files_and_functions_exist(page):
+  """Paths, and in `path: name` the name in that file."""
+  text = page.read_text()
+  path = r"(?:jfog|xla_ops|tests|docs|examples|benchmarks|cmake)/[\w./-]*\w"
+  for found in sorted(set(re.findall(rf"(?<![\w./]){path}", text))):
+    if SKETCH not in found:
+      assert (ROOT / found).exists(), f"{page_name(page)} names {found}"
+  for found, names in re.findall(rf"`({path}): ([\w, ~]+)`", text):
+    source = (ROOT / found).read_text()
+    for name in names.split(", "):
+      assert re.search(rf"\b{name}\b", source), (
+        f"{page_name(page)} names {name} in {found}"
+      )
