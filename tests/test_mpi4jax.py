@@ -20,7 +20,7 @@ needs_mpi = pytest.mark.skipif(
 )
 needs_mpi4jax = pytest.mark.skipif(
   importlib.util.find_spec("mpi4jax") is None,
-  reason="mpi4jax is not installed; README.md, 'On MPI', says how",
+  reason="mpi4jax is not installed; see docs/install.md, 'mpi4jax'",
 )
 places = pytest.mark.places("mpi-2", "mpi-3", "mpi-4")
 DEADLINE = 120.0  # seconds; each of these jobs takes a few when all is quiet
