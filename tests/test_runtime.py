@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 import jfog
 import jfog.runtime
 from jfog import topology
-from jfog.runtime import _extensions, _world
+from jfog.runtime import _extensions
 
 
 @pytest.fixture(autouse=True)
@@ -359,7 +359,7 @@ def test_the_loaded_library_is_compared_with_the_built_one():
 
 
 def test_machines_of_different_sizes_are_refused_by_name():
-  world = _world.MpiCommunicator(0, 3, 0, (0, 0, 1))
+  world = jfog.runtime.ProcessCommunicator(0, 3, 0, (0, 0, 1))
   assert (world.machine_rank, world.machine_size) == (0, 2)
   with pytest.raises(ValueError, match=r"\[2, 1\]"):
     _ = world.machines

@@ -11,17 +11,22 @@ from jfog.runtime._communicator import Single as Single
 from jfog.runtime._extensions import build as build
 from jfog.runtime._extensions import mpi as mpi
 from jfog.runtime._extensions import nccl_library as nccl_library
+from jfog.runtime._process_communicator import (
+  MpiCommunicator as MpiCommunicator,
+)
+from jfog.runtime._process_communicator import (
+  ProcessCommunicator as ProcessCommunicator,
+)
+from jfog.runtime._process_communicator import counters as counters
+from jfog.runtime._process_communicator import reset_counters as reset_counters
 from jfog.runtime._simulate import simulate as simulate
 from jfog.runtime._simulate import spmd as spmd
-from jfog.runtime._world import MpiCommunicator as MpiCommunicator
-from jfog.runtime._world import counters as counters
 from jfog.runtime._world import init as init
 from jfog.runtime._world import local_rank as local_rank
 from jfog.runtime._world import local_size as local_size
 from jfog.runtime._world import machine_rank as machine_rank
 from jfog.runtime._world import machine_size as machine_size
 from jfog.runtime._world import rank as rank
-from jfog.runtime._world import reset_counters as reset_counters
 from jfog.runtime._world import resolve as resolve
 from jfog.runtime._world import shutdown as shutdown
 from jfog.runtime._world import size as size

@@ -1,4 +1,4 @@
-"""Communicators: who takes part in an operation, and who moves the data."""
+"""Communicators: the ranks of an operation and the carrier of its data."""
 
 import abc
 import dataclasses
@@ -14,7 +14,7 @@ LOCAL_AXIS_NAME = "jfog_local"
 
 
 class NotInitializedError(RuntimeError):
-  """No communicator is in reach: no `comm`, no bound axis, no `jfog.init()`."""
+  """An operation without a communicator: no `comm`, bound axis or world."""
 
 
 class Communicator(abc.ABC):
@@ -38,7 +38,15 @@ class Communicator(abc.ABC):
   @property
   @abc.abstractmethod
   def backend(self) -> str:
-    """Who moves the data: `"mpi"`, `"nccl"`, `"mesh"` or `"single"`."""
+    """The carrier of the data: `"mpi"`, `"nccl"`, `"mesh"` or `"single"`."""
+
+  @property
+  def is_native(self) -> bool:
+    """Whether operations have their native rendition, over MPI or NCCL.
+
+    Otherwise XLA's own collectives, or nothing in a world of one, carry them.
+    """
+    return False
 
   @property
   def is_native(self) -> bool:
@@ -57,7 +65,7 @@ class Communicator(abc.ABC):
 
   @property
   def local_rank(self) -> Any:
-    """This rank's place inside its machine."""
+    """The index of this rank among the ranks of its machine."""
     return self.local.rank
 
   @property
@@ -67,7 +75,7 @@ class Communicator(abc.ABC):
 
   @property
   def machine_rank(self) -> Any:
-    """The place of this rank's machine among the machines."""
+    """The index of this rank's machine among the machines."""
     return self.machines.rank
 
   @property
@@ -104,8 +112,8 @@ class Axis(Communicator):
   """The ranks along one named axis of a mesh or of `jax.vmap`, or along two.
 
   With `local`, the communicator spans two axes, machines x local ranks, and
-  `rank = machine_rank * local_size + local_rank`. Nothing is looked up before
-  it is used, so an `Axis` may be made before any mesh exists.
+  `rank = machine_rank * local_size + local_rank`. The axes are looked up at use,
+  so an `Axis` may be made before any mesh exists.
 
   Args:
     name: the name of the axis; of the axis over machines if `local` is given.
@@ -128,7 +136,7 @@ class Axis(Communicator):
   def __init__(self, name: str, local: str | None = None):
     for axis in (name, local):
       if axis is not None and not isinstance(axis, str):
-        raise TypeError(f"an axis name is a str, got {axis!r}.")
+        raise TypeError(f"an axis name must be a str, got {axis!r}.")
     if name == local:
       raise ValueError(
         f"the two axes need different names, got {name!r} twice."
@@ -144,7 +152,7 @@ class Axis(Communicator):
     )
 
   def require_bound(self) -> tuple[str, ...]:
-    """Its axes, if they are bound where this is traced.
+    """Returns the axes, after a check that the current trace binds them.
 
     Raises:
       NotInitializedError: if one is not.
@@ -164,7 +172,7 @@ class Axis(Communicator):
 
   @property
   def rank(self) -> jax.Array:
-    """The place along its axes, an int32 scalar, traced."""
+    """The index along its axes, a traced int32 scalar."""
     return lax.axis_index(self.require_bound())
 
   @property

@@ -12,7 +12,7 @@ import tempfile
 import jax
 
 from jfog.primitives import _lowering
-from jfog.runtime import _extensions, _world
+from jfog.runtime import _bootstrap, _extensions
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = _ROOT / "tests" / "emulation"
@@ -161,7 +161,7 @@ def carry_jfog(path) -> ctypes.CDLL:
   )
   _extensions.nccl = functools.cache(lambda: module)
   _extensions.nccl()
-  _world._take_gpu = lambda backend, context, rank, leaders: 0
+  _bootstrap._take_gpu = lambda backend, context, rank, leaders: 0
   _lowering.use_backend_for_tests("nccl", "cpu")
   return library
 

@@ -1,0 +1,79 @@
+"""The end of a process: atexit and excepthook, for MPI, NCCL and mpi4py."""
+
+import atexit
+import functools
+import sys
+import types
+from typing import Any
+
+import jax
+
+from jfog.runtime import _extensions
+
+
+@functools.cache
+def mpi4py_ends_mpi() -> bool:
+  """Whether mpi4py started MPI in this process, and so finalizes it at exit.
+
+  Cached at the first call, which comes before jfog itself starts MPI: later
+  mpi4py would report jfog's MPI as initialized, too.
+  """
+  theirs = sys.modules.get("mpi4py.MPI")
+  return theirs is not None and theirs.Is_initialized()
+
+
+@functools.cache
+def install_hooks() -> None:
+  """Installs the exit hooks: a clean end of MPI, and a failure that is fast.
+
+  A rank that ends normally drains its operations and finalizes MPI, which waits
+  for all ranks. A rank that fails by an exception must not: its peers may wait
+  for a message of it, and MPI_Finalize would wait for them.
+  """
+  atexit.register(_finish)
+  previous = sys.excepthook
+
+  def excepthook(
+    kind: type[BaseException],
+    value: BaseException,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    previous(kind, value, traceback)
+    if hasattr(sys, "ps1"):  # interactive: the process continues
+      return
+    # Pending waits for peers fail at once and MPI is not finalized. The launcher
+    # then observes a nonzero exit code and ends the other ranks.
+    atexit.unregister(_finish)
+    _abandon(f"this rank failed with {kind.__name__}: {value}")
+
+  sys.excepthook = excepthook
+
+
+def _abandon(reason: str) -> None:
+  """Fails all operations, and skips every wait for peers at exit."""
+  for module in _in_use():
+    module.abandon(reason)
+  if mpi4py_ends_mpi():
+    # The exit hook of mpi4py would call MPI_Finalize, which waits for the peers;
+    # with an abort status it calls MPI_Abort.
+    from mpi4py import run
+
+    run.set_abort_status(1)
+
+
+def _finish() -> None:
+  """Completes what is in flight, then finalizes the native modules."""
+  # Operations in flight need their peers and MPI, so they come first.
+  try:
+    jax.effects_barrier()
+  except Exception as error:
+    print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
+    _abandon(f"an operation failed at exit: {error}")
+  for module in _in_use():
+    module.finish()
+
+
+def _in_use() -> list[Any]:
+  """The loaded native modules; NCCL, which depends on MPI, comes first."""
+  nccl = _extensions.nccl.cache_info().currsize > 0
+  return [*([_extensions.nccl()] if nccl else []), _extensions.mpi()]
