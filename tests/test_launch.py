@@ -43,8 +43,8 @@ RANK = (
 def program(tmp_path_factory):
   """The launcher as a program, next to a `_build.py` that names an mpirun."""
   package = tmp_path_factory.mktemp("package")
-  shutil.copy(launch.__file__, package / "launch.py")
-  built = pathlib.Path(launch.__file__).with_name("_build.py")
+  copy_launcher(package)
+  built = pathlib.Path(launch.built_package()) / "_build.py"
   if built.exists():
     mpi = launch.installed_mpi()
   else:
@@ -53,7 +53,11 @@ def program(tmp_path_factory):
   if not os.access(mpi.launcher, os.X_OK):
     pytest.skip(f"no MPI launcher at {mpi.launcher}")
   write_build(package, mpi)
-  return package / "launch.py"
+  return package / "launch"
+
+
+def copy_launcher(package):
+  shutil.copytree(pathlib.Path(launch.__file__).parent, package / "launch")
 
 
 def write_build(package, mpi):
@@ -241,7 +245,7 @@ def test_no_process_outlives_a_killed_rank(program, tmp_path):
 
 
 def test_mpirun_that_does_not_end_is_ended(tmp_path):
-  shutil.copy(launch.__file__, tmp_path / "launch.py")
+  copy_launcher(tmp_path)
   mpirun = tmp_path / "mpirun"
   mpirun.write_text(
     "#!/usr/bin/env bash\n"
@@ -251,7 +255,7 @@ def test_mpirun_that_does_not_end_is_ended(tmp_path):
   )
   mpirun.chmod(0o755)
   write_build(tmp_path, launch.Mpi(str(mpirun), "openmpi", ""))
-  job = run(tmp_path / "launch.py", "-np", 1, *shell("exit 4"))
+  job = run(tmp_path / "launch", "-np", 1, *shell("exit 4"))
   assert job.returncode == 4
   assert job.err.endswith("jfog run: rank 0 failed first (exit code 4)\n")
 

@@ -1,0 +1,8 @@
+"""Diagnostics: traces of a training, consensus distance, bytes sent."""
+
+from jfog.diagnostics._consensus import consensus_distance as consensus_distance
+from jfog.diagnostics._counters import bytes_per_step as bytes_per_step
+from jfog.diagnostics._counters import counters as counters
+from jfog.diagnostics._counters import reset_counters as reset_counters
+from jfog.diagnostics._trace import Trace as Trace
+from jfog.diagnostics._trace import trace as trace

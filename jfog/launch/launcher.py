@@ -1,0 +1,306 @@
+"""The launcher, `jfog run`: starts mpirun and reports the rank that failed first."""
+
+import collections
+import os
+import signal
+import sys
+import time
+
+from . import processes, report
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(_FOLDER)
+_EAGER_LIMIT = 64 * 1024  # bytes that shared memory sends without a handshake
+_GRACE = 5.0  # seconds mpirun has to end after a failure or a signal
+_SI_KERNEL = 0x80  # the sender of a signal that came from the terminal's keys
+
+Mpi = collections.namedtuple("Mpi", ["launcher", "family", "library"])
+Mpi.__doc__ = """The MPI that jfog was built with.
+
+`launcher` is the path of its mpirun, `family` is `"openmpi"` or `"mpich"`, and
+`library` is the version text of the library.
+"""
+
+
+def built_package() -> str:
+  """Returns the directory of jfog in which the build left `_build.py`.
+
+  That is the parent of this folder, except in an editable installation and for
+  Python started in jfog's source tree.
+  """
+  folders = [_PACKAGE, *getattr(sys.modules.get("jfog"), "__path__", ())]
+  folders += [os.path.join(path, "jfog") for path in sys.path]
+  for folder in folders:
+    if os.path.exists(os.path.join(folder, "_build.py")):
+      return os.path.abspath(folder)
+  return _PACKAGE
+
+
+def installed_mpi(package: str | None = None) -> Mpi:
+  """Returns the MPI that jfog was built with.
+
+  Args:
+    package: the directory of the jfog package, in which the build leaves
+      `_build.py`; by default `built_package()`.
+
+  Raises:
+    RuntimeError: if jfog was built without MPI, or its launcher is missing.
+  """
+  remedy = (
+    "reinstall jfog where MPI is found (`pip install --force-reinstall jfog`, "
+    "or with JFOG_MPI=system and mpicxx on PATH); jfog.simulate and jfog.spmd "
+    "need no MPI."
+  )
+  package = package or built_package()
+  build = {}
+  path = os.path.join(package, "_build.py")
+  if os.path.exists(path):
+    with open(path, encoding="utf-8") as file:
+      exec(compile(file.read(), path, "exec"), build)
+  launcher = build.get("MPI_LAUNCHER", "")
+  if not launcher:
+    raise RuntimeError(f"this jfog was installed without MPI: {remedy}")
+  launcher = os.path.normpath(os.path.join(package, launcher))
+  if not os.access(launcher, os.X_OK):
+    raise RuntimeError(
+      f"the MPI that jfog was built with is gone ({launcher}): {remedy}"
+    )
+  return Mpi(launcher, build["MPI_FAMILY"], build["MPI_LIBRARY"])
+
+
+def command_line(arguments: list[str]) -> list[str]:
+  """Returns the command that runs `jfog run` with these arguments.
+
+  The command starts a fresh interpreter that imports neither jax nor jfog.
+
+  Example:
+    >>> command_line(["-np", "2", "hostname"])[-3:]
+    ['-np', '2', 'hostname']
+  """
+  return [*_self(), "--package", built_package(), *arguments]
+
+
+def mpirun_command(
+  mpi: Mpi,
+  ranks: int,
+  command: list[str],
+  *,
+  host: str | None = None,
+  hostfile: str | None = None,
+  tag_output: bool = False,
+) -> list[str]:
+  """Returns the mpirun command that starts `command` on every rank.
+
+  Args:
+    mpi: the MPI whose launcher is used.
+    ranks: the number of ranks; more than there are cores is fine.
+    command: the program of every rank and its arguments.
+    host: `host:slots,...`, passed on to mpirun.
+    hostfile: the path of a hostfile, passed on to mpirun.
+    tag_output: prefix every line of output with the rank.
+  """
+  words = [mpi.launcher, "-np", str(ranks)]
+  if mpi.family == "openmpi":
+    words += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    if host:
+      words += ["-H", host]
+    if hostfile:
+      words += ["--hostfile", hostfile]
+    if host or hostfile:
+      words += ["-x", "JFOG_RUN_DIR"]  # Open MPI exports only named variables
+  else:
+    words += ["-bind-to", "none"]
+    if host:
+      words += ["-hosts", host]
+    if hostfile:
+      words += ["-f", hostfile]
+  words += [*_self(), "--rank-main"]
+  if tag_output:
+    words.append("--tag-output")
+  return [*words, "--", *command]
+
+
+def job_environment(environ: dict[str, str], run_dir: str) -> dict[str, str]:
+  """Returns the environment of mpirun: `environ` and jfog's additions.
+
+  Variables that the user has set are kept.
+  """
+  added = {}
+  for prefix in ("OMPI", "PRTE"):
+    added[f"{prefix}_ALLOW_RUN_AS_ROOT"] = "1"
+    added[f"{prefix}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+  for transport in ("sm", "vader"):  # Open MPI 5, Open MPI 4
+    added[f"OMPI_MCA_btl_{transport}_eager_limit"] = str(_EAGER_LIMIT)
+  added["OMPI_MCA_osc"] = "^ucx"  # without UCX it prints an error
+  return {**added, **environ, "JFOG_RUN_DIR": run_dir}
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs `jfog run` with these arguments and returns its exit code.
+
+  The code is that of the rank that failed first, 128 + n for a rank killed by
+  signal n; 124 after `--timeout`, 126 and 127 for a command that cannot be run
+  or is not found, 2 for bad arguments.
+  """
+  options = _parse(sys.argv[1:] if arguments is None else arguments)
+  try:
+    mpi = installed_mpi(options.package)
+  except RuntimeError as error:
+    processes.say(f"jfog run: {error}\n")
+    return 1
+  if not (options.host or options.hostfile):
+    code, problem = _command_problem(options.command)
+    if problem:
+      processes.say(f"jfog run: {problem}\n")
+      return code
+  import shutil
+  import tempfile
+
+  run_dir = tempfile.mkdtemp(prefix="jfog-run-")
+  try:
+    command = mpirun_command(
+      mpi,
+      options.np,
+      options.command,
+      host=options.host,
+      hostfile=options.hostfile,
+      tag_output=options.tag_output,
+    )
+    environ = job_environment(dict(os.environ), run_dir)
+    return _run_job(command, environ, run_dir, options.timeout)
+  finally:
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _parse(arguments: list[str]):
+  import argparse
+
+  parser = argparse.ArgumentParser(
+    prog="jfog run",
+    usage="jfog run -np N [-H HOST:SLOTS,... | --hostfile FILE] "
+    "[--tag-output] [--timeout SECONDS] command ...",
+    description="Runs a command on N ranks, with the MPI jfog was built with.",
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "-np", "-n", type=int, required=True, metavar="N", help="number of ranks"
+  )
+  hosts = parser.add_mutually_exclusive_group()
+  hosts.add_argument(
+    "-H", "--host", metavar="HOST:SLOTS,...", help="hosts to run on"
+  )
+  hosts.add_argument(
+    "--hostfile", metavar="FILE", help="file that lists the hosts to run on"
+  )
+  parser.add_argument(
+    "--tag-output",
+    action="store_true",
+    help="begin every line of output with [rank]",
+  )
+  parser.add_argument(
+    "--timeout",
+    type=float,
+    metavar="SECONDS",
+    help="end the job after that long, with exit code 124",
+  )
+  parser.add_argument("--package", help=argparse.SUPPRESS)
+  parser.add_argument(
+    "command", nargs=argparse.REMAINDER, help="command that every rank runs"
+  )
+  options = parser.parse_args(arguments)
+  if options.command[:1] == ["--"]:
+    del options.command[0]
+  if options.np < 1:
+    parser.error(f"-np must be at least 1, got {options.np}.")
+  if options.timeout is not None and options.timeout <= 0:
+    parser.error(f"--timeout must be positive, got {options.timeout}.")
+  if not options.command:
+    parser.error("no command; for example: jfog run -np 2 python train.py")
+  return options
+
+
+def _command_problem(command: list[str]) -> tuple[int, str]:
+  """Returns the exit code and text for a command that no rank can start."""
+  import shutil
+
+  name = command[0]
+  if shutil.which(name):
+    return 0, ""
+  if os.path.isfile(name) and name.endswith(".py"):
+    script = " ".join(command)
+    return (
+      126,
+      f"{name} is not a command; put `python` before it: `python {script}`.",
+    )
+  if os.path.isfile(name) and os.path.dirname(name):
+    return 126, f"{name} is not executable; `chmod +x {name}` makes it so."
+  return 127, f"command not found: {name}; give a path or a command on PATH."
+
+
+def _run_job(
+  command: list[str],
+  environ: dict[str, str],
+  run_dir: str,
+  timeout: float | None,
+) -> int:
+  """Runs mpirun to its end and reports the rank that failed first.
+
+  The loop has one event source, `sigtimedwait` over the blocked signals: SIGCHLD
+  when mpirun ends, and the signals that it forwards. Between events it looks for
+  records of failed ranks; mpirun has `_GRACE` seconds to end after the first one.
+  """
+  signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
+  pid = processes.spawn(command, environ, death_signal=signal.SIGTERM)
+  end = None if timeout is None else time.monotonic() + timeout
+  requested = 0  # exit code of a signal or a timeout that ended the job
+  stops = None  # the times and signals by which mpirun is ended
+  while True:
+    event = signal.sigtimedwait(processes.WAITED, 0.2)
+    code = processes.reaped(pid)
+    if code is not None:
+      break
+    now = time.monotonic()
+    if event is not None and event.si_signo in processes.FORWARDED:
+      from_keys = (
+        event.si_code == _SI_KERNEL
+      )  # the terminal sent it to mpirun, too
+      if event.si_signo not in processes.ENDING:
+        os.kill(pid, event.si_signo)
+      else:
+        requested = 128 + event.si_signo
+        stops = stops or _stops(now + (_GRACE if from_keys else 0.0))
+    if end is not None and now > end and stops is None:
+      requested, stops = 124, _stops(now)
+      processes.say(f"jfog run: ended after --timeout {timeout:g} s\n")
+    if stops is None and any(os.scandir(run_dir)):
+      stops = _stops(now + _GRACE)
+    if stops and now >= stops[0][0]:
+      os.kill(pid, stops.pop(0)[1])
+  if requested:
+    return requested
+  if code == 0:
+    return 0
+  record = report.first_failure(report.records(run_dir))
+  if record is not None:
+    processes.say("\n" + report.failure_report(record))
+    return record["code"]
+  code = processes.shell_code(code)
+  processes.say(f"\njfog run: mpirun ended with exit code {code}\n")
+  return code
+
+
+def _stops(start: float) -> list[tuple[float, int]]:
+  """The signals that end mpirun, with their times."""
+  # After SIGTERM mpirun kills its ranks within a second. After SIGKILL it cannot;
+  # then each wrapper sees that its parent is gone and kills its command.
+  return [
+    (start, signal.SIGTERM),
+    (start + 2.0, signal.SIGKILL),
+    (float("inf"), 0),
+  ]
+
+
+def _self() -> list[str]:
+  """The command line of this package as a program."""
+  # Isolated from PYTHON* variables and site-packages, which are for the command.
+  return [sys.executable, "-I", "-S", _FOLDER]

@@ -1,0 +1,120 @@
+"""Processes: starting and reaping a command, and copying its output."""
+
+import _thread
+import ctypes
+import os
+import signal
+import sys
+
+_TAIL = 64 * 1024  # bytes of stderr that a wrapper keeps
+_PR_SET_PDEATHSIG = 1
+FORWARDED = (
+  signal.SIGTERM,
+  signal.SIGINT,
+  signal.SIGHUP,
+  signal.SIGQUIT,
+  signal.SIGUSR1,
+  signal.SIGUSR2,
+)
+ENDING = FORWARDED[:4]  # those that end a job
+WAITED = (*FORWARDED, signal.SIGCHLD)
+
+
+class Pump:
+  """Copies a pipe to a file descriptor and keeps the last of its bytes."""
+
+  def __init__(self, target: int, prefix: bytes):
+    self.target = target  # the descriptor that the pipe replaces
+    self.tail = b""
+    self._prefix = prefix
+    self._source, self.sink = os.pipe()
+    self._finished = _thread.allocate_lock()
+
+  def start(self) -> None:
+    """Starts the thread that copies the output of the holder of `sink`."""
+    os.close(self.sink)
+    self._finished.acquire()
+    _thread.start_new_thread(self._copy, ())
+
+  def finish(self) -> None:
+    """Waits for the end of the pipe, at most one second.
+
+    A process that outlives the command may hold the pipe open for longer; its
+    later output is dropped.
+    """
+    self._finished.acquire(timeout=1.0)
+
+  def _copy(self) -> None:
+    line = b""  # the incomplete last line, if lines are prefixed
+    while chunk := os.read(self._source, 65536):
+      self.tail = (self.tail + chunk)[-_TAIL:]
+      if self._prefix:
+        *lines, line = (line + chunk).split(b"\n")
+        chunk = b"".join(self._prefix + each + b"\n" for each in lines)
+      _write(self.target, chunk)
+    if line:
+      _write(self.target, self._prefix + line + b"\n")
+    self._finished.release()
+
+
+def _write(target: int, chunk: bytes) -> None:
+  try:
+    while chunk:
+      chunk = chunk[os.write(target, chunk) :]
+  except OSError:
+    pass  # the reader has closed its end; the command goes on
+
+
+def spawn(
+  command: list[str],
+  environ: dict[str, str],
+  *,
+  death_signal: int,
+  pumps: list[Pump] | None = None,
+) -> int:
+  """Forks and executes a command; returns its process id.
+
+  The kernel sends it `death_signal` when this process dies, so that no rank
+  outlives its wrapper, and no mpirun its launcher.
+  """
+  parent = os.getpid()
+  # Looked up before the fork: after it, only async-signal-safe calls are safe.
+  prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+  pid = os.fork()
+  if pid:
+    return pid
+  try:
+    for pump in pumps or ():
+      os.dup2(pump.sink, pump.target)
+    if prctl is not None:
+      prctl(_PR_SET_PDEATHSIG, int(death_signal))
+      # A parent that died before the call above sends no signal any more.
+      if os.getppid() != parent:
+        os._exit(128 + death_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
+    # Python ignores these two, and exec would pass that on to the command.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    os.execvpe(command[0], command, environ)
+  except OSError as error:
+    say(f"jfog run: cannot run {command[0]}: {error.strerror}\n")
+    os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+  finally:
+    os._exit(126)
+
+
+def reaped(pid: int) -> int | None:
+  """Returns the exit code of a child, -n for signal n, None if it runs."""
+  ended, status = os.waitpid(pid, os.WNOHANG)
+  return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def shell_code(code: int) -> int:
+  """The exit code by which a shell reports `code`: 128 + n for signal n."""
+  return code if code >= 0 else 128 - code
+
+
+def say(text: str) -> None:
+  """Writes to stderr, past Python's buffers."""
+  sys.stdout.flush()
+  _write(2, text.encode(errors="replace"))

@@ -1,0 +1,107 @@
+"""The wrapper of one rank: its environment, its output, its signals."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+from . import processes, report
+
+
+def rank_environment(
+  environ: dict[str, str], *, cores: int, gpus: int
+) -> dict[str, str]:
+  """Returns the environment of one rank's command.
+
+  The cores of a machine are divided between its ranks, at least one each, and
+  each rank sees one GPU. Variables that the user has set are kept, but a list
+  in `CUDA_VISIBLE_DEVICES` is dealt out to the ranks.
+
+  Args:
+    environ: the environment of the wrapper, in which MPI sets the number of
+      ranks of this machine.
+    cores: the number of cores that the ranks of this machine may use.
+    gpus: the number of GPUs of this machine.
+  """
+  ranks = int(_first(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+  local = int(_first(environ, "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
+  threads = str(max(1, cores // max(1, ranks)))
+  added = {
+    "OMP_NUM_THREADS": threads,
+    "OPENBLAS_NUM_THREADS": threads,
+    "MKL_NUM_THREADS": threads,
+    "NPROC": threads,  # sizes the thread pools of XLA on CPU
+  }
+  environ = {**added, **environ}
+  visible = environ.get("CUDA_VISIBLE_DEVICES")
+  devices = [str(gpu) for gpu in range(gpus)]
+  if visible is not None:
+    devices = [name for name in visible.split(",") if name]
+  if devices:
+    environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+  return environ
+
+
+def rank_main(arguments: list[str]) -> int:
+  """Runs the command of one rank and returns its exit code.
+
+  Signals are blocked and taken by `sigtimedwait`, together with SIGCHLD, so that
+  one loop forwards signals, reaps the command and watches mpirun.
+
+  Args:
+    arguments: `[--tag-output] -- command ...`.
+  """
+  split = arguments.index("--")
+  tagged, command = "--tag-output" in arguments[:split], arguments[split + 1 :]
+  signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
+  rank = _first(os.environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+  environ = rank_environment(
+    dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=_gpus()
+  )
+  prefix = b""
+  if tagged:
+    prefix = f"[{rank}] ".encode()
+    environ.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would delay lines
+  parent = os.getppid()
+  leader = os.getpgrp() == os.getpid()
+  stderr = processes.Pump(2, prefix)
+  stdout = processes.Pump(1, prefix) if tagged else None
+  pumps = [pump for pump in (stdout, stderr) if pump]
+  pid = processes.spawn(
+    command, environ, death_signal=signal.SIGKILL, pumps=pumps
+  )
+  for pump in pumps:
+    pump.start()
+  torn_down = False
+  while True:
+    event = signal.sigtimedwait(processes.WAITED, 0.5)
+    if event is not None and event.si_signo in processes.FORWARDED:
+      # mpirun signals the whole process group of a rank: if this process leads
+      # the group, the command has received the signal already.
+      from_mpirun = event.si_pid == parent
+      torn_down |= from_mpirun and event.si_signo in processes.ENDING
+      if not (from_mpirun and leader):
+        os.kill(pid, event.si_signo)
+      continue
+    code = processes.reaped(pid)
+    if code is not None:
+      break
+    if os.getppid() != parent:  # mpirun was killed, so the job is over
+      os.killpg(0, signal.SIGKILL) if leader else os.kill(pid, signal.SIGKILL)
+  ended = time.time()
+  for pump in pumps:
+    pump.finish()
+  if code:
+    report.leave_record(int(rank), code, ended, torn_down, stderr.tail)
+  return processes.shell_code(code)
+
+
+def _first(environ: Mapping[str, str], *names: str) -> str:
+  """Returns the first of these variables that is set, else "0"."""
+  return next((environ[name] for name in names if name in environ), "0")
+
+
+def _gpus() -> int:
+  """The number of GPUs of the NVIDIA driver, read without loading CUDA."""
+  directory = "/proc/driver/nvidia/gpus"
+  return len(os.listdir(directory)) if os.path.isdir(directory) else 0

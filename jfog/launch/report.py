@@ -1,0 +1,102 @@
+"""Failure reports: a record per failed rank, and the text about the first."""
+
+import os
+import signal
+
+from .processes import shell_code
+
+
+def first_failure(records: list[dict]) -> dict | None:
+  """Returns the record of the rank that failed first, or None without one.
+
+  Ranks that mpirun ended are left out: clocks of several hosts differ, so that
+  their times alone do not decide.
+  """
+  causes = [record for record in records if not record["torn_down"]]
+  return min(causes, key=lambda record: record["time"], default=None)
+
+
+def failure_report(record: dict) -> str:
+  """Returns the last text of `jfog run`, about the rank that failed first."""
+  rank, stderr = record["rank"], record["stderr"].rstrip("\n")
+  if record["signal"]:
+    head = f"jfog run: rank {rank} was killed by {record['signal']}"
+    shown = _last_lines(stderr)
+  else:
+    head = f"jfog run: rank {rank} failed first (exit code {record['code']})"
+    shown = _last_traceback(stderr) or _last_lines(stderr)
+  return f"{head}:\n{shown}\n" if shown else f"{head}\n"
+
+
+def leave_record(
+  rank: int, code: int, ended: float, torn_down: bool, stderr: bytes
+) -> None:
+  """Writes the record of a failed rank for `jfog run`.
+
+  Args:
+    rank: the rank in the job.
+    code: the exit code, -n for signal n.
+    ended: the time of its end, as `time.time` has it.
+    torn_down: whether mpirun was ending the job already.
+    stderr: the end of its stderr.
+  """
+  import json
+
+  run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  record = {
+    "rank": rank,
+    "time": ended,
+    "code": shell_code(code),
+    "signal": _signal_name(-code) if code < 0 else "",
+    "torn_down": torn_down,
+    "stderr": stderr.decode(errors="replace"),
+  }
+  path = os.path.join(run_dir, f"{rank}.json")
+  try:
+    # Written aside and renamed: the launcher reads complete records only.
+    with open(path + ".part", "w", encoding="utf-8") as file:
+      json.dump(record, file)
+    os.replace(path + ".part", path)
+  except OSError:
+    pass  # on another host, without the launcher's directory
+
+
+def _signal_name(number: int) -> str:
+  try:
+    return signal.Signals(number).name
+  except ValueError:  # a real-time signal
+    return f"signal {number}"
+
+
+def records(run_dir: str) -> list[dict]:
+  """Reads the records of the failed ranks, sorted by file name."""
+  import json
+
+  found = []
+  for name in sorted(os.listdir(run_dir)):
+    if name.endswith(".json"):
+      with open(os.path.join(run_dir, name), encoding="utf-8") as file:
+        found.append(json.load(file))
+  return found
+
+
+def _last_traceback(text: str) -> str:
+  """Returns the last traceback with the exceptions it was chained from."""
+  head = "Traceback (most recent call last):"
+  chained = (
+    "During handling of the above exception, another exception occurred:\n\n",
+    "The above exception was the direct cause of the following exception:\n\n",
+  )
+  start = text.rfind(head)
+  while start > 0 and text[:start].endswith(chained):
+    earlier = text.rfind(head, 0, start)
+    if earlier < 0:
+      break
+    start = earlier
+  if start < 0:
+    return ""
+  return text[text.rfind("\n", 0, start) + 1 :]
+
+
+def _last_lines(text: str, count: int = 30) -> str:
+  return "\n".join(text.split("\n")[-count:])
