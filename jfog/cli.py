@@ -22,10 +22,10 @@ assert total == 3.0, f"the sum of 1 and 2 came out as {total}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-  """Does what the command line of `jfog` says and returns the exit code.
+  """Runs the command line of `jfog` and returns the exit code.
 
-  `run` does not return: its launcher takes the place of this process, so that
-  jax does not stay in memory for as long as the job runs.
+  `run` does not return: its launcher replaces this process by exec, so that
+  jax does not stay in memory while the job runs.
   """
   arguments = sys.argv[1:] if arguments is None else arguments
   if arguments[:1] == ["run"]:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(metavar="command")
   commands.add_parser("run", help="run a command on N ranks: jfog run --help")
   doctor = commands.add_parser(
-    "doctor", help="say what is installed and whether two ranks can talk"
+    "doctor", help="show what is installed, and test an exchange of two ranks"
   )
   doctor.set_defaults(action=_doctor)
   topology = commands.add_parser("topology", help="show properties of a graph")
@@ -68,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-  """Prints what jfog finds here; 1 if it was built with MPI and that fails."""
+  """Prints versions, devices and MPI; 1 if an exchange over MPI fails."""
   del options
-  # JAX in this process must leave the ranks' exchange some memory of a GPU.
+  # JAX would reserve most of a GPU's memory, which the two ranks below need.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   _row("python", sys.version.split()[0])
   for name in ("jfog", "jax", "jaxlib", "numpy", "optax"):
@@ -126,7 +126,7 @@ def _nccl() -> str:
 
 
 def _exchange_problem() -> str:
-  """Returns what goes wrong when two ranks add a number, "" if nothing."""
+  """Returns the failure of an allreduce by two ranks; "" if it works."""
   program = [sys.executable, "-c", _EXCHANGE]
   arguments = ["-np", "2", "--timeout", "120", *program]
   done = subprocess.run(
@@ -144,7 +144,7 @@ def _exchange_problem() -> str:
 
 
 def _topology(options: argparse.Namespace) -> int:
-  """Prints the properties of a graph; 2 if there is no such graph."""
+  """Prints the properties of a graph; 2 for an unknown name or bad argument."""
   from jfog import topology
 
   try:
@@ -168,6 +168,7 @@ def _topology(options: argparse.Namespace) -> int:
 
 
 def _generator(topology: Any, name: str) -> Any:
+  """Finds a generator by name: the functions whose first argument is `size`."""
   names = [
     each
     for each, value in vars(topology).items()
@@ -177,24 +178,23 @@ def _generator(topology: Any, name: str) -> Any:
     and next(iter(value.__annotations__), "") == "size"
   ]
   if name not in names:
-    raise ValueError(
-      f"no graph is called {name}; there are {', '.join(names)}."
-    )
+    raise ValueError(f"unknown graph {name}; choose one of {', '.join(names)}.")
   return getattr(topology, name)
 
 
 def _argument(text: str) -> tuple[str, Any]:
+  """Parses `NAME=VALUE`; a value that is not a literal stays text."""
   name, equals, literal = text.partition("=")
   if not equals:
     raise ValueError(f"--arg needs NAME=VALUE, got {text}.")
   try:
     return name, ast.literal_eval(literal)
   except (ValueError, SyntaxError):
-    return name, literal  # a word, such as --arg kind=left, is itself
+    return name, literal  # a plain word, as in --arg kind=left
 
 
 def _properties(graph: Any) -> dict[str, Any]:
-  """Returns what the table shows; None where a graph has no such property.
+  """Returns the rows of the table; None for a property that a graph lacks.
 
   `rounds_to_exact_average` of a graph that does not change is 1 if one round
   averages exactly.

@@ -200,7 +200,7 @@ def test_places_take_axes_like_vmap():
   ("arguments", "error", "text"),
   [
     ({"size": 0}, ValueError, "size=0"),
-    ({"size": 2.0}, TypeError, "size is an int, got 2.0"),
+    ({"size": 2.0}, TypeError, "size=2.0 must be an int"),
     ({"size": 4, "local_size": 3}, ValueError, "local_size=3 does not divide"),
     ({"size": 3}, ValueError, "not stacked over 3 ranks"),
     ({"size": 4, "in_axes": -1}, ValueError, "got -1"),

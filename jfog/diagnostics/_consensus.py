@@ -29,7 +29,7 @@ def consensus_distance(
 
   Raises:
     TypeError: for integer or bool leaves.
-    NotInitializedError: if there is no communicator.
+    NotInitializedError: without a communicator.
 
   Example:
     >>> import jax.numpy as jnp, jfog

@@ -87,7 +87,7 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
 
   Raises:
     ValueError: on a mesh, where XLA moves the data without counters.
-    NotInitializedError: if there is no communicator.
+    NotInitializedError: without a communicator.
 
   Example:
     >>> import jfog
@@ -130,7 +130,7 @@ def reset_counters(*, comm: Communicator | None = None) -> None:
 
   Raises:
     ValueError: on a mesh, which has no counters.
-    NotInitializedError: if there is no communicator.
+    NotInitializedError: without a communicator.
 
   Example:
     >>> import jfog

@@ -89,7 +89,7 @@ def trace(
     ValueError: if `steps` or `every` is less than 1, or a batch is missing.
     TypeError: for integer or bool leaves of `params`, or a loss that is not a
       real scalar.
-    NotInitializedError: if there is no communicator.
+    NotInitializedError: without a communicator.
 
   Example:
     >>> import jax.numpy as jnp, jfog, optax

@@ -1,4 +1,4 @@
-"""The native modules and what this installation was built with."""
+"""The native modules: loading, registration with XLA, and build constants."""
 
 import functools
 import importlib.util
@@ -16,8 +16,8 @@ import jfog
 @functools.cache
 def build() -> types.SimpleNamespace:
   """`MPI_FAMILY`, `MPI_LIBRARY` and `MPI_LAUNCHER` of the build."""
-  # Python started in jfog's source tree takes the package from there; what the
-  # build made lies in the installed one.
+  # Python started in jfog's source tree imports the package from there, but the
+  # build's outputs are in the installed one.
   jfog.__path__ = pkgutil.extend_path(jfog.__path__, jfog.__name__)
   try:
     from jfog import _build
@@ -27,7 +27,7 @@ def build() -> types.SimpleNamespace:
 
 
 @functools.cache
-def mpi():
+def mpi() -> Any:
   """The extension `jfog._mpi`, with its handlers registered with XLA.
 
   Loads the MPI library but does not start MPI.
@@ -38,9 +38,9 @@ def mpi():
   """
   if not build().MPI_FAMILY:
     raise RuntimeError(
-      "this jfog was installed without MPI, because the build found no C++ "
-      "compiler or no MPI, or was told to; reinstall it where both are there, "
-      "or use jfog.simulate or jfog.spmd, which need no MPI."
+      "this jfog was installed without MPI: the build found no C++ compiler or "
+      "no MPI, or JFOG_MPI disabled it. Reinstall it with both, or use "
+      "jfog.simulate or jfog.spmd, which need no MPI."
     )
   try:
     from jfog import _mpi
@@ -56,11 +56,11 @@ def mpi():
 
 
 @functools.cache
-def nccl():
+def nccl() -> Any:
   """The extension `jfog._nccl`, with its handlers registered with XLA.
 
-  Opens the CUDA driver, and the NCCL that this process has loaded already, or
-  else that of NVIDIA's wheel, or else the system's.
+  Opens the CUDA driver and a library of NCCL: the one that this process has
+  loaded already, else that of NVIDIA's wheel, else the system's.
 
   Raises:
     RuntimeError: if one of them is missing, too old or incomplete, or jfog was
@@ -72,12 +72,12 @@ def nccl():
 
 
 def nccl_library() -> tuple[str, str]:
-  """The version of NCCL that `nccl` would use, and the file that it lies in.
+  """The version of NCCL that `nccl` opens, and the path of its file.
 
-  Needs no GPU.
+  Works without a GPU.
 
   Raises:
-    RuntimeError: as `nccl` does, the CUDA driver aside.
+    RuntimeError: as `nccl` does, except for the CUDA driver.
   """
   module = _nccl_extension()
   module.open_nccl(_nccl_path())
@@ -85,7 +85,7 @@ def nccl_library() -> tuple[str, str]:
   return f"{major}.{rest // 100}.{rest % 100}", module.path()
 
 
-def open_nccl(path: str, driver: str = ""):
+def open_nccl(path: str, driver: str = "") -> Any:
   """The extension `jfog._nccl` with the libraries at these paths open."""
   module = _nccl_extension()
   module.open_cuda(driver)
@@ -98,12 +98,18 @@ def register_nccl(
   platform: str,
   wrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda targets: targets,
 ) -> None:
-  """Registers the handlers of `jfog._nccl` with XLA's platform.
+  """Registers the handlers of `jfog._nccl` for an XLA platform.
 
-  Windows, and what is waited for of them, run on the host's handlers.
+  Window operations and waits on them use the host fallback: `jfog._mpi`'s
+  handlers, called on copies of the operands in host memory.
+
+  Args:
+    module: the extension, as `open_nccl` returns it.
+    platform: the XLA platform, `"CUDA"`.
+    wrap: maps the table of targets to the one that is registered; for tests.
   """
-  # While its backends are not started JAX keeps registrations, and then makes
-  # those of handlers before those of the types that they use.
+  # Before its backends start, JAX defers registrations and then replays handlers
+  # before the types that they use, which fails: start the backends first.
   jax.local_devices()
   for name, registration in module.types().items():
     jax.ffi.register_ffi_type(name, registration, platform=platform)
@@ -118,11 +124,12 @@ def register_nccl(
     jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 
-def _nccl_extension():
+def _nccl_extension() -> Any:
+  """Imports `jfog._nccl`, which opens no library yet."""
   if not build().MPI_FAMILY:
     raise RuntimeError(
-      "this jfog was installed without its native part, because the build found "
-      "no C++ compiler or no MPI; reinstall it where both are there."
+      "this jfog was installed without its native part: the build found no C++ "
+      "compiler or no MPI. Reinstall it with both."
     )
   try:
     from jfog import _nccl
@@ -135,7 +142,7 @@ def _nccl_extension():
 
 
 def _nccl_path() -> str:
-  """The library to open; "" for the one that is loaded, or the system's."""
+  """The path of NCCL; "" for the loaded library, or else the system's."""
   if "libnccl.so" in pathlib.Path("/proc/self/maps").read_text():
     return ""
   try:
@@ -150,13 +157,13 @@ def _nccl_path() -> str:
 
 
 def _check_library(built: str, loaded: str) -> None:
-  """Compares family and major version of two library version texts."""
+  """Requires the same family and major version of two library versions."""
   if _family_and_major(built) != _family_and_major(loaded):
     loaded = loaded.splitlines()[0] if loaded else "an unknown library"
     raise RuntimeError(
-      f"jfog was built with {built!r} but this process has loaded {loaded!r}; "
-      f"another package has brought its own MPI. Import jfog before it, or "
-      f"rebuild jfog with JFOG_MPI=system against that MPI."
+      f"jfog was built with {built!r} but this process has loaded {loaded!r}, "
+      f"the MPI of another package. Import jfog before it, or rebuild jfog with "
+      f"JFOG_MPI=system against that MPI."
     )
 
 

@@ -1,7 +1,7 @@
-"""GPUs: how many there are, and which of them a rank uses.
+"""GPU placement: the GPUs of a machine and the one that each rank uses.
 
-All of this is asked of the CUDA driver and settled before JAX starts its
-backends, which reserve memory on every GPU that they see.
+The CUDA driver lists them, and the placement is done before JAX starts its
+backends, which reserve memory on every GPU visible to them.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ _DRIVER = "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _ENTRY_POINTS = "jax_plugins"
 # XLA's own share of a GPU's memory where one process uses it, and the variables
-# by which users change that. The middle one is the older name of the first, and
-# XLA refuses to see both.
+# by which users change that. The middle one is the older name of the first; XLA
+# rejects an environment with both.
 _MEMORY_SHARE = 0.75
 _MEMORY_VARIABLES = (
   "XLA_CLIENT_MEM_FRACTION",
@@ -29,15 +29,14 @@ _MEMORY_VARIABLES = (
   "XLA_PYTHON_CLIENT_PREALLOCATE",
 )
 _config: Any = jax.config  # its options are attributes that no stub declares
-_SHARED_GPU_VERSION = 23000  # NCCL 2.30 knows ranks that share a GPU
+_SHARED_GPU_VERSION = 23000  # NCCL 2.30 supports ranks that share a GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
   """The GPUs that this process may use.
 
-  `names` are in the order of CUDA's numbers, and `reason` says why there are
-  none.
+  `names` are in the order of the CUDA ordinals; `reason` explains an empty list.
   """
 
   names: tuple[str, ...] = ()
@@ -46,10 +45,10 @@ class Gpus:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where a rank was placed: CUDA's number of its GPU, and who else is there.
+  """The placement of a rank: the CUDA ordinal of its GPU, and its sharers.
 
   `count` is the number of GPUs that the rank could choose from, and `sharing`
-  the number of ranks on its GPU, itself included. `str` says it in words.
+  the number of ranks on its GPU, itself included. `str` is a short description.
   """
 
   index: int
@@ -64,16 +63,16 @@ class Placement:
 def gpus(library: str = _DRIVER, plugins: Sequence[str] | None = None) -> Gpus:
   """Returns the GPUs that JAX may use here; does not start JAX's backends.
 
-  The driver reads `CUDA_VISIBLE_DEVICES` when it is first asked, so changes of
-  that variable in this process have no effect afterwards.
+  The driver reads `CUDA_VISIBLE_DEVICES` when it starts; later changes of that
+  variable in this process have no effect.
 
   Args:
     library: the name or path of the CUDA driver's library.
     plugins: the names of JAX's plugins; by default those that are installed.
 
   Returns:
-    Their names, or the reason why there are none: JAX was told to use other
-    platforms, it has no plugin for CUDA, or the driver has no GPU.
+    Their names, or the reason of an empty list: JAX is configured for other
+    platforms, has no plugin for CUDA, or the driver has no GPU.
 
   Example:
     >>> gpus(plugins=["xla_tpu"]).names
@@ -107,16 +106,16 @@ def gpu_count(
 
 
 def identity(index: int, library: str = _DRIVER) -> bytes:
-  """Returns 16 bytes that no other GPU has, nor another part of this one.
+  """Returns the 16 bytes of the UUID of a GPU, or of a MIG partition.
 
-  Processes that see different GPUs of a machine have different numbers for
-  them; by this they find out whether they share one.
+  Processes with different visible GPUs have different ordinals for one GPU; the
+  UUID identifies it across processes.
 
   Raises:
-    RuntimeError: if there is no such GPU, with the driver's words.
+    RuntimeError: for an ordinal out of range, with the driver's message.
   """
   cuda = _driver(library)
-  # The second form tells the parts of a divided GPU apart.
+  # Version 2 distinguishes MIG partitions.
   name = "cuDeviceGetUuid_v2"
   if not hasattr(cuda, name):
     name = "cuDeviceGetUuid"
@@ -126,10 +125,10 @@ def identity(index: int, library: str = _DRIVER) -> bytes:
 
 
 def chosen(local_rank: int, count: int) -> int:
-  """Returns CUDA's number of the GPU that `place` takes for a rank.
+  """Returns the CUDA ordinal of the GPU that `place` takes for a rank.
 
-  That is `local_rank % count`, but for a process that has chosen already: by
-  `jax_cuda_visible_devices`, or because JAX's backends run.
+  That is `local_rank % count`, unless the process has chosen already: by
+  `jax_cuda_visible_devices`, or by starting JAX's backends.
 
   Args:
     local_rank: this rank's place among the ranks of its machine.
@@ -156,32 +155,32 @@ def place(
   sharing: int | None = None,
   environ: MutableMapping[str, str] = os.environ,
 ) -> Placement:
-  """Lets JAX use one GPU in this process, and shares it where ranks must.
+  """Configures JAX for one GPU in this process, shared with other ranks if needed.
 
-  Before JAX's backends start they are told to see the GPU `chosen` only, unless
-  there is one only or the user has set `jax_cuda_visible_devices`. If they run
-  already, what JAX has seen stays seen, and that GPU becomes the default
-  device, unless the user has set one.
+  Before JAX's backends start, `jax_cuda_visible_devices` is set to the GPU
+  `chosen`, unless there is a single one or the user has set the option. If the
+  backends run already, that GPU becomes the default device instead, unless the
+  user has set one.
 
-  Ranks that share a GPU get what each lacks, where the user has not said
-  otherwise: `NCCL_MULTI_RANK_GPU_ENABLE=1`, without which NCCL refuses them
-  (older ones than 2.30 need `separate_hosts`), and `XLA_CLIENT_MEM_FRACTION`,
-  XLA's usual 0.75 of the memory divided by the ranks.
+  Ranks that share a GPU get two variables, unless the user has set them:
+  `NCCL_MULTI_RANK_GPU_ENABLE=1`, without which NCCL rejects them (before 2.30
+  they need `separate_hosts`), and `XLA_CLIENT_MEM_FRACTION`, XLA's default of
+  0.75 of the memory divided by the number of ranks.
 
   Args:
     local_rank: this rank's place among the ranks of its machine.
     local_size: the number of ranks on this machine.
     count: the number of GPUs that this process may use, at least 1.
     sharing: the number of ranks on this rank's GPU. By default it is computed
-      as if all ranks of the machine see the same GPUs; where each sees its own,
-      as `jfog run` has it, the ranks have to compare what `identity` says.
+      as if all ranks of the machine see the same GPUs; if each sees its own, as
+      under `jfog run`, it is found by comparing `identity` between ranks.
     environ: the environment that is read and changed.
 
   Returns:
-    Where this rank is.
+    The placement of this rank.
 
   Raises:
-    ValueError: if `local_rank` is none of the machine's, or there is no GPU.
+    ValueError: if `local_rank` is out of range, or `count` is 0.
 
   Source: the switch is `NCCL_PARAM(MultiRankGpuEnable, ...)` in `src/init.cc`
   of NCCL 2.30.
@@ -214,21 +213,20 @@ def separate_hosts(
   nccl_version: int,
   environ: MutableMapping[str, str] = os.environ,
 ) -> bool:
-  """Makes ranks that share a GPU look like hosts of their own to old NCCLs.
+  """Gives ranks that share a GPU a host id each, for NCCL before 2.30.
 
-  NCCL before 2.30 refuses two ranks on one GPU of one host. It tells hosts
-  apart by `NCCL_HOSTID`, and between hosts it takes sockets, which is slow:
-  good for tests. It reads the variable once, so this comes before the first
-  unique id or communicator.
+  Those versions reject two ranks on one GPU of one host. They identify hosts by
+  `NCCL_HOSTID` and connect them by sockets, which is slow: good for tests. NCCL
+  reads the variable once, so this comes before the first unique id.
 
   Args:
-    placement: what `place` has returned.
-    rank: this rank in the world; the name of its host is made of it.
-    nccl_version: as `ncclGetVersion` has it, 22803 for 2.28.3.
+    placement: the result of `place`.
+    rank: this rank in the world, part of the host id.
+    nccl_version: as from `ncclGetVersion`, 22803 for 2.28.3.
     environ: the environment that is read and changed.
 
   Returns:
-    Whether this rank looks like a host of its own now.
+    Whether this rank has a host id of its own now.
 
   Source: `getHostHashOnce` in `src/misc/utils.cc` of NCCL, and the check for
   duplicate GPUs in `src/init.cc`.
@@ -239,6 +237,7 @@ def separate_hosts(
 
 
 def _words(text: str) -> set[str]:
+  """The entries of a comma-separated option."""
   return {word.strip() for word in text.split(",")}
 
 
@@ -256,7 +255,7 @@ def _plugins() -> list[str]:
 
 
 def _driver(library: str) -> ctypes.CDLL:
-  """The CUDA driver, started."""
+  """The CUDA driver, initialized."""
   try:
     cuda = ctypes.CDLL(library)
   except OSError as error:
@@ -269,6 +268,7 @@ def _driver(library: str) -> ctypes.CDLL:
 
 
 def _check(cuda: ctypes.CDLL, call: str, code: int) -> None:
+  """Raises a RuntimeError with the driver's message for a failed call."""
   if code == 0:
     return
   text = ctypes.c_char_p()
@@ -291,7 +291,7 @@ def _name(cuda: ctypes.CDLL, index: int) -> str:
 
 
 def _started_gpus() -> list[Any]:
-  """The devices of this process, if JAX has started and computes on GPUs."""
+  """The GPUs of this process, if JAX's backends run and have any."""
   if jax.default_backend() not in ("gpu", "cuda"):
     return []
   return jax.local_devices()

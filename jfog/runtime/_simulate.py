@@ -1,4 +1,4 @@
-"""Places without MPI: virtual ranks on one device, and the devices of a mesh."""
+"""Ranks without MPI: `simulate` on one device and `spmd` on a mesh."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jfog import _validation
 from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
 
 
@@ -22,16 +23,16 @@ def simulate(
 ) -> Callable[..., Any]:
   """Runs `fun` on `size` virtual ranks of one device, without MPI.
 
-  The ranks are the places along a `jax.vmap` axis named `"jfog"`, which every
-  operation inside `fun` uses when it is given no `comm`. The result can be
-  jitted, differentiated and vmapped, and `fun` may be jitted already.
+  The ranks are the indices of a `jax.vmap` axis named `"jfog"`, the default
+  communicator of every operation inside `fun`. The result can be jitted,
+  differentiated and vmapped, and `fun` may be jitted already.
 
   Args:
     fun: the program of one rank.
     size: the number of ranks.
     in_axes: as in `jax.vmap`, a prefix of the positional arguments: an argument
       whose axis is 0 is stacked over ranks, and rank i sees element i without
-      that axis; `None` gives all ranks the same value. Keyword arguments are
+      that axis; `None` passes the same value to all ranks. Keyword arguments are
       stacked along axis 0.
     out_axes: the same for the results; `None` only for values that are equal on
       all ranks by construction, such as the result of `jfog.allreduce`.
@@ -42,15 +43,15 @@ def simulate(
 
   Raises:
     ValueError: if `size` is not positive, `local_size` does not divide it, or a
-      stacked argument has another length than `size`.
+      stacked argument has a length other than `size`.
 
   Example:
     >>> import jax.numpy as jnp, jfog
     >>> jfog.simulate(jfog.allreduce, 4)(jnp.array([0.0, 1.0, 2.0, 5.0]))
     Array([2., 2., 2., 2.], dtype=float32)
   """
-  _check_positive("size", size)
-  _check_positive("local_size", local_size)
+  _validation.positive(size, "size")
+  _validation.positive(local_size, "local_size")
   if size % local_size != 0:
     raise ValueError(
       f"local_size={local_size} does not divide size={size}; take a divisor."
@@ -58,7 +59,7 @@ def simulate(
   machines = size // local_size
 
   @functools.wraps(fun)
-  def simulated(*args, **kwargs):
+  def simulated(*args: Any, **kwargs: Any) -> Any:
     axes = _leaf_axes(in_axes, args)
     keyword_axes = _leaf_axes(0, kwargs)
     _check_stacked(args, axes, size)
@@ -102,17 +103,17 @@ def spmd(
     mesh: the mesh; by default one of all devices, in their order.
     in_axes: as in `jfog.simulate`.
     out_axes: as in `jfog.simulate`. Where it is `None` the value must be equal
-      on all ranks; that is not verified, the first rank's is taken.
+      on all ranks; that is not verified, and the first rank's is returned.
     axis: the name of the axis over ranks, or those of two, machines x local
-      ranks. Operations find the axis `"jfog"` (with `"jfog_local"`) by
-      themselves, another one needs `comm=jfog.Axis(...)`.
+      ranks. `"jfog"` (with `"jfog_local"`) is the default of operations, any
+      other name needs `comm=jfog.Axis(...)`.
 
   Returns:
     A function of the stacked arguments to the stacked results.
 
   Raises:
     ValueError: if the mesh has no such axis, or a stacked argument has another
-      length than there are ranks.
+      length than the number of ranks.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog
@@ -123,11 +124,11 @@ def spmd(
   names = (axis,) if isinstance(axis, str) else tuple(axis)
   if mesh is not None:
     _check_mesh(mesh, names)
-    # Explicit axes would ask the caller to shard every argument beforehand.
+    # Explicit axes would require the caller to shard every argument.
     mesh = Mesh(mesh.devices, mesh.axis_names)
 
   @functools.wraps(fun)
-  def mapped(*args, **kwargs):
+  def mapped(*args: Any, **kwargs: Any) -> Any:
     over = _default_mesh(names) if mesh is None else mesh
     size = int(np.prod([over.shape[name] for name in names]))
     axes = _leaf_axes(in_axes, args)
@@ -135,7 +136,8 @@ def spmd(
     _check_stacked(args, axes, size)
     _check_stacked(kwargs, keyword_axes, size)
 
-    def body(args, kwargs):
+    def body(args: Any, kwargs: Any) -> Any:
+      # shard_map keeps a rank's axis of length 1, which `fun` does not see.
       args = _map_leaves(jnp.squeeze, args, axes)
       kwargs = _map_leaves(jnp.squeeze, kwargs, keyword_axes)
       out = fun(*args, **kwargs)
@@ -147,26 +149,19 @@ def spmd(
       in_specs=(_specs(in_axes, names), _specs(0, names)),
       out_specs=_specs(out_axes, names),
       axis_names=set(names),
-      check_vma=False,  # programs of one rank know nothing of varying types
+      check_vma=False,  # programs of one rank carry no varying types
     )
     return run(args, kwargs)
 
   return mapped
 
 
-def _check_positive(name: str, value: Any) -> None:
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{name} is an int, got {value!r}.")
-  if value < 1:
-    raise ValueError(f"{name}={value} must be at least 1.")
-
-
 def _check_mesh(mesh: Mesh, names: tuple[str, ...]) -> None:
   for name in names:
     if name not in mesh.shape:
       raise ValueError(
-        f"the mesh has axes {tuple(mesh.shape)}, and none named {name!r}; make "
-        f"it with that name or pass axis=."
+        f"the mesh has axes {tuple(mesh.shape)}, none of them named {name!r}; "
+        f"make it with that name or pass axis=."
       )
 
 
@@ -183,15 +178,15 @@ def _is_none(x: Any) -> bool:
 
 
 def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
-  """The axis of every leaf of `tree`, from a prefix of it, as `vmap` reads it."""
+  """The axis of every leaf of `tree`; `axes` is a prefix of it, as for `vmap`."""
   if isinstance(axes, list):
     axes = tuple(axes)
   flat: list[int | None] = []
 
-  def add(axis, part):
+  def add(axis: Any, part: Any) -> None:
     if axis is not None and (not isinstance(axis, int) or axis < 0):
       raise ValueError(
-        f"an axis over ranks is None or an int from 0 on, got {axis!r}."
+        f"an axis over ranks must be None or an int >= 0, got {axis!r}."
       )
     flat.extend([axis] * len(jax.tree.leaves(part)))
 
@@ -199,7 +194,9 @@ def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
   return flat
 
 
-def _map_leaves(fun, tree: Any, axes: Sequence[int | None]) -> Any:
+def _map_leaves(
+  fun: Callable[..., Any], tree: Any, axes: Sequence[int | None]
+) -> Any:
   """Applies `fun(leaf, axis)` to the leaves that have an axis."""
   leaves, structure = jax.tree.flatten(tree)
   pairs = zip(leaves, axes, strict=True)
@@ -223,7 +220,7 @@ def _check_stacked(tree: Any, axes: Sequence[int | None], size: int) -> None:
 def _specs(axes: Any, names: tuple[str, ...]) -> Any:
   """The partition of every entry of a prefix of axes."""
 
-  def spec(axis):
+  def spec(axis: int | None) -> PartitionSpec:
     if axis is None:
       return PartitionSpec()
     return PartitionSpec(*[None] * axis, names)
@@ -236,8 +233,8 @@ def _specs(axes: Any, names: tuple[str, ...]) -> Any:
 def _split_axis(x: Any, axis: int, sizes: tuple[int, int]) -> jax.Array:
   """Splits the axis over ranks into machines and, just behind, local ranks.
 
-  The outer vmap takes the machines' axis away, and the local ranks' moves into
-  its place.
+  The outer vmap removes the axis of the machines, so that the one of the local
+  ranks moves to its position.
   """
   shape = jnp.shape(x)
   return jnp.reshape(x, shape[:axis] + sizes + shape[axis + 1 :])

@@ -146,8 +146,8 @@ class ExactAverage:
   `rank - shift`, and adds it to both: `S += R`, `T += R`. Finally `S / size`
   is the mean.
 
-  It is no product of matrices acting on `x` alone, so it cannot stand where a
-  graph for a single step of averaging is needed.
+  The protocol is not a product of matrices acting on `x` alone, so functions of
+  a graph for single steps of averaging do not take it.
 
   Args:
     size: number of ranks.
@@ -175,7 +175,7 @@ class ExactAverage:
 
   @functools.cached_property
   def rounds(self) -> tuple[Hop, ...]:
-    """What every rank does in each round, the same for all ranks."""
+    """The hop of each round, the same for all ranks."""
     hops = []
     covered = 1  # ranks that S sums over
     for target in self._targets():
@@ -188,7 +188,7 @@ class ExactAverage:
     return len(self.rounds)
 
   def __bool__(self) -> bool:
-    return True  # also of a single rank, which needs no round
+    return True  # also for a single rank, which has no rounds
 
   def reduce(self, values: Any) -> np.ndarray:
     """Executes the protocol on the values of all ranks.

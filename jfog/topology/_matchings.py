@@ -138,7 +138,7 @@ def matcha(
 
 
 class MatchaPlan(NamedTuple):
-  """What `matcha` computes before it draws."""
+  """The probabilities and the step of `matcha`, computed before it draws."""
 
   probabilities: np.ndarray  # shape=(matchings,), dtype=float64
   alpha: float

@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 
 _RADIUS = 100.0
-_MOST_EDGES = 4000  # an SVG with more is slow to show and says nothing
+_MOST_EDGES = 4000  # above it an SVG is slow to render and unreadable
 
 
 def svg(graph: Any) -> str:

@@ -196,7 +196,7 @@ def star(size: int, center: int = 0) -> Topology:
     A symmetric, doubly stochastic `Topology`.
 
   Raises:
-    ValueError: if `size < 1` or `center` is no rank.
+    ValueError: if `size < 1` or `center` is out of range.
 
   Example:
     >>> star(4).mixing_matrix
@@ -213,7 +213,7 @@ def star(size: int, center: int = 0) -> Topology:
   )
   if center >= size:
     raise ValueError(
-      f"center {center} is no rank; pass one from 0 to {size - 1}."
+      f"center {center} is out of range; pass a rank from 0 to {size - 1}."
     )
   matrix = np.eye(size) * (1 - 1 / size)
   matrix[center] = matrix[:, center] = 1 / size
@@ -255,7 +255,7 @@ def hypercube(size: int) -> Topology:
     `2 / (1 + log2(size))`.
 
   Raises:
-    ValueError: if `size` is no power of two.
+    ValueError: if `size` is not a power of two.
 
   Example:
     >>> hypercube(8).in_neighbors(0)
@@ -387,7 +387,7 @@ def from_networkx(graph: nx.Graph, weights: Any = None) -> Topology:
   Raises:
     ValueError: if the nodes are not `0 .. n-1`, if the weights do not fit the
       graph or the rule does not suit it, and as the constructor of `Topology`.
-    TypeError: if `graph` is no networkx graph.
+    TypeError: if `graph` is not a networkx graph.
 
   Example:
     >>> from_networkx(nx.star_graph(3)) == star(4)
@@ -449,7 +449,9 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
   try:
     rows, columns = shape
   except (TypeError, ValueError):
-    raise ValueError(f"shape is no pair, got {shape!r}; {remedy}.") from None
+    raise ValueError(
+      f"shape must be a pair, got {shape!r}; {remedy}."
+    ) from None
   rows = _validation.integer(rows, "shape[0]", 1, remedy)
   columns = _validation.integer(columns, "shape[1]", 1, remedy)
   if rows * columns != size:

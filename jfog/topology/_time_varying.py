@@ -1,6 +1,7 @@
 """Schedules of one message per rank and round, and of machines."""
 
 import math
+from collections.abc import Callable
 from typing import overload
 
 import numpy as np
@@ -50,7 +51,9 @@ def one_peer_exponential(size: int) -> Schedule:
 def hierarchical(graph: Topology, local_size: int) -> Topology: ...
 @overload
 def hierarchical(graph: Schedule, local_size: int) -> Schedule: ...
-def hierarchical(graph, local_size):
+def hierarchical(
+  graph: Topology | Schedule, local_size: int
+) -> Topology | Schedule:
   """Turns a graph over machines into one over their ranks.
 
   `W = kron(W_machine, J)` with `J[i, j] = 1/local_size`: the mean inside each
@@ -284,8 +287,16 @@ def _machines(size: int, local_size: int) -> tuple[int, int, int]:
   return size, local_size, size // local_size
 
 
-def _from_sources(size, local_size, period, source) -> Schedule:
-  """Averages every rank with the one it receives from, weights 1/2."""
+def _from_sources(
+  size: int,
+  local_size: int,
+  period: int,
+  source: Callable[[int, int, int], tuple[int, int]],
+) -> Schedule:
+  """Averages every rank with its source of the round, weights 1/2.
+
+  `source(t, machine, local)` returns machine and local rank of the source.
+  """
   matrices = np.zeros((period, size, size))
   for t in range(period):
     for rank in range(size):

@@ -145,7 +145,7 @@ class Topology:
     return self._out_neighbors[_validation.rank(rank, self.size)]
 
   def self_weight(self, rank: int) -> float:
-    """Returns `W[rank, rank]`, what `rank` keeps of its own value.
+    """Returns `W[rank, rank]`, the weight of `rank` for its own value.
 
     Example:
       >>> Topology([[0.5, 0.5], [0.25, 0.75]]).self_weight(1)
@@ -350,7 +350,7 @@ class Topology:
 
 
 def immutable(array: np.ndarray) -> np.ndarray:
-  """Returns a copy that nobody can make writable again.
+  """Returns a read-only copy over bytes, so that no flag makes it writable.
 
   Example:
     >>> immutable(np.zeros(2)).flags.writeable
@@ -388,7 +388,7 @@ def eigenvalues(matrix: np.ndarray, symmetric: bool) -> np.ndarray:
     values = np.linalg.eigvalsh(matrix)
   else:
     values = np.linalg.eigvals(matrix).astype(np.complex128)
-  # Rounding keeps the order of equal moduli independent of rounding errors.
+  # Rounded moduli: the order of equal ones does not depend on rounding errors.
   real, modulus = values.real.round(9), np.abs(values).round(9)
   return immutable(values[np.lexsort((values.imag, -real, -modulus))])
 
@@ -445,7 +445,7 @@ def format_gap(gap: float) -> str:
 
 
 def _restore(matrix: np.ndarray) -> Topology:
-  """Remakes what was a valid topology, or is one by construction."""
+  """Unpickles a topology without checks; its matrix was checked before."""
   return Topology(matrix, check=False, connected=False)
 
 
@@ -494,11 +494,13 @@ def matrix_of(graph: nx.Graph, weights: Any, stacklevel: int) -> np.ndarray:
 def _checked(matrix: Any, negative: bool) -> np.ndarray:
   """Returns `matrix` as float64 after all checks but connectivity."""
   if np.iscomplexobj(matrix):
-    raise TypeError("a mixing matrix is real, got complex weights; take .real.")
+    raise TypeError(
+      "expects a real mixing matrix, got complex weights; take .real."
+    )
   matrix = np.array(matrix, dtype=np.float64) + 0.0  # -0.0 becomes 0.0
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
     raise ValueError(
-      f"a mixing matrix is square and not empty, got shape {matrix.shape}; "
+      f"expects a square mixing matrix that is not empty, got shape {matrix.shape}; "
       "pass one row and one column per rank."
     )
   for wrong, remedy in (

@@ -69,7 +69,7 @@ def max_degree(graph: Any) -> np.ndarray:
 
 
 def uniform_in(graph: Any) -> np.ndarray:
-  """Lets every rank weigh itself and its in-neighbors equally.
+  """Weighs a rank and its in-neighbors equally: rows sum to 1.
 
   `W[i, j] = 1 / (1 + indeg[i])` for `j` equal to `i` and for its in-neighbors.
 
@@ -98,7 +98,7 @@ def uniform_in(graph: Any) -> np.ndarray:
 
 
 def uniform_out(graph: Any) -> np.ndarray:
-  """Lets every rank split its value equally over itself and out-neighbors.
+  """Splits a rank's value equally over itself and its out-neighbors.
 
   `W[i, j] = 1 / (1 + outdeg[j])` for `i` equal to `j` and for its
   out-neighbors: the matrix of push-sum.
@@ -209,7 +209,7 @@ def _check_nodes(graph: nx.Graph) -> None:
   for node in graph:
     if isinstance(node, bool) or node not in range(size):
       raise ValueError(
-        f"node {node!r} is no rank; name the nodes 0 to {size - 1}, for "
+        f"node {node!r} is not a rank; name the nodes 0 to {size - 1}, for "
         "example with nx.convert_node_labels_to_integers."
       )
 
@@ -219,5 +219,5 @@ def _with_self(edges: np.ndarray) -> np.ndarray:
 
 
 def _with_remainder(matrix: np.ndarray) -> np.ndarray:
-  """Keeps on the diagonal what each row does not give to its neighbors."""
+  """Sets the diagonal to 1 minus the sum of each row's other weights."""
   return matrix + np.diag(1.0 - matrix.sum(axis=1))
