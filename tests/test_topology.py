@@ -612,7 +612,10 @@ HALF = [[0.5, 0.5], [0.5, 0.5]]
 @pytest.mark.parametrize(
   ("matrix", "message"),
   [
-    (np.ones((2, 3)) / 3, r"square and not empty, got shape \(2, 3\)"),
+    (
+      np.ones((2, 3)) / 3,
+      r"square mixing matrix that is not empty, got shape \(2, 3\)",
+    ),
     (np.zeros((0, 0)), r"got shape \(0, 0\)"),
     ([0.5, 0.5], r"got shape \(2,\)"),
     (1.0, r"got shape \(\)"),
@@ -642,7 +645,7 @@ def test_check_false_still_checks_the_rest():
 
 
 def test_complex_matrix():
-  with pytest.raises(TypeError, match="real, got complex"):
+  with pytest.raises(TypeError, match="real mixing matrix, got complex"):
     jt.Topology(np.full((2, 2), 0.5 + 0j))
 
 
@@ -711,7 +714,7 @@ def test_numpy_ranks_are_ranks():
     ),
     (lambda: jt.torus_2d(6, (-2, -3)), ValueError, r"shape\[0\] .* got -2"),
     (lambda: jt.torus_2d(6, (2.0, 3)), TypeError, r"shape\[0\] .* got 2.0"),
-    (lambda: jt.mesh_grid_2d(6, 6), ValueError, "no pair, got 6"),
+    (lambda: jt.mesh_grid_2d(6, 6), ValueError, "must be a pair, got 6"),
     (lambda: jt.mesh_grid_2d(6, (1, 2, 3)), ValueError, "no pair"),
     (lambda: jt.erdos_renyi(4, 1.5, 0), ValueError, r"p must be in \[0, 1\]"),
     (lambda: jt.erdos_renyi(4, np.nan, 0), ValueError, "got nan"),
