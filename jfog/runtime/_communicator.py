@@ -49,11 +49,6 @@ class Communicator(abc.ABC):
     return False
 
   @property
-  def is_native(self) -> bool:
-    """Whether ranks are processes, and native code moves the data."""
-    return self.backend in ("mpi", "nccl")
-
-  @property
   @abc.abstractmethod
   def local(self) -> "Communicator":
     """The ranks of this machine."""
