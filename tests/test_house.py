@@ -115,7 +115,7 @@ UNCLEAN = (
     "tests/test_diagnostics",
   ),
   *("tests/test_launch", "tests/test_peers", "tests/test_runtime"),
-  *("tests/test_schedule", "tests/test_topology", "tests/test_window"),
+  *("tests/test_schedule", "tests/test_topology", "tests/test_windows"),
   "xla_ops/",
 )
 # Files that hold the banned words themselves.

@@ -68,6 +68,7 @@ def as_averaging(
   if callable(graph):
     if not lazy:
       return graph
+    # (I + W) / 2 applied to the result of the function, W x.
     return lambda params, step: jax.tree.map(
       lambda x, y: x + (y - x) / 2, params, graph(params, step)
     )
@@ -162,6 +163,8 @@ def after_first(
   Both functions take `operand` and the number of communications before this
   update.
   """
+  # `step - 1` communications precede a later update; the clamp keeps the index
+  # of the branch that is not taken valid.
   is_later = uniform(step > 0, resolve(comm))
   operand = mark_varying(operand, comm)
   return jax.lax.cond(

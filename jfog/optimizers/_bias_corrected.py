@@ -49,8 +49,8 @@ def exact_diffusion(
       x[i] <- sum_j Wb[i, j] (psi+[j] + x[j] - psi[j])
 
   where `psi` is the last step's `psi+`, initially `x`. With
-  `inner = optax.sgd(a)`, constant `a` and exact gradients, all ranks converge to
-  the minimizer of the sum of all losses for `a < 2 / L` on any graph, however
+  `inner = optax.sgd(a)`, constant `a` and exact gradients, all ranks converge
+  to the minimizer of the sum of all losses for `a < 2 / L` on any graph, however
   heterogeneous the data. One average per step, as in `adapt_then_combine`; the
   state holds one copy of the parameters.
 
@@ -143,7 +143,8 @@ def extra(
 
   All ranks converge to the minimizer of the sum of all losses for
   `a < (1 + lambda_min) / L`. As in `adapt_with_combine` the average does not
-  depend on the gradient, so the exchange can overlap with the forward and backward pass.
+  depend on the gradient, so the exchange can overlap with the forward and
+  backward pass.
   With a schedule, `a g[k]` is the product of step `k`, which keeps the limit at
   the minimizer.
 

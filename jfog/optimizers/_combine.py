@@ -138,6 +138,8 @@ def adapt_with_combine(
   ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     own = _tree.widen(params)
+    # Starts from the old parameters: the exchange does not depend on `updates`,
+    # so XLA may schedule both side by side.
     combined = _averaging.on_schedule(
       average, lambda x, step: x, own, state.step, every, comm
     )

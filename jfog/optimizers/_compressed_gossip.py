@@ -127,6 +127,8 @@ def choco(
     c, mixed, compressor_state = exchange(
       _tree.subtract(h, state.hat), state.compressor_state, state.step
     )
+    # W is constant, so s = W hat stays valid by adding W c: no rank needs the
+    # copies of its neighbors one by one.
     hat = _tree.add(state.hat, c)
     s = _tree.add(state.s, mixed)
     new = _tree.add(h, _tree.scale(gamma, _tree.subtract(s, hat)))
@@ -193,6 +195,7 @@ def _mix(
   )
   self_weight, is_difference, sources, weights = _row(topology, comm)
 
+  # The terms of this rank: x[i] in difference form, else W[i, i] x[i].
   def base(x: jax.Array) -> jax.Array:
     return jnp.where(is_difference, x, _times(self_weight, x))
 
@@ -203,6 +206,7 @@ def _mix(
       filled[i] = part
     decoded = compressor.decode(structure.unflatten(filled), own)
 
+    # Padding slots have weight 0 and leave the total unchanged, bit for bit.
     def accumulate(
       total: jax.Array, value: jax.Array, x: jax.Array
     ) -> jax.Array:

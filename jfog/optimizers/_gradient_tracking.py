@@ -115,6 +115,7 @@ def gradient_tracking(
     tracker = _tracked(state, gradient)
     updates, inner_state = local(tracker, updates, state, params, extra)
     own = _tree.widen(params)
+    # One exchange of the pair: a single message per out-neighbor.
     combined, tracker = average((own, tracker), state.step)
     updates = _tree.local_step(_tree.subtract(combined, own), updates)
     return updates, inner_state, tracker, gradient
@@ -122,6 +123,7 @@ def gradient_tracking(
   def combine_after_adapting(
     updates: Any, state: Any, params: Any, extra: dict
   ) -> tuple:
+    # Q[0] = G[0] is not averaged: the first update has one exchange less.
     gradient = _tree.widen_gradient(updates, params)
     tracker = _averaging.after_first(
       average,
@@ -224,6 +226,7 @@ def push_pull(
     return _tree.zeros_like(params), _tree.zeros_like(params)
 
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
+    # Y[0] = G[0] is not sent: the first update has one exchange less.
     tracker = _averaging.after_first(
       pushed,
       lambda tracker, step: tracker,

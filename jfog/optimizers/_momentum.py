@@ -159,6 +159,7 @@ def quasi_global_momentum(
   )
 
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
+    # g' = g + l x, then m = b mh + g', or with nesterov g' + b m.
     gradient = _tree.add(gradient, _tree.scale(weight_decay, x))
     direction = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     if nesterov:
@@ -166,6 +167,7 @@ def quasi_global_momentum(
     local = _tree.add(x, _tree.scale(-rate, direction))
     new = average(local, state.step)
     change = _per_rate(_tree.subtract(x, new), rate)
+    # The trace follows (x - y) / a, the averaged step per unit of step size.
     trace = _tree.add(
       _tree.scale(mu, state.momentum), _tree.scale(1 - mu, change)
     )
@@ -185,6 +187,8 @@ def _per_rate(change: Any, rate: Any) -> Any:
   """`change / a`, and zero where a schedule of `a` is zero."""
 
   def divide(x: jax.Array) -> jax.Array:
+    # The inner `where` keeps the unused quotient finite, and its derivative
+    # too.
     a = jnp.asarray(rate, _dtypes.real(x.dtype))
     return jnp.where(a == 0, 0, x / jnp.where(a == 0, 1, a)).astype(x.dtype)
 

@@ -138,6 +138,7 @@ def gossip_pga(
     return (
       _averaging.on_schedule(
         exact,
+        # The graph is read at the number of all updates, not of the means.
         lambda h, _: average(h, state.step),
         h,
         state.step,
@@ -232,6 +233,7 @@ def slow_momentum(
       h, anchor, momentum = operand
       change = _tree.subtract(anchor, exact(h, count))
       momentum = _tree.add(_tree.scale(slow_momentum, momentum), change)
+      # All ranks now hold the same `new`, which is also the next anchor.
       new = _tree.add(anchor, _tree.scale(-rate(count), momentum))
       return new, new, momentum
 

@@ -101,6 +101,8 @@ def push_sum(
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
+    # The local step acts on xs, the gradient was computed at x = xs / w. Value
+    # and weight take the same way, so their quotient is an average.
     biased, weight = push(
       (_tree.local_step(state.biased, updates), state.weight), state.step
     )
@@ -191,6 +193,7 @@ def push_diging(
     del x  # the state's `biased` takes its place
     tracker = _tree.add(state.tracker, _tree.subtract(gradient, state.gradient))
     local = _tree.add(state.biased, _tree.scale(-rate, tracker))
+    # The state keeps A Y; adding G+ - G in the next update gives Y+.
     biased, weight, tracker = push((local, state.weight, tracker), state.step)
     new = _tree.divide(biased, weight)
     return new, biased, weight, tracker, gradient

@@ -80,6 +80,8 @@ def wrap_inner(
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra
     )
+    # The inner transformation runs first, at the parameters of its gradient;
+    # only the result of its step is averaged.
     new, *rest = combine(_tree.local_step(params, updates), state)
     step = _averaging.next_step(state.step)
     return _tree.updates_to(new, params), state_type(step, inner_state, *rest)
@@ -124,6 +126,7 @@ def with_learning_rate(
       rate(state.step),
       state,
     )
+    # Differences in the accumulation dtypes: apply_updates rounds once.
     step = _averaging.next_step(state.step)
     return _tree.updates_to(new, params), state_type(step, *rest)
 

@@ -279,6 +279,7 @@ def window_push_sum(
     _requirements.COLUMN_STOCHASTIC.check(topology, name)
   every = _requirements.check_every(every, name)
   inner = optax.with_extra_args_support(inner)
+  # Static per graph, so computed once in NumPy.
   least = _least_kept(topology.mixing_matrix)
 
   def init_fn(params: optax.Params) -> Any:
@@ -307,6 +308,8 @@ def window_push_sum(
     )
     if topology.size > 1:
       weights = weights * ((1 - kept) / (1 - own))
+    # Values and weights (the associated p) are scaled and added together, so
+    # mass moves between ranks and slots without loss.
     window = win_accumulate(window, biased, dst_weights=weights)
     return win_update(
       window, biased, self_weight=kept, src_weights=1, reset=True
@@ -327,6 +330,7 @@ def window_push_sum(
       every,
       state.window.comm,
     )
+    # De-bias with the weight after the exchange.
     weight = win_associated_p(window)
     new = _tree.divide(biased, weight)
     step = _averaging.next_step(state.step)
@@ -367,7 +371,7 @@ def _averaging_in_window(
     own = _tree.widen(params)
     combined, window = _averaging.on_schedule(
       lambda operand, _: exchange(*operand),
-      lambda operand, _: operand[::-1],
+      lambda operand, _: operand[::-1],  # (own, window), as `exchange` returns
       (state.window, own),
       state.step,
       every,

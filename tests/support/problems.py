@@ -1,5 +1,6 @@
 """Problems and graphs of the optimizer tests."""
 
+import jax
 import jax.numpy as jnp
 import networkx as nx
 import numpy as np
@@ -72,3 +73,27 @@ def tree(x):
 def row(params):
   """Inverse of `tree`."""
   return jnp.concatenate([params["b"][None], params["w"].ravel()])
+
+
+def iterates(tx, steps):
+  """A jitted scan from a rank's problem to its iterates and last state."""
+
+  @jax.jit
+  def program(hessian, linear, start):
+    def loss(params):
+      x = row(params)
+      return x @ hessian @ x / 2 - linear @ x
+
+    def update(carry, _):
+      params, state = carry
+      updates, state = tx.update(jax.grad(loss)(params), state, params)
+      params = optax.apply_updates(params, updates)
+      return (params, state), row(params)
+
+    params = tree(start)
+    (_, state), rows = jax.lax.scan(
+      update, (params, tx.init(params)), length=steps
+    )
+    return rows, state
+
+  return program

@@ -95,6 +95,7 @@ def message_bytes(compressor: Compressor, tree: Any) -> int:
     return compressor.encode(threefry(0), tree, state)[0]
 
   parts = jax.tree.leaves(jax.eval_shape(encode, tree))
+  # Keys are not sent.
   return sum(x.size * x.dtype.itemsize for x in parts if not is_key(x))
 
 

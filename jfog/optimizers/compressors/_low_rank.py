@@ -79,6 +79,7 @@ def low_rank(rank: int) -> Compressor:
         continue
       v, q = _base.widen(x).reshape(x.shape[0], -1), next(last)
       q = jnp.where(jnp.any(q != 0), q, draw(key, i, x))
+      # One power iteration: P spans V Q, and P P^T V is the projection onto it.
       p = jnp.linalg.qr(_product(v, q))[0]
       q = _product(v.conj().T, p)
       message.append((p.astype(x.dtype), q.astype(x.dtype)))

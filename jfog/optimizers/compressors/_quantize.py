@@ -60,6 +60,7 @@ def quantize(bits: int) -> Compressor:
 
   def encode_leaf(key: Any, index: int, x: jax.Array) -> Any:
     v = _base.widen(x.ravel())
+    # initial=0 for empty leaves; a zero leaf is divided by 1 instead of M.
     scale = jnp.max(jnp.abs(v), initial=0)
     noise = jax.random.uniform(_base.leaf_key(key, index), v.shape, v.dtype)
     exact = levels * (v / jnp.where(scale == 0, jnp.ones_like(scale), scale))

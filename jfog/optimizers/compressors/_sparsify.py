@@ -126,12 +126,14 @@ def random_k(
     values = x.ravel()[draw(key, index, x.size)]
     if unbiased and x.size:
       scale = jnp.asarray(x.size / count(x.size), _base.scale_dtype(x.dtype))
+      # The product is rounded once, also for 16-bit leaves.
       values = (scale * _base.widen(values)).astype(x.dtype)
     return values, _base.typed_key(key)
 
   def decode_leaf(
     part: Any, index: int, like: jax.ShapeDtypeStruct
   ) -> jax.Array:
+    # The same draw as in `encode_leaf`, from the source's key.
     values, key = part
     return _scattered(values, draw(key, index, like.size), like)
 

@@ -109,6 +109,7 @@ def deep_squeeze(
     v = _tree.add(h, state.e)
     c, mixed, compressor_state = exchange(v, state.compressor_state, state.step)
     new = _tree.add(c, _tree.scale(eta, _tree.subtract(mixed, c)))
+    # Error feedback: v - c is added to the next value.
     return new, compressor_state, _tree.subtract(v, c)
 
   return wrap_inner(name, inner, DeepSqueezeState, start, combine)

@@ -71,6 +71,7 @@ def dmsgd_sync(
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     local = _tree.add(x, _tree.scale(-rate, state.momentum))
     trace = _tree.add(_tree.scale(momentum, state.momentum), gradient)
+    # One exchange of the pair: a single message per out-neighbor.
     return average((local, trace), state.step)
 
   return with_learning_rate(

@@ -101,6 +101,8 @@ def edges_of(topology: Topology, name: str) -> Edges:
       f"reaches every other."
     )
   degrees = [len(topology.in_neighbors(rank)) for rank in range(size)]
+  # A tree needs as many colors as its largest degree, other graphs one more at
+  # most (Vizing).
   if sum(degrees) == 2 * (size - 1):
     partners = _slots_of_tree(topology, max(1, *degrees))
   else:

@@ -66,6 +66,7 @@ def nids(
 
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
     local = _tree.add(x, _tree.scale(-rate, gradient))
+    # The first update is a plain local step; its correction stays zero.
     return _averaging.after_first(
       lambda operand, step: correct(average, *operand, step=step),
       lambda operand, step: operand,

@@ -124,6 +124,8 @@ def power_gossip(
 
   def combine(h: Any, state: Any) -> tuple:
     here = resolve(comm)
+    # Started before the power iteration and awaited after it: both messages are
+    # in flight together.
     averaged = neighbor_allreduce_start(
       jax.tree.map(lambda x: optax.MaskedNode() if _is_matrix(x) else x, h),
       topology,
@@ -187,6 +189,8 @@ def _iterate(
     shapes = [x.shape for pair in zip(p, q, strict=True) for x in pair]
     ends = np.cumsum([np.prod(shape[1:]) for shape in shapes])
     dtype = _dtypes.real(jnp.result_type(*p))
+    # One draw for both factors of all leaves; all ends of an edge cut it
+    # equally.
     numbers = _normal(seed, low, high, step, int(ends[-1]), dtype)
     pieces = jnp.split(numbers, ends[:-1], axis=1)
     fresh = [x.reshape(s) for x, s in zip(pieces, shapes, strict=True)]

@@ -111,6 +111,7 @@ def relay_sum(
     if debug:
       start = _compared(start, state.step, here, name)
     received = edges.exchange(jax.tree.map(_messages, h, state.received), here)
+    # After the last row all ranks are received, so it serves all later steps.
     row = jnp.minimum(state.step, len(missing_counts) - 1)
     missing = jnp.asarray(missing_counts)[row, here.rank]
 
@@ -144,6 +145,7 @@ def _missing_counts(edges: Edges) -> np.ndarray:
   counts = np.zeros_like(edges.partners)
   rows = []
   for _ in range(size):  # at least the diameter
+    # To each neighbor: this rank, and those received over all other edges.
     sent = 1 + counts.sum(axis=1, keepdims=True) - counts
     counts = np.where(
       has_edge, np.take_along_axis(sent, np.maximum(edges.partners, 0), 0), 0
