@@ -16,18 +16,14 @@ NCCL handlers on the emulation of NCCL and the CUDA driver in tests/emulation.
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -55,13 +51,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
 
 # Importing them starts JAX, which reads XLA_FLAGS.
-from support import compilation, emulated, suite  # noqa: E402
+from support import compilation, emulated, jobs, suite  # noqa: E402
+from support.places import Place  # noqa: E402
 
 import jfog  # noqa: E402
-import jfog.launch  # noqa: E402
 import jfog.runtime  # noqa: E402
 import jfog.runtime._gpu_placement  # noqa: E402
 
@@ -69,57 +64,6 @@ PLACES = ("single", "simulate-5", f"mesh-{_DEVICES}")
 TWO_AXES = "simulate-6x2"  # three machines of two virtual ranks
 MPI_SIZES = (1, 2, 3, 4)
 MPI_SIZES_OF_SOAK = (5,)  # as well with --soak
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """Where a program of one rank runs, with a number of ranks."""
-
-  name: str
-  size: int
-  local_size: int = 1
-
-  @property
-  def kind(self) -> str:
-    """`single`, `simulate`, `mesh` or `mpi`."""
-    return self.name.split("-")[0]
-
-  def map(self, fun: Callable, in_axes: Any = 0) -> Callable:
-    """`fun` of stacked arguments; on MPI and alone this rank's result only."""
-    if self.kind == "simulate":
-      return jfog.simulate(
-        fun, self.size, in_axes=in_axes, local_size=self.local_size
-      )
-    if self.kind == "mesh":
-      mesh, axis = None, jfog.AXIS_NAME
-      if self.local_size > 1:
-        axis = (jfog.AXIS_NAME, jfog.runtime.LOCAL_AXIS_NAME)
-        devices = np.array(jax.devices()[: self.size])
-        mesh = Mesh(devices.reshape(-1, self.local_size), axis)
-      return jfog.spmd(fun, mesh, in_axes=in_axes, axis=axis)
-
-    def one(*args):
-      axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-      own = [
-        arg if axis is None else self.mine(arg)
-        for arg, axis in zip(args, axes, strict=True)
-      ]
-      return fun(*own)
-
-    return one
-
-  def run(self, fun: Callable, *stacked: Any, in_axes: Any = 0) -> Any:
-    """Calls `map(fun)` on stacked arguments."""
-    fun = self.map(fun, in_axes)
-    # Eagerly a mesh compiles every operation for itself, which takes long.
-    return (jax.jit(fun) if self.kind == "mesh" else fun)(*stacked)
-
-  def mine(self, stacked: Any) -> Any:
-    """The part of a stacked truth that corresponds to the result of `run`."""
-    if self.kind in ("simulate", "mesh"):
-      return stacked
-    rank = jfog.rank()
-    return jax.tree.map(lambda x: x[rank], stacked)
 
 
 def pytest_configure(config):
@@ -274,17 +218,8 @@ def rng():
   return np.random.RandomState(0)
 
 
-@dataclasses.dataclass
-class _Job:
-  """One MPI job that runs all selected tests of its number of ranks."""
-
-  size: int
-  results: dict[str, dict[int, tuple[str, str]]]
-  output: str
-
-
 _nodeids: dict[int, list[str]] = {}
-_jobs: dict[int, concurrent.futures.Future[_Job]] = {}
+_jobs: dict[int, concurrent.futures.Future[jobs.Job]] = {}
 
 # Their tests start jobs of their own, with deadlines that need a quiet machine.
 _STARTING_JOBS = {
@@ -366,16 +301,19 @@ def pytest_runtestloop(session):
   """Starts the jobs, one after the other, beside this process's own tests."""
   if session.config.option.collectonly or not jfog.runtime.build().MPI_FAMILY:
     return
-  soak = session.config.getoption("--soak")
-  backend = session.config.getoption("--backend")
-  deadline = session.config.getoption("--job-deadline")
+  options = {
+    "soak": session.config.getoption("--soak"),
+    "backend": session.config.getoption("--backend"),
+    "deadline": session.config.getoption("--job-deadline"),
+    "programs": _PROGRAMS,
+  }
   for size in sorted(_nodeids):
     _jobs[size] = concurrent.futures.Future()
 
   def run():
     for size, job in _jobs.items():
       try:
-        job.set_result(_run_job(size, _nodeids[size], soak, backend, deadline))
+        job.set_result(jobs.run(size, _nodeids[size], **options))
       except BaseException as error:  # raised by the tests of this job
         job.set_exception(error)
 
@@ -411,59 +349,6 @@ def pytest_pyfunc_call(pyfuncitem):
         pytrace=False,
       )
   return True
-
-
-def _machines(nodeid: str) -> str:
-  """The local size of a test's MPI form."""
-  found = re.search(r"mpi-\d+x(\d+)", nodeid)
-  return found[1] if found else ""
-
-
-def _run_job(
-  size: int, nodeids: list[str], soak: bool, backend: str, deadline: float
-) -> _Job:
-  """Runs the tests on `size` ranks and collects their reports."""
-  with tempfile.TemporaryDirectory() as folder:
-    arguments = pathlib.Path(folder) / "tests"
-    # One world of machines after the other: making one costs all compiled code.
-    arguments.write_text("\n".join(sorted(nodeids, key=_machines)))
-    environment = {
-      **os.environ,
-      "JFOG_TEST_RANKS": str(size),
-      "JFOG_TEST_RESULTS": folder,
-      "JFOG_TEST_PROGRAMS": _PROGRAMS,
-      "JFOG_TEST_BACKEND": backend,
-    }
-    environment.pop("XLA_FLAGS", None)
-    if backend == "mpi":
-      environment["JAX_PLATFORMS"] = "cpu"
-    command = [
-      *jfog.launch.command_line(["-np", str(size)]),
-      *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-      *(["--soak"] if soak else []),
-      f"@{arguments}",
-    ]
-    try:
-      done = subprocess.run(
-        command,
-        cwd=_ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=deadline,
-      )
-      output = done.stdout.decode(errors="replace")
-    except subprocess.TimeoutExpired as error:
-      output = (error.stdout or b"").decode(errors="replace")
-      output += f"\nthe job did not end within {deadline:g} s"
-    results: dict[str, dict[int, tuple[str, str]]] = {}
-    for path in pathlib.Path(folder).glob("rank-*"):
-      rank = int(path.name.removeprefix("rank-"))
-      for line in path.read_text().splitlines():
-        nodeid, outcome, text = json.loads(line)
-        results.setdefault(nodeid, {})[rank] = (outcome, text)
-  return _Job(size, results, output)
 
 
 def pytest_runtest_logreport(report):

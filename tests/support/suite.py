@@ -7,7 +7,7 @@ Four rules keep the quick suite short:
 2. The files in `FULL_FILES` start whole programs or jobs of their own. They belong
    to the full suite, except for the tests in `QUICK_TESTS`.
 3. The tests in `FULL_TESTS` take long to compile or to run; some of them only in
-   the places named there.
+   the forms named there.
 4. `@pytest.mark.full` marks single tests and parameters, `@pytest.mark.soak` those
    that need `--soak`.
 
@@ -36,7 +36,7 @@ QUICK_TESTS = {
   "test_ranks_may_weight_differently",
 }
 
-# The places by the beginning of their names; none means all.
+# Parts of the names of the forms, places above all; none means all forms.
 FULL_TESTS: dict[str, tuple[str, ...]] = {
   # Optimizers: every combination compiles a program of its own in each place.
   "test_chained_masked_and_in_several_steps": ("simulate",),
@@ -46,8 +46,10 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_disagreement_grows_by_the_largest_root": (),
   "test_identities": (),
   "test_no_drift_in_float32": (),
-  "test_iterates_are_those_of_the_dense_recursion": ("mpi", "mesh"),
-  "test_gradient_allreduce_is_the_dense_recursion": ("mpi",),
+  "test_iterates_are_those_of_the_dense_recursion": (
+    *("mpi", "mesh", "single", "simulate-8-changing"),
+  ),
+  "test_gradient_allreduce_is_the_dense_recursion": ("mpi", "mesh", "single"),
   "test_power_gossip_is_the_dense_recursion": ("mesh", "simulate-8", "mpi"),
   "test_relay_sum_is_the_dense_recursion_and_exact": ("simulate-8", "mpi"),
   "test_constant_values_are_averaged_after_diameter_steps": (),
@@ -80,9 +82,10 @@ def is_slow(item) -> bool:
   name = item.originalname
   if item.path.name in FULL_FILES and name not in QUICK_TESTS:
     return True
-  places = FULL_TESTS.get(name)
-  return places is not None and (
-    not places or place_of(item).startswith(places)
+  parts = FULL_TESTS.get(name)
+  form = item.nodeid.partition("[")[2]
+  return parts is not None and (
+    not parts or any(part in form for part in parts)
   )
 
 

@@ -1,0 +1,91 @@
+"""MPI jobs that run the MPI forms of tests, one for each number of ranks."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jfog.launch
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Job:
+  """One MPI job that runs all selected tests of its number of ranks."""
+
+  size: int
+  results: dict[str, dict[int, tuple[str, str]]]
+  output: str
+
+
+def _machines(nodeid: str) -> str:
+  """The local size of a test's MPI form."""
+  found = re.search(r"mpi-\d+x(\d+)", nodeid)
+  return found[1] if found else ""
+
+
+def run(
+  size: int,
+  nodeids: list[str],
+  *,
+  soak: bool,
+  backend: str,
+  deadline: float,
+  programs: str,
+) -> Job:
+  """Runs tests on `size` ranks and collects the reports of all ranks.
+
+  Args:
+    size: the number of ranks.
+    nodeids: the tests.
+    soak: whether stress tests run at length.
+    backend: "mpi", "nccl" or "emulated".
+    deadline: seconds; then the job ends, with the reports up to then.
+    programs: the folder of compiled programs that all jobs share.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    arguments = pathlib.Path(folder) / "tests"
+    # One world of machines after the other: making one costs all compiled code.
+    arguments.write_text("\n".join(sorted(nodeids, key=_machines)))
+    environment = {
+      **os.environ,
+      "JFOG_TEST_RANKS": str(size),
+      "JFOG_TEST_RESULTS": folder,
+      "JFOG_TEST_PROGRAMS": programs,
+      "JFOG_TEST_BACKEND": backend,
+    }
+    environment.pop("XLA_FLAGS", None)
+    if backend == "mpi":
+      environment["JAX_PLATFORMS"] = "cpu"
+    command = [
+      *jfog.launch.command_line(["-np", str(size)]),
+      *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+      *(["--soak"] if soak else []),
+      f"@{arguments}",
+    ]
+    try:
+      done = subprocess.run(
+        command,
+        cwd=_ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=deadline,
+      )
+      output = done.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired as error:
+      output = (error.stdout or b"").decode(errors="replace")
+      output += f"\nthe job did not end within {deadline:g} s"
+    results: dict[str, dict[int, tuple[str, str]]] = {}
+    for path in pathlib.Path(folder).glob("rank-*"):
+      rank = int(path.name.removeprefix("rank-"))
+      for line in path.read_text().splitlines():
+        nodeid, outcome, text = json.loads(line)
+        results.setdefault(nodeid, {})[rank] = (outcome, text)
+  return Job(size, results, output)
