@@ -1,8 +1,8 @@
-"""Averages with peers that each rank names for itself, at run time if need be."""
+"""Averages over peers that each rank chooses, possibly at run time."""
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import numpy as np
 from jax.interpreters import ad
 
 from jfog import _dtypes
-from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
-from jfog.primitives._operation import Call
-from jfog.runtime import Axis, Communicator, resolve
+from jfog.primitives import _primitive, _pytree, nccl
+from jfog.primitives._operation import Operation
+from jfog.runtime import Communicator
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
 
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
 class Peers:
-  """What one rank alone decides to send and to receive in one average.
+  """Sources and destinations of one rank in one average, with their weights.
 
   `jfog.neighbor_allreduce(x, Peers(...))` computes on rank i
 
@@ -35,23 +35,23 @@ class Peers:
 
   A pytree: the ranks are static, the weights may be traced.
 
-  The first time that a rank uses peers it has not used before, it asks each of
-  them whether they name it in the same places, and sends nothing else before all
-  have answered, which they do when they come to the operation. Where two ranks
-  differ, both get an error that names them, and the other ranks get one at the
-  latest in their next operation. Peers that this rank has used before are not
-  asked again, unless nothing comes from them for long.
+  Peers that this rank has not used before are checked first: it exchanges one
+  control message with each of them, which the peer answers in its own call of the
+  operation, and sends the payload once all have answered. Where two ranks differ,
+  both raise an error that names them, and the other ranks raise one at the latest
+  in their next operation. Peers that this rank has used before are checked again
+  only if no message arrives from them for long.
 
   Args:
     self_weight: the weight of this rank's own value.
     src_weights: from each rank to receive from to the weight it gets here.
     dst_weights: from each rank to send to to the weight to scale with before;
       or the ranks alone, for weights of 1.
-    check: whether to ask; static.
+    check: whether to check new peers; static.
 
   Raises:
-    TypeError: for a rank that is no int.
-    ValueError: for a negative rank or one that is named twice.
+    TypeError: for a rank that is not an int.
+    ValueError: for a negative or a duplicate rank.
 
   Example:
     >>> import jfog
@@ -85,7 +85,7 @@ class Peers:
     )
     object.__setattr__(self, "check", bool(check))
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The weights and the ranks, for JAX."""
     weights = (
       self.self_weight,
@@ -96,7 +96,9 @@ class Peers:
     return weights, static
 
   @classmethod
-  def tree_unflatten(cls, static, weights):
+  def tree_unflatten(
+    cls, static: tuple[Any, ...], weights: tuple[Any, ...]
+  ) -> "Peers":
     """Peers of those ranks and weights, for JAX."""
     *ranks, check = static
     peers = object.__new__(cls)
@@ -114,7 +116,10 @@ class Peers:
     return peers
 
 
-def _checked_ranks(weights, name) -> dict[int, Any]:
+def _checked_ranks(
+  weights: Mapping[int, Any] | Iterable[int], name: str
+) -> dict[int, Any]:
+  """Weights by rank, the ranks checked."""
   pairs = (
     list(weights.items())
     if isinstance(weights, Mapping)
@@ -123,20 +128,20 @@ def _checked_ranks(weights, name) -> dict[int, Any]:
   checked: dict[int, Any] = {}
   for rank, weight in pairs:
     if isinstance(rank, (bool, np.bool_)):
-      raise TypeError(f"Peers: {name} names the rank {rank!r}; name ints.")
+      raise TypeError(f"Peers: rank keys of {name} must be ints, got {rank!r}.")
     try:
       rank = operator.index(rank)
     except TypeError as error:
       raise TypeError(
-        f"Peers: {name} names the rank {rank!r}, which is "
-        f"{type(rank).__name__}; name ints, not traced."
+        f"Peers: rank keys of {name} must be ints and not traced, got "
+        f"{rank!r} of type {type(rank).__name__}."
       ) from error
     if rank < 0:
       raise ValueError(
-        f"Peers: {name} names the rank {rank}; name ranks from 0."
+        f"Peers: {name} has the negative rank {rank}; ranks start at 0."
       )
     if rank in checked:
-      raise ValueError(f"Peers: {name} names the rank {rank} twice.")
+      raise ValueError(f"Peers: {name} has the rank {rank} twice.")
     checked[rank] = weight
   return checked
 
@@ -145,46 +150,50 @@ def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
   """Checks that peers are other ranks of a communicator of processes."""
   if comm.backend == "mesh":
     raise ValueError(
-      f"{operation}: Peers say what one rank does, and on a mesh all ranks run "
-      f"one program; pass a Topology or a Schedule."
+      f"{operation}: Peers describe one rank, and on a mesh all ranks run one "
+      f"program; pass a Topology or a Schedule."
     )
   for name in ("src_weights", "dst_weights"):
     for rank in getattr(peers, name):
       if rank >= comm.size or rank == comm.rank:
         raise ValueError(
-          f"{operation}: {name} names the rank {rank} on rank {comm.rank} of "
-          f"{comm.size}; name other ranks, from 0 to {comm.size - 1}. The own "
-          f"weight is self_weight."
+          f"{operation}: {name} has the rank {rank} on rank {comm.rank} of "
+          f"{comm.size}; use other ranks from 0 to {comm.size - 1}, and "
+          f"self_weight for this rank."
         )
 
 
 def peers_call(
-  leaves, names, structure, peers: Peers, comm: Communicator
-) -> Call:
-  """The call of `neighbor_allreduce` with `Peers`."""
+  leaves: Sequence[jax.Array],
+  names: Sequence[str],
+  structure: Any,
+  peers: Peers,
+  comm: Communicator,
+) -> Operation:
+  """The operation of `neighbor_allreduce` with `Peers`."""
   check_ranks(peers, comm, "neighbor_allreduce")
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
   weights = [peers.self_weight, *sources.values()]
   scales = any(
-    not _is_static(weight) or weight != 1 for weight in destinations.values()
+    not is_static(weight) or weight != 1 for weight in destinations.values()
   )
   if not leaves or comm.backend == "single":
-    (own,) = _as_weights([peers.self_weight], "self_weight")
-    return Call(leaves, structure, [_scaled(own, x) for x in leaves])
-  return Call(
+    (own,) = as_weights([peers.self_weight], "self_weight")
+    return Operation(leaves, structure, [scaled(own, x) for x in leaves])
+  return Operation(
     leaves,
     structure,
     primitive=peer_allreduce_p,
     fixed=(
       np.array([*sources, *destinations], np.int32),
-      _as_weights([*weights, *destinations.values()], "the weights of Peers"),
+      as_weights([*weights, *destinations.values()], "the weights of Peers"),
     ),
     operands=_pytree.to_native(leaves, names, "neighbor_allreduce"),
     params={
       "sources": len(sources),
       "scales": scales,
-      "difference": _sum_to_one(weights),
+      "difference": sum_to_one(weights),
       "pair": False,
       "check": peers.check,
       "comm": comm,
@@ -192,162 +201,51 @@ def peers_call(
   )
 
 
-@_operation.operation
-def pair_gossip(
-  x: Any,
-  peer: Any,
-  *,
-  self_weight: Any = 0.5,
-  pair_weight: Any = 0.5,
-  check: bool = True,
-  comm: Communicator | None = None,
-) -> Any:
-  """Averages `x` with that of one other rank.
-
-  Computes `y[i] = self_weight x[i] + pair_weight x[peer[i]]`. The two ranks name
-  each other, send each other their leaves in one message and wait for each
-  other. A rank that names itself uses its own value twice. Weights that sum to 1
-  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`.
-
-  Linear in `x`, with itself as transpose (each rank then weights what it sends
-  with its own `pair_weight`).
-
-  Args:
-    x: a pytree of float or complex arrays, of equal shapes and dtypes on both
-      ranks.
-    peer: the other rank, an int or a traced integer scalar. Another peer is
-      neither traced nor compiled again if it is traced.
-    self_weight: the weight of the own value, a number, which may be traced.
-    pair_weight: the weight of the peer's value, likewise.
-    check: whether to ask a peer that is new to this rank whether it names this
-      rank, before anything else is sent; see `Peers`. On MPI only.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
-
-  Returns:
-    A pytree like `x`, in shapes and dtypes.
-
-  Raises:
-    ValueError: if `peer` is an int and no rank.
-    TypeError: for integer or bool leaves, or a `peer` that is no integer.
-    NotInitializedError: if there is no communicator.
-    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
-      traced peer is no rank (`INVALID_ARGUMENT`).
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> swap = lambda x: jfog.pair_gossip(x, jfog.rank() ^ 1)
-    >>> jfog.simulate(swap, 4)(jnp.array([0.0, 2.0, 4.0, 8.0]))
-    Array([1., 1., 6., 6.], dtype=float32)
-
-  Source: `pair_gossip` of BlueFog; Boyd et al., "Randomized Gossip Algorithms",
-  2006.
-  """
-  comm = resolve(comm)
-  leaves, names, structure = _pytree.flatten(x, "pair_gossip")
-  _pytree.require_inexact(leaves, names, "pair_gossip")
-  peer = _peer(peer, comm)
-  weights = [self_weight, pair_weight]
-  difference = _sum_to_one(weights)
-  own, other, *_ = pair = _as_weights([*weights, 1.0], "a weight")
-  if not leaves or comm.backend in ("mesh", "single"):
-
-    def mix(x):
-      value = x
-      if isinstance(comm, Axis):
-        value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
-      if not difference:
-        return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)
-      wide = x.astype(_dtypes.accumulation(x.dtype))
-      return (wide + _scaled(other, value.astype(wide.dtype) - wide)).astype(
-        x.dtype
-      )
-
-    return Call(leaves, structure, [mix(leaf) for leaf in leaves])
-  peer = jnp.asarray(peer, jnp.int32)
-  return Call(
-    leaves,
-    structure,
-    primitive=peer_allreduce_p,
-    fixed=(jnp.stack([peer, peer]), pair),
-    operands=_pytree.to_native(leaves, names, "pair_gossip"),
-    params={
-      "sources": 1,
-      "scales": False,
-      "difference": difference,
-      "pair": True,
-      "check": bool(check),
-      "comm": comm,
-    },
-  )
-
-
-pair_gossip_start = _operation.start_of(
-  pair_gossip,
-  """>>> swap = lambda x: jfog.wait(jfog.pair_gossip_start(x, jfog.rank() ^ 1))
-    >>> jfog.simulate(swap, 2)(jnp.array([0.0, 2.0]))
-    Array([1., 1.], dtype=float32)""",
-)
-
-
-def _peer(peer: Any, comm: Communicator) -> Any:
-  if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
-    if not 0 <= peer < comm.size:
-      raise ValueError(
-        f"pair_gossip: peer={peer} is no rank of a communicator of "
-        f"{comm.size}; take one from 0 to {comm.size - 1}."
-      )
-    return int(peer)
-  peer = jnp.asarray(peer)
-  if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
-    raise TypeError(
-      f"pair_gossip: peer has dtype {peer.dtype} and shape {peer.shape}; pass "
-      f"an integer scalar."
-    )
-  return peer
-
-
-def _is_static(weight: Any) -> bool:
+def is_static(weight: Any) -> bool:
+  """Whether the value of a weight is known while tracing."""
   return isinstance(weight, (int, float, np.number, np.ndarray))
 
 
-def _sum_to_one(weights: list[Any]) -> bool:
+def sum_to_one(weights: list[Any]) -> bool:
   """Whether known weights, the own first, allow the difference form."""
-  if not all(_is_static(weight) for weight in weights):
+  if not all(is_static(weight) for weight in weights):
     return False
   return bool(abs(sum(weights) - 1) <= _TOLERANCE and weights[0] != 0)
 
 
-def _as_weights(weights: list[Any], name: str) -> Any:
-  """Weights as one vector, in the widest float that JAX has."""
+def as_weights(weights: list[Any], name: str) -> Any:
+  """Weights as one vector, in the widest float dtype that JAX has enabled."""
   for weight in weights:
     if jnp.shape(weight) != ():
       raise ValueError(
-        f"{name} has shape {jnp.shape(weight)}; every weight is a scalar."
+        f"{name} has shape {jnp.shape(weight)}; pass a scalar for every weight."
       )
     if not jnp.isrealobj(weight):
       raise TypeError(f"{name} is complex; pass real weights.")
   dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-  if all(_is_static(weight) for weight in weights):
+  if all(is_static(weight) for weight in weights):
     return np.array(weights, dtype)
   return jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
 
 
-def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+def scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """`weight * x`, multiplied in the accumulation dtype."""
   wide = x.astype(_dtypes.accumulation(x.dtype))
   scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
   return scaled.astype(x.dtype)
 
 
-# Between processes: the rules of the primitive. Its fixed operands are the ranks
-# of the sources and the destinations, and the weights of self and of those.
+# Native rendition: rules of the primitive. Its scalar operands are the ranks of
+# the sources and the destinations, and the weights of self, sources, destinations.
 
 
-def _abstract_eval(*operands, fixed, **params):
-  del params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
-
-
-def _tangents(primitive, primals, results, tangents, **params):
+def _tangents(
+  primitive: Any,
+  primals: Sequence[Any],
+  results: Sequence[Any],
+  tangents: Sequence[Any],
+  **params: Any,
+) -> list[Any]:
   if type(tangents[1]) is not ad.Zero:
     raise TypeError(
       "neighbor_allreduce with Peers, and pair_gossip, have no derivative with "
@@ -359,9 +257,18 @@ def _tangents(primitive, primals, results, tangents, **params):
   )
 
 
-def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
-  # y_i = s_i x_i + sum_j r_ij d_ji x_j: the sources become destinations, and
-  # whoever weighted what it got weights what it sends.
+def _transpose(
+  cotangents: Sequence[Any],
+  ranks: Any,
+  weights: Any,
+  *,
+  sources: int,
+  scales: bool,
+  **params: Any,
+) -> Any:
+  # y_i = s_i x_i + sum_j r_ij d_ji x_j, so ct_x_j = s_j ct_y_j + sum_i d_ji r_ij
+  # ct_y_i: sources and destinations change places, and so do the weights of the
+  # two ends of an edge.
   del scales
   own, received, sent = jnp.split(weights, [1, 1 + sources])
   return peer_allreduce_p.bind(
@@ -374,7 +281,16 @@ def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
   )
 
 
-def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
+def _attributes(
+  mode: Any,
+  *leaves: Any,
+  sources: int,
+  scales: bool,
+  difference: bool,
+  pair: bool,
+  check: bool,
+  comm: Any,
+) -> dict[str, Any]:
   del mode, leaves
   return {
     "context": np.int64(comm.context),
@@ -386,55 +302,82 @@ def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
   }
 
 
-# On GPUs: one exchange into slots, and their weighted sum.
+class _OnGpus(nccl.Rendition):
+  """One exchange into slots, and their weighted sum."""
 
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Any,
+    *,
+    sources: int,
+    scales: bool,
+    pair: bool,
+    comm: Any,
+    **params: Any,
+  ) -> nccl.Send:
+    """The exchange; `scales` weights the copy for each destination."""
+    del params
+    ranks, weights = scalars
+    packed = nccl.Packing.of(leaves).pack(leaves)
+    if scales:
+      packed = nccl.scaled(packed, weights[1 + sources :])
+    return nccl.exchange(
+      "peer_allreduce",
+      mode,
+      comm,
+      ranks,
+      packed,
+      [([-1] * sources, [-1] * (len(ranks) - sources))],
+      variant="peers",
+      like=leaves,
+      operation="pair_gossip" if pair else "neighbor_allreduce",
+      sources=sources,
+      apart=scales,
+    )
 
-def _send(mode, fixed, leaves, *, sources, scales, pair, comm, **params):
-  del params
-  ranks, weights = fixed
-  packed = _nccl.Packing(leaves).pack(leaves)
-  if scales:
-    packed = _nccl.scaled(packed, weights[1 + sources :])
-  return _nccl.exchange(
-    "peer_allreduce",
-    mode,
-    comm,
-    ranks,
-    packed,
-    [([-1] * sources, [-1] * (len(ranks) - sources))],
-    variant="peers",
-    like=leaves,
-    operation="pair_gossip" if pair else "neighbor_allreduce",
-    sources=sources,
-    apart=scales,
-  )
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the slots: one buffer of the packing for each source."""
+    return nccl.Packing.of(results).avals(static)
 
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The weighted sum over the slots."""
+    return nccl.average(own, weights, received, static)
 
-def _weigh(fixed, *, sources, difference, **params):
-  del params
-  weights = jnp.asarray(fixed[1])
-  return jnp.concatenate(
-    [
-      weights[:1],
-      jnp.full(1, difference, weights.dtype),
-      weights[1 : 1 + sources],
-      jnp.ones(sources, weights.dtype),
-    ]
-  )
+  def weights(
+    self,
+    scalars: Sequence[Any],
+    *,
+    sources: int,
+    difference: bool,
+    **params: Any,
+  ) -> jax.Array:
+    """The array `[self_weight, difference, *weights, *reads]` of a `Row`."""
+    del params
+    weights = jnp.asarray(scalars[1])
+    return jnp.concatenate(
+      [
+        weights[:1],
+        jnp.full(1, difference, weights.dtype),
+        weights[1 : 1 + sources],
+        jnp.ones(sources, weights.dtype),
+      ]
+    )
+
+  def static(self, *, sources: int, **params: Any) -> int:
+    """The number of slots."""
+    del params
+    return sources
 
 
 peer_allreduce_p = _primitive.define(
   "peer_allreduce",
-  abstract_eval=_abstract_eval,
   attributes=_attributes,
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    send=_send,
-    received=lambda results, slots: _nccl.Packing(results).avals(slots),
-    finish=_nccl.average,
-    weigh=_weigh,
-    static=lambda *, sources, **params: sources,
-  ),
+  on_gpus=_OnGpus(),
 )
