@@ -2,6 +2,7 @@
 #ifndef JFOG_XLA_OPS_COMMON_DTYPE_H_
 #define JFOG_XLA_OPS_COMMON_DTYPE_H_
 
+#include <complex>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,7 +16,7 @@ using DataType = xla::ffi::DataType;
 // Bytes of one element, 0 for a type that jfog does not move.
 std::size_t SizeOf(DataType type);
 
-// The name NumPy gives it, "?" for a type that jfog does not move.
+// The NumPy name, "?" for a type that jfog does not move.
 const char* NameOf(DataType type);
 
 // The two 16-bit floats, held as bits; arithmetic happens in float32. Both
@@ -86,6 +87,29 @@ struct Float16 {
     return value;
   }
 };
+
+// All types that jfog moves, one X(dtype, NumPy name, type as stored, type that
+// accumulates a weighted sum, type of a weight) each. Integers accumulate
+// modulo 2^64, of which every integer type keeps its low bits; the last two
+// columns of bool are unused.
+#define JFOG_FOR_EACH_SUMMABLE_DTYPE(X)                                \
+  X(S8, "int8", std::int8_t, std::uint64_t, std::uint64_t)             \
+  X(S16, "int16", std::int16_t, std::uint64_t, std::uint64_t)          \
+  X(S32, "int32", std::int32_t, std::uint64_t, std::uint64_t)          \
+  X(S64, "int64", std::int64_t, std::uint64_t, std::uint64_t)          \
+  X(U8, "uint8", std::uint8_t, std::uint64_t, std::uint64_t)           \
+  X(U16, "uint16", std::uint16_t, std::uint64_t, std::uint64_t)        \
+  X(U32, "uint32", std::uint32_t, std::uint64_t, std::uint64_t)        \
+  X(U64, "uint64", std::uint64_t, std::uint64_t, std::uint64_t)        \
+  X(F16, "float16", Float16, float, float)                             \
+  X(BF16, "bfloat16", Bfloat16, float, float)                          \
+  X(F32, "float32", float, float, float)                               \
+  X(F64, "float64", double, double, double)                            \
+  X(C64, "complex64", std::complex<float>, std::complex<float>, float) \
+  X(C128, "complex128", std::complex<double>, std::complex<double>, double)
+#define JFOG_FOR_EACH_DTYPE(X)                              \
+  X(PRED, "bool", std::uint8_t, std::uint8_t, std::uint8_t) \
+  JFOG_FOR_EACH_SUMMABLE_DTYPE(X)
 
 }  // namespace jfog
 

@@ -3,6 +3,7 @@
 #define JFOG_XLA_OPS_COMMON_STATUS_H_
 
 #include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -14,12 +15,30 @@ inline ffi::Error MakeError(ffi::ErrorCode code, const std::string& text) {
   return ffi::Error(code, "jfog: " + text);
 }
 
+// An error on its way out of a function that returns an error, a value or an
+// error, or the completion of a handler.
+struct Failure {
+  ffi::Error error;
+
+  operator ffi::Error() && { return std::move(error); }
+  template <typename T>
+  operator ffi::ErrorOr<T>() && {
+    return ffi::Unexpected(std::move(error));
+  }
+};
+
 }  // namespace jfog
 
-#define JFOG_RETURN_IF_ERROR(expression)         \
-  do {                                           \
-    ::xla::ffi::Error jfog_error = (expression); \
-    if (jfog_error.failure()) return jfog_error; \
+#define JFOG_RETURN_IF_ERROR(expression)                                     \
+  do {                                                                       \
+    ::xla::ffi::Error jfog_error = (expression);                             \
+    if (jfog_error.failure()) return ::jfog::Failure{std::move(jfog_error)}; \
   } while (false)
+
+// Declares `variable`, a reference to the value of an ErrorOr.
+#define JFOG_ASSIGN_OR_RETURN(variable, expression)                  \
+  auto variable##_or = (expression);                                 \
+  if (!variable##_or) return ::jfog::Failure{variable##_or.error()}; \
+  auto& variable = *variable##_or
 
 #endif  // JFOG_XLA_OPS_COMMON_STATUS_H_

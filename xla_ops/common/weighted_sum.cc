@@ -14,7 +14,7 @@ constexpr std::size_t kBlock = 1024;
 // Up to this many terms are added in one pass.
 constexpr std::size_t kFused = 4;
 
-// Integers are summed modulo 2^64, of which every integer type keeps its part.
+// Integer weights are whole.
 template <typename R>
 R Rounded(double weight) {
   if constexpr (std::is_integral_v<R>) {
@@ -137,38 +137,13 @@ void Sum(std::size_t count, const void* x, double self_weight,
 void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y) {
-  const auto run = [&](auto sum) {
-    sum(count, x, self_weight, terms, difference, y);
-  };
   switch (type) {
-    case DataType::F32:
-      return run(Sum<float, float, float>);
-    case DataType::F64:
-      return run(Sum<double, double, double>);
-    case DataType::BF16:
-      return run(Sum<Bfloat16, float, float>);
-    case DataType::F16:
-      return run(Sum<Float16, float, float>);
-    case DataType::C64:
-      return run(Sum<std::complex<float>, std::complex<float>, float>);
-    case DataType::C128:
-      return run(Sum<std::complex<double>, std::complex<double>, double>);
-    case DataType::S8:
-      return run(Sum<std::int8_t, std::uint64_t, std::uint64_t>);
-    case DataType::S16:
-      return run(Sum<std::int16_t, std::uint64_t, std::uint64_t>);
-    case DataType::S32:
-      return run(Sum<std::int32_t, std::uint64_t, std::uint64_t>);
-    case DataType::S64:
-      return run(Sum<std::int64_t, std::uint64_t, std::uint64_t>);
-    case DataType::U8:
-      return run(Sum<std::uint8_t, std::uint64_t, std::uint64_t>);
-    case DataType::U16:
-      return run(Sum<std::uint16_t, std::uint64_t, std::uint64_t>);
-    case DataType::U32:
-      return run(Sum<std::uint32_t, std::uint64_t, std::uint64_t>);
-    case DataType::U64:
-      return run(Sum<std::uint64_t, std::uint64_t, std::uint64_t>);
+#define JFOG_SUM(dtype, name, stored, accumulated, weight)                \
+  case DataType::dtype:                                                   \
+    return Sum<stored, accumulated, weight>(count, x, self_weight, terms, \
+                                            difference, y);
+    JFOG_FOR_EACH_SUMMABLE_DTYPE(JFOG_SUM)
+#undef JFOG_SUM
     default:
       return;
   }
@@ -200,13 +175,11 @@ bool HasSum(DataType type) {
 
 bool HasWeightedSum(DataType type) {
   switch (type) {
-    case DataType::F32:
-    case DataType::F64:
-    case DataType::BF16:
-    case DataType::F16:
-    case DataType::C64:
-    case DataType::C128:
-      return true;
+#define JFOG_HAS_FRACTIONS(dtype, name, stored, accumulated, weight) \
+  case DataType::dtype:                                              \
+    return !std::is_integral_v<stored>;
+    JFOG_FOR_EACH_SUMMABLE_DTYPE(JFOG_HAS_FRACTIONS)
+#undef JFOG_HAS_FRACTIONS
     default:
       return false;
   }

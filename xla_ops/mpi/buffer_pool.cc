@@ -7,10 +7,11 @@
 #include <new>
 #include <vector>
 
+#include "common/cache_line.h"
+
 namespace jfog::mpi {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 constexpr int kSmallestClass = 8;  // 256 bytes
 constexpr int kClasses = 48;
 // Fresh pages cost more than the copy into them, so even large pieces are kept;
@@ -52,7 +53,7 @@ Buffer::Buffer(std::size_t bytes) : size_class_(ClassOf(bytes)) {
     }
   }
   memory_ = static_cast<std::byte*>(
-      std::aligned_alloc(kAlignment, BytesOf(size_class_)));
+      std::aligned_alloc(kCacheLine, BytesOf(size_class_)));
   if (memory_ == nullptr) throw std::bad_alloc();
 }
 

@@ -7,10 +7,9 @@
 
 namespace jfog::mpi {
 
-// A piece of memory, aligned to a cache line, that goes back to a pool. No
-// buffer of XLA's is ever in MPI's hands: an operation that fails with messages
-// under way leaves its buffers to MPI for good, and XLA may do as it likes with
-// its own.
+// Memory aligned to a cache line that returns to a pool. MPI never gets a
+// buffer of XLA: an operation that fails with messages in flight leaks its
+// buffers, and XLA may reuse its own at once.
 class Buffer {
  public:
   Buffer() = default;
@@ -27,7 +26,7 @@ class Buffer {
 
   std::byte* get() const { return memory_; }
   explicit operator bool() const { return memory_ != nullptr; }
-  // Gives the memory up: it lives as long as the process.
+  // Leaks the memory deliberately: it lives as long as the process.
   void Leak() { memory_ = nullptr; }
 
  private:

@@ -12,18 +12,6 @@ namespace {
 
 constexpr int kControlTag = 3;
 
-struct Registry {
-  std::mutex mutex;
-  std::map<std::int64_t, std::shared_ptr<Communicator>> communicators;
-  std::int64_t next = 0;
-};
-
-// Never destroyed: operations may still end while the process does.
-Registry& TheRegistry() {
-  static Registry* registry = new Registry;
-  return *registry;
-}
-
 MPI_Comm Duplicate(MPI_Comm comm) {
   MPI_Comm made = MPI_COMM_NULL;
   MPI_Comm_dup(comm, &made);
@@ -31,7 +19,19 @@ MPI_Comm Duplicate(MPI_Comm comm) {
   return made;
 }
 
+int SizeOfComm(MPI_Comm comm) {
+  int size = 0;
+  MPI_Comm_size(comm, &size);
+  return size;
+}
+
 }  // namespace
+
+// Never destroyed: operations may still end while the process does.
+Registry<Communicator>& Communicators() {
+  static auto* registry = new Registry<Communicator>;
+  return *registry;
+}
 
 bool Pattern::Sends(int rank) const {
   return std::count(destinations.begin(), destinations.end(), rank) > 0;
@@ -72,12 +72,10 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
       control_comm_(Duplicate(parent)),
       timeout_(timeout),
       lanes_(std::move(lanes)),
-      root_(std::move(root)) {
+      root_(std::move(root)),
+      traffic_(SizeOfComm(comm_)) {
   MPI_Comm_rank(comm_, &rank_);
-  MPI_Comm_size(comm_, &size_);
-  bytes_sent_ = Counts(size_);
-  bytes_received_ = Counts(size_);
-  messages_sent_ = Counts(size_);
+  size_ = SizeOfComm(comm_);
   last_messages_.resize(size_);
   left_.resize(size_);
   if (root_ != nullptr) {
@@ -102,18 +100,6 @@ std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!graphs_.insert(graph).second) return std::nullopt;
   return graphs_.size() - 1;
-}
-
-ffi::Error Communicator::Refusal() {
-  if (!failed()) return ffi::Error::Success();
-  std::lock_guard<std::mutex> lock(mutex_);
-  return MakeError(failure_->first, failure_->second);
-}
-
-void Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (!failure_) failure_.emplace(code, text);
-  failed_.store(true, std::memory_order_release);
 }
 
 void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
@@ -156,12 +142,11 @@ void Communicator::AnnounceFailure(const Header& header, int rank) {
 void Communicator::ReadControlMessages() {
   std::string failure;
   const auto title = [this](const Header& header) {
-    return std::string(header.operation,
-                       strnlen(header.operation, sizeof(header.operation))) +
-           " #" + std::to_string(header.sequence) + " on rank " +
-           std::to_string(rank_);
+    return Title(NameOf(header), header.sequence, rank_);
   };
   {
+    // Held over probe and receive, so that no other thread receives the message
+    // that this one has found.
     std::lock_guard<std::mutex> lock(mutex_);
     for (;;) {
       int found = 0;
@@ -196,6 +181,7 @@ void Communicator::ReadControlMessages() {
           answers_[{source, message.header.sequence}] = message;
       }
     }
+    // A query waits here until this rank has come to the operation.
     for (auto query = queries_.begin(); query != queries_.end();) {
       const auto& [source, message] = *query;
       const std::optional<ControlMessage> answer = Answer(source, message);
@@ -234,7 +220,8 @@ std::optional<ControlMessage> Communicator::Answer(
       return answer;
     }
   }
-  // An operation notes its pattern before the next one gets its number.
+  // An operation records its pattern before the next one takes its number, so
+  // two numbers later a missing pattern means another operation.
   if (sequence_.load() < sequence + 2) return std::nullopt;
   answer.kind = ControlMessage::kNoPeers;
   return answer;
@@ -285,59 +272,6 @@ bool Communicator::HasLeft(int rank) {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   return left_[rank];
-}
-
-void Communicator::CountSent(int peer, std::size_t bytes) {
-  bytes_sent_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
-  messages_sent_[peer].fetch_add(1, kRelaxed);
-}
-
-void Communicator::CountReceived(int peer, std::size_t bytes) {
-  bytes_received_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
-}
-
-Counters Communicator::counters() const {
-  const auto values = [](const Counts& counts) {
-    return std::vector<std::int64_t>(counts.begin(), counts.end());
-  };
-  return {values(bytes_sent_), values(bytes_received_), values(messages_sent_),
-          operations_.load(kRelaxed), agreements_.load(kRelaxed)};
-}
-
-void Communicator::ResetCounters() {
-  for (Counts* counts : {&bytes_sent_, &bytes_received_, &messages_sent_}) {
-    for (auto& count : *counts) count.store(0, kRelaxed);
-  }
-  operations_.store(0, kRelaxed);
-  agreements_.store(0, kRelaxed);
-}
-
-std::int64_t Register(std::shared_ptr<Communicator> comm) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.communicators.emplace(registry.next, std::move(comm));
-  return registry.next++;
-}
-
-std::shared_ptr<Communicator> Lookup(std::int64_t context) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto found = registry.communicators.find(context);
-  return found == registry.communicators.end() ? nullptr : found->second;
-}
-
-void Unregister(std::int64_t context) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.communicators.erase(context);
-}
-
-void FailAll(const std::string& text) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  for (auto& [context, comm] : registry.communicators) {
-    comm->Fail(ffi::ErrorCode::kAborted, text);
-  }
 }
 
 }  // namespace jfog::mpi

@@ -16,28 +16,19 @@
 #include <utility>
 #include <vector>
 
+#include "common/failure.h"
+#include "common/format.h"
+#include "common/operation_header.h"
+#include "common/registry.h"
 #include "common/status.h"
-#include "common/text.h"
+#include "common/traffic_counters.h"
 #include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {
 
-// What one rank says of the operation it is in; the first bytes of every
-// point-to-point exchange, so that ranks that disagree find out.
-struct Header {
-  std::uint64_t magic = 0;
-  std::uint64_t sequence = 0;   // the how-manieth operation of the communicator
-  std::uint64_t signature = 0;  // dtypes and element counts of all leaves
-  std::uint64_t variant =
-      0;                    // the graph and its round, the reduction, the root
-  std::uint64_t bytes = 0;  // of the payload
-  std::uint64_t stamp = 0;  // of the first chunk in a lane; 0: none will come
-  std::int32_t lane = 0;
-  char operation[44] = {};
-};
-static_assert(sizeof(Header) == 96, "keeps what follows aligned");
+using Header = OperationHeader;
 
-// What one rank names in an operation with peers.
+// The peers of one rank in an operation.
 struct Pattern {
   std::vector<int> sources;
   std::vector<int> destinations;
@@ -49,41 +40,37 @@ struct Pattern {
 // A short message outside the ordered chain.
 struct ControlMessage {
   enum Kind : std::int32_t {
-    kArrival,  // "this is where I am"
-    kLeave,    // "I take part in nothing any more"
-    kQuery,    // "do your peers in that operation match mine?"
+    kArrival,  // the position of a waiting rank
+    kLeave,    // the rank has ended its work
+    kQuery,    // whether the reader names the writer as a peer, too
     kYes,
     kNo,
-    kNoPeers,  // "I am in another operation"
-    kFailed,   // "that operation has failed, because of `rank`"
+    kNoPeers,  // the writer runs another operation
+    kFailed,   // the operation does not match that of `rank`
   };
   Header header;
   Kind kind = kArrival;
   std::int32_t rank = 0;
-  // Of the writer, with the reader.
+  // Whether the writer sends to and receives from the reader.
   std::int32_t sends = 0;
   std::int32_t receives = 0;
 };
 
-struct Counters {
-  std::vector<std::int64_t> bytes_sent, bytes_received, messages_sent;
-  std::int64_t operations = 0;
-  std::int64_t agreements = 0;
-};
-
-// A duplicate of an MPI communicator with what jfog knows about it. After its
-// first failure it refuses all further work with that failure's text.
+// A duplicate of an MPI communicator with jfog's state: sequence numbers, known
+// peers, failure, counters. After its first failure it refuses all further work
+// with the text of that failure.
 class Communicator {
  public:
-  // Collective over `parent`. A communicator split off another one learns from
-  // the notes of that root which ranks have left, and uses its lanes.
+  // Collective over `parent`. A communicator split off another one reads from
+  // the control messages of that root which ranks have left, and uses its
+  // shared-memory channels.
   Communicator(MPI_Comm parent, double timeout, std::shared_ptr<Lanes> lanes,
                std::shared_ptr<Communicator> root);
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
   MPI_Comm comm() const { return comm_; }
-  // For what is sent outside the ordered chain: notes and agreements.
+  // Carries control messages and consistency checks, outside the ordered chain.
   MPI_Comm control_comm() const { return control_comm_; }
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -106,53 +93,54 @@ class Communicator {
   std::uint64_t turn() const { return turn_.load(std::memory_order_acquire); }
   void EndTurn() { turn_.fetch_add(1, std::memory_order_acq_rel); }
 
-  // The how-manieth graph this one is, if no operation here has used it before.
+  // The ordinal of this graph, if no operation here has used it before.
   std::optional<std::uint64_t> IfNew(std::uint64_t graph);
 
-  // After this it is of no use to new operations.
+  // From here on it refuses new operations.
   void Close() { closed_.store(true, std::memory_order_release); }
   bool closed() const { return closed_.load(std::memory_order_acquire); }
 
   // The first failure's error, or success.
-  ffi::Error Refusal();
+  ffi::Error Refusal() { return failure_.Refusal(); }
   // Records a failure unless there is one already.
-  void Fail(ffi::ErrorCode code, const std::string& text);
-  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  void Fail(ffi::ErrorCode code, const std::string& text) {
+    failure_.Set(code, text);
+  }
+  bool failed() const { return failure_.failed(); }
 
-  // Notes are sent only when something stalls, ends, or is new.
+  // Control messages are sent only if an operation stalls, ends, or is new.
   void AnnounceArrival(const Header& header);
   void AnnounceLeave();
-  // To all ranks: an operation does not match that of a rank.
+  // Reports to all ranks that an operation does not match that of `rank`.
   void AnnounceFailure(const Header& header, int rank);
-  // Reads what has arrived, and answers; cheap, never waits.
+  // Reads and answers the control messages that have arrived; never waits.
   void ReadControlMessages();
 
-  // Notes whom an operation names, so that others can ask. Returns whether to
-  // ask them, which is where `check` comes with that pattern for the first
-  // time.
+  // Records the peers of an operation for later queries. Returns whether to
+  // query them: if `check` comes with that pattern for the first time.
   bool RecordPattern(std::uint64_t sequence, const Pattern& pattern,
                      bool check);
-  // Asks a rank whether its pattern in an operation matches.
+  // Queries a rank whether its pattern in an operation matches.
   void Ask(int rank, const Header& header, const Pattern& pattern);
   // Its answer, once.
   std::optional<ControlMessage> TakeAnswer(int rank, std::uint64_t sequence);
 
-  // The last that this rank of the communicator said of where it is.
+  // The last position that a rank has announced.
   std::optional<Header> LastControlMessage(int rank);
   bool HasLeft(int rank);
 
-  void CountSent(int peer, std::size_t bytes);
-  void CountReceived(int peer, std::size_t bytes);
-  void CountOperation() { operations_.fetch_add(1, kRelaxed); }
-  void CountAgreement() { agreements_.fetch_add(1, kRelaxed); }
-  Counters counters() const;
-  void ResetCounters();
+  TrafficCounters& traffic() { return traffic_; }
+  void CountSent(int peer, std::size_t bytes) {
+    traffic_.CountSent(peer, bytes);
+  }
+  void CountReceived(int peer, std::size_t bytes) {
+    traffic_.CountReceived(peer, bytes);
+  }
+  void CountOperation() { traffic_.CountOperation(); }
+  void CountAgreement() { traffic_.CountAgreement(); }
 
  private:
-  static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
-  using Counts = std::vector<std::atomic<std::int64_t>>;
-
-  // What it says of itself in an operation it has been in.
+  // The peers of an earlier operation, for answers to queries.
   struct Past {
     std::uint64_t sequence = 0;
     std::shared_ptr<const Pattern> pattern;
@@ -164,7 +152,7 @@ class Communicator {
   };
 
   void SendControlMessage(int peer, const ControlMessage& message);
-  // An answer to a query, unless it is too early for one.
+  // The answer to a query; nullopt if this rank has not come to the operation.
   std::optional<ControlMessage> Answer(int rank, const ControlMessage& query);
 
   MPI_Comm comm_ = MPI_COMM_NULL;
@@ -180,14 +168,11 @@ class Communicator {
   std::atomic<std::uint64_t> requests_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};
-  std::atomic<bool> failed_{false};
   std::atomic<bool> closed_{false};
-  Counts bytes_sent_, bytes_received_, messages_sent_;
-  std::atomic<std::int64_t> operations_{0};
-  std::atomic<std::int64_t> agreements_{0};
+  FirstFailure failure_;
+  TrafficCounters traffic_;
 
   std::mutex mutex_;  // guards all below
-  std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
   std::vector<std::optional<Header>> last_messages_;
   std::vector<bool> left_;
   std::set<std::uint64_t> graphs_;
@@ -197,15 +182,12 @@ class Communicator {
   std::map<std::pair<int, std::uint64_t>, ControlMessage> answers_;
 };
 
-// How two ranks' words on the edges between them differ; empty if they do not.
+// The difference between two ranks' edges to each other; empty if they match.
 std::string Disagreement(int a, bool a_sends, bool a_receives, int b,
                          bool b_sends, bool b_receives);
 
-// The communicators of this process, by the number that operations carry.
-std::int64_t Register(std::shared_ptr<Communicator> comm);
-std::shared_ptr<Communicator> Lookup(std::int64_t context);
-void Unregister(std::int64_t context);
-void FailAll(const std::string& text);
+// The communicators of this process, by the context number of operations.
+Registry<Communicator>& Communicators();
 
 // The text of an MPI return code.
 std::string ErrorText(int code);

@@ -1,4 +1,4 @@
-// Agreement between ranks on what they are about to do.
+// Consistency checks between ranks before and beside an operation.
 #include "mpi/consistency_check.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace jfog::mpi {
 namespace {
 
-// The greatest graph number and the greatest complement of one: each other's
-// complement exactly where all ranks brought the same number.
+// Reduces the maximum of a graph's hash and of its complement. The two maxima
+// are complements of each other exactly if all ranks contribute equal hashes.
 class GraphAgreement : public Operation {
  public:
   GraphAgreement(std::shared_ptr<Communicator> comm, std::uint64_t number,
@@ -42,7 +42,7 @@ class GraphAgreement : public Operation {
     *ended = numbers()[0] == ~numbers()[1];
     if (*ended) return ffi::Error::Success();
     if (!comparing_) {
-      // All ranks see the disagreement, so all can name the two sides of it.
+      // All ranks see the mismatch, so all enter the gather that names a rank.
       comparing_ = true;
       *own() = graph_;
       JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(own(), 1, MPI_UINT64_T, all(), 1,
@@ -73,7 +73,7 @@ class GraphAgreement : public Operation {
     return reinterpret_cast<std::uint64_t*>(buffer_.get());
   }
 
-  // Behind the two numbers this rank's, then those of all.
+  // The buffer holds the two maxima, this rank's hash, then those of all ranks.
   std::uint64_t* own() const { return numbers() + 2; }
   std::uint64_t* all() const { return numbers() + 3; }
 
@@ -82,7 +82,7 @@ class GraphAgreement : public Operation {
   Buffer buffer_;
 };
 
-// Waits for the answers of new peers.
+// Waits until all new peers have answered.
 class PeerAgreement : public Operation {
  public:
   PeerAgreement(std::shared_ptr<Communicator> comm, const Operation& operation,

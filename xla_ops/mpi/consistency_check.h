@@ -1,4 +1,4 @@
-// Agreement between ranks on what they are about to do.
+// Consistency checks between ranks before and beside an operation.
 #ifndef JFOG_XLA_OPS_MPI_CONSISTENCY_CHECK_H_
 #define JFOG_XLA_OPS_MPI_CONSISTENCY_CHECK_H_
 
@@ -13,25 +13,24 @@
 
 namespace jfog::mpi {
 
-// Compares, beside the operations and without making any wait, that all ranks
-// come to use this graph as their next new one. Ranks whose graphs differ may
-// well exchange what they expect of each other and get wrong numbers, if one
-// only sends where the other does not receive; this spoils their communicator.
+// Compares the next new graph of all ranks, beside the operations and without
+// delaying them. Ranks whose graphs differ may exchange messages that match and
+// still compute wrong numbers; the check fails their communicator.
 void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,
                   std::uint64_t graph);
 
-// Whom an operation names as its peers, and whether they name this rank, too.
+// Checks that the peers of an operation name this rank as their peer, too.
 class PeerCheck {
  public:
   PeerCheck() = default;
   explicit PeerCheck(Pattern pattern);
 
-  // Asks all peers, once.
+  // Queries all peers, once.
   void Ask(Communicator& comm, const Header& header);
-  // Reads answers; how a peer's word differs from this rank's, if it does.
+  // Reads answers; returns the text of a mismatch, if there is one.
   std::optional<std::string> ReadAnswers(Communicator& comm,
                                          const Header& header);
-  // Peers that have been asked and have not answered.
+  // Peers with an open query.
   const std::vector<int>& open() const { return open_; }
 
  private:
@@ -40,9 +39,9 @@ class PeerCheck {
   std::vector<int> open_;
 };
 
-// Notes the peers of an operation that is about to start. With `check`, and
-// where they are new here, waits until all of them have said that they name
-// this rank in the same places. They answer when they come to the operation.
+// Records the peers of an operation that is about to start. With `check`, and
+// if the peers are new, waits until all of them confirm the same edges; a peer
+// answers when it comes to the operation.
 ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
                         const Operation& operation, Pattern pattern,
                         bool check);

@@ -1,4 +1,4 @@
-// Point-to-point exchanges with neighbors, in chunks.
+// Point-to-point exchange with neighbors, in chunks.
 #include "mpi/exchange.h"
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 namespace jfog::mpi {
 namespace {
 
-// Where all ranks share memory, all but very short ones go through lanes.
+// The longest short payload where all ranks share memory: longer ones are
+// faster through a channel.
 constexpr std::size_t kShortShared = 512;
 
 }  // namespace
@@ -19,7 +20,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
     : Operation(std::move(comm), name, std::move(leaves), variant),
       edges_(std::move(edges)),
       payload_(this->leaves().payload_bytes),
-      source_lanes_(sources().size()),
+      source_channels_(sources().size()),
       parts_(sources().size()) {
   if (edges_.source_bytes.empty()) {
     edges_.source_bytes.assign(sources().size(), payload_);
@@ -35,47 +36,49 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
     longest = std::max(longest, bytes);
   }
   chunks_ = ChunksOf(longest);
-  lane_chunks_ = ChunksOf(payload_);
+  own_chunks_ = ChunksOf(payload_);
   stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + longest)
                          : std::max(kChunk, kEnvelope);
-  Resize(std::min<std::size_t>(chunks_, kWindows) *
+  Resize(std::min<std::size_t>(chunks_, kBufferPairs) *
          (sources().size() + destinations().size()));
-  if (lane_chunks_ > 1 && edges_.alike && this->comm().lanes() != nullptr) {
+  if (own_chunks_ > 1 && edges_.same_payload &&
+      this->comm().lanes() != nullptr) {
     for (int destination : destinations()) {
       const int rank = this->comm().RankInRoot(destination);
-      if (this->comm().lanes()->Reaches(rank)) sharing_.push_back(rank);
+      if (this->comm().lanes()->Reaches(rank)) readers_.push_back(rank);
     }
   }
   ComputeOffsets();
 }
 
 void Exchange::ComputeOffsets() {
-  used_ = 0;
-  packed_ = lane_chunks_;
+  consumed_ = 0;
+  published_ = own_chunks_;
   unchecked_ = sources().size();
   if (buffer_) return;
-  const std::size_t windows = std::min<std::size_t>(chunks_, kWindows);
+  const std::size_t pairs = std::min<std::size_t>(chunks_, kBufferPairs);
   const std::size_t sends =
-      edges_.alike ? std::min<std::size_t>(destinations().size(), 1)
-                   : destinations().size();
-  // A small exchange sends what it has, but may receive a whole envelope.
-  const std::size_t window =
+      edges_.same_payload ? std::min<std::size_t>(destinations().size(), 1)
+                          : destinations().size();
+  // The sent header and payload have their exact size, but a rank that
+  // disagrees may send a whole envelope.
+  const std::size_t pair =
       sends * stride_ + sources().size() * std::max(stride_, kEnvelope);
-  buffer_ = Buffer(window * windows);
-  for (std::size_t w = 0; w < windows; ++w) {
-    windows_[w].sent = buffer_.get() + w * window;
-    windows_[w].received = windows_[w].sent + sends * stride_;
+  buffer_ = Buffer(pair * pairs);
+  for (std::size_t k = 0; k < pairs; ++k) {
+    buffer_pairs_[k].sent = buffer_.get() + k * pair;
+    buffer_pairs_[k].received = buffer_pairs_[k].sent + sends * stride_;
   }
 }
 
 void Exchange::Renew() {
-  // Large windows are for everybody.
+  // Large buffers return to the pool between calls, for other operations.
   if (chunks_ > 1) buffer_ = Buffer();
   ComputeOffsets();
   Operation::Renew();
 }
 
-// The same on both ends of an edge, whatever else each of them exchanges.
+// Depends on the length of the edge alone, so both ends cut it equally.
 std::size_t Exchange::ChunksOf(std::size_t bytes) const {
   const std::size_t limit = comm().shares_memory() ? kShortShared : kShort;
   return bytes <= limit ? 1 : 1 + (bytes + kChunk - 1) / kChunk;
@@ -90,57 +93,61 @@ std::size_t Exchange::Begin(std::size_t bytes, std::size_t chunk) const {
 int Exchange::tag(std::size_t chunk) const {
   const int number = static_cast<int>(sequence() % kChunkTags);
   if (chunk > 0) return kChunkTag + number;
-  return edges_.late ? kSecondTag + number : kEnvelopeTag;
+  return edges_.is_followup ? kSecondTag + number : kEnvelopeTag;
 }
 
 Header Exchange::Envelope() const {
   Header header = MakeHeader(payload_);
-  if (lane_) {
-    header.lane = lane_->lane;
-    header.stamp = lane_->stamp;
+  if (channel_) {
+    header.lane = channel_->channel;
+    header.stamp = channel_->stamp;
   }
   return header;
 }
 
-// Every edge has a request in each window: those of the sources come first.
+// Every edge has one request slot per buffer pair: sources, then destinations.
 std::size_t Exchange::FirstSlot(std::size_t chunk) const {
-  return chunk % kWindows * (sources().size() + destinations().size());
+  return chunk % kBufferPairs * (sources().size() + destinations().size());
 }
 
 ffi::Error Exchange::Post() {
   for (std::size_t d = 0; d < destinations().size(); ++d) {
     comm().CountSent(destinations()[d], CountOfDestination(d));
   }
-  // Who exchanges with nobody has nothing to wait for.
+  // Without edges there are no messages to wait for.
   if (sources().empty() && destinations().empty()) {
-    used_ = chunks_;
+    consumed_ = chunks_;
     return Consume(0, payload_, parts_);
   }
-  if (!sharing_.empty()) {
-    lane_ = comm().lanes()->Acquire(sharing_, lane_chunks_);
-    if (lane_) packed_ = 1;
+  if (!readers_.empty()) {
+    channel_ = comm().lanes()->Acquire(readers_, own_chunks_);
+    if (channel_) published_ = 1;
   }
   JFOG_RETURN_IF_ERROR(PostReceives(0));
   JFOG_RETURN_IF_ERROR(PostSends(0));
-  // The receives of the others wait for the headers.
+  // The receives of chunk 1 are posted when all headers are checked: a rank
+  // that disagrees on the length must not write past the end of a buffer. The
+  // sends need not wait: MPI holds the chunk until the destination posts its
+  // receive.
   return chunks_ > 1 ? PostSends(1) : ffi::Error::Success();
 }
 
 ffi::Error Exchange::PostSends(std::size_t chunk) {
-  Window& w = WindowOf(chunk);
+  BufferPair& pair = BuffersOf(chunk);
   const std::size_t ahead = chunk == 0 ? sizeof(Header) : 0;
   bool packed = false;
-  std::byte* to = w.sent;
+  std::byte* to = pair.sent;
   for (std::size_t d = 0; d < destinations().size(); ++d) {
     const std::size_t bytes = edges_.destination_bytes[d];
     if (chunk >= ChunksOf(bytes)) continue;
-    if (chunk > 0 && lane_ &&
+    if (chunk > 0 && channel_ &&
         comm().lanes()->Reaches(comm().RankInRoot(destinations()[d]))) {
       continue;
     }
     const std::size_t begin = Begin(bytes, chunk);
     const std::size_t end = Begin(bytes, chunk + 1);
-    if (!packed || !edges_.alike) {
+    // One packed chunk serves all destinations that receive the same bytes.
+    if (!packed || !edges_.same_payload) {
       if (packed) to += stride_;
       packed = true;
       if (chunk == 0) {
@@ -149,7 +156,7 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
       }
       Pack(d, begin, end, to + ahead);
     }
-    ++w.outstanding;
+    ++pair.outstanding;
     JFOG_MPI_RETURN_IF_ERROR(
         MPI_Isend(to, static_cast<int>(ahead + end - begin), MPI_BYTE,
                   destinations()[d], tag(chunk), comm().comm(),
@@ -159,17 +166,17 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
 }
 
 ffi::Error Exchange::PostReceives(std::size_t chunk) {
-  Window& w = WindowOf(chunk);
+  BufferPair& pair = BuffersOf(chunk);
   const std::size_t stride = std::max(stride_, kEnvelope);
   for (std::size_t s = 0; s < sources().size(); ++s) {
     const std::size_t whole = edges_.source_bytes[s];
     if (chunk >= ChunksOf(whole)) continue;
-    if (chunk > 0 && source_lanes_[s]) continue;
+    if (chunk > 0 && source_channels_[s]) continue;
     const std::size_t bytes =
         chunk == 0 ? kEnvelope : Begin(whole, chunk + 1) - Begin(whole, chunk);
-    ++w.outstanding;
+    ++pair.outstanding;
     JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
-        w.received + s * stride, static_cast<int>(bytes), MPI_BYTE,
+        pair.received + s * stride, static_cast<int>(bytes), MPI_BYTE,
         sources()[s], tag(chunk), comm().comm(), Slot(FirstSlot(chunk) + s)));
   }
   return ffi::Error::Success();
@@ -177,19 +184,20 @@ ffi::Error Exchange::PostReceives(std::size_t chunk) {
 
 ffi::Error Exchange::Completed(std::size_t slot) {
   const std::size_t edges = sources().size() + destinations().size();
-  Window& w = windows_[slot / edges];
-  --w.outstanding;
+  BufferPair& pair = buffer_pairs_[slot / edges];
+  --pair.outstanding;
   const std::size_t edge = slot % edges;
   if (unchecked_ == 0 || slot >= sources().size()) return ffi::Error::Success();
+  // Until all headers have arrived, only receives of chunk 0 are posted.
   Header theirs;
-  std::memcpy(&theirs, w.received + edge * std::max(stride_, kEnvelope),
+  std::memcpy(&theirs, pair.received + edge * std::max(stride_, kEnvelope),
               sizeof(theirs));
   JFOG_RETURN_IF_ERROR(CheckHeader(sources()[edge], theirs));
   comm().CountReceived(sources()[edge], CountOfSource(edge));
-  source_lanes_[edge].reset();
+  source_channels_[edge].reset();
   if (theirs.stamp != 0 && comm().lanes() != nullptr &&
       comm().lanes()->Reaches(comm().RankInRoot(sources()[edge]))) {
-    source_lanes_[edge] = Lanes::Claim{theirs.lane, theirs.stamp};
+    source_channels_[edge] = Channels::Claim{theirs.lane, theirs.stamp};
   }
   if (--unchecked_ > 0 || chunks_ == 1) return ffi::Error::Success();
   return PostReceives(1);
@@ -198,16 +206,18 @@ ffi::Error Exchange::Completed(std::size_t slot) {
 ffi::Error Exchange::Resume(bool* moved) {
   for (bool any = true; any;) {
     any = false;
-    if (packed_ < lane_chunks_) {
-      if (std::byte* to = comm().lanes()->Place(*lane_, packed_)) {
-        Pack(0, Begin(payload_, packed_), Begin(payload_, packed_ + 1), to);
-        comm().lanes()->Publish(*lane_, packed_);
-        ++packed_;
+    if (published_ < own_chunks_) {
+      // Null until all readers are done with the chunk before in this slot.
+      if (std::byte* to = comm().lanes()->Place(*channel_, published_)) {
+        Pack(0, Begin(payload_, published_), Begin(payload_, published_ + 1),
+             to);
+        comm().lanes()->Publish(*channel_, published_);
+        ++published_;
         any = true;
       }
     }
-    if (used_ < chunks_ && IsThere(used_)) {
-      JFOG_RETURN_IF_ERROR(Use(used_));
+    if (consumed_ < chunks_ && HasArrived(consumed_)) {
+      JFOG_RETURN_IF_ERROR(ConsumeChunk(consumed_));
       any = true;
     }
     if (any) *moved = true;
@@ -215,11 +225,13 @@ ffi::Error Exchange::Resume(bool* moved) {
   return ffi::Error::Success();
 }
 
-bool Exchange::IsThere(std::size_t chunk) {
-  const Window& w = WindowOf(chunk);
-  if (w.outstanding > 0) return false;
+bool Exchange::HasArrived(std::size_t chunk) {
+  const BufferPair& pair = BuffersOf(chunk);
+  // Counts sends, too: the next chunk but one overwrites their buffer.
+  if (pair.outstanding > 0) return false;
   if (chunk > 0 && unchecked_ > 0) return false;
-  if (packed_ < lane_chunks_ && packed_ <= chunk) return false;
+  // An output may alias the input that is still to be published.
+  if (published_ < own_chunks_ && published_ <= chunk) return false;
   const std::size_t ahead = chunk == 0 ? sizeof(Header) : 0;
   for (std::size_t s = 0; s < sources().size(); ++s) {
     const std::size_t bytes = edges_.source_bytes[s];
@@ -228,30 +240,31 @@ bool Exchange::IsThere(std::size_t chunk) {
     part.end = Begin(bytes, chunk + 1);
     if (chunk >= ChunksOf(bytes)) {
       part.bytes = nullptr;
-    } else if (chunk > 0 && source_lanes_[s]) {
+    } else if (chunk > 0 && source_channels_[s]) {
       part.bytes = comm().lanes()->Find(comm().RankInRoot(sources()[s]),
-                                        *source_lanes_[s], chunk);
+                                        *source_channels_[s], chunk);
       if (part.bytes == nullptr) return false;
     } else {
-      part.bytes = w.received + s * std::max(stride_, kEnvelope) + ahead;
+      part.bytes = pair.received + s * std::max(stride_, kEnvelope) + ahead;
     }
   }
   return true;
 }
 
-ffi::Error Exchange::Use(std::size_t chunk) {
+ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
   JFOG_RETURN_IF_ERROR(
       Consume(Begin(payload_, chunk), Begin(payload_, chunk + 1), parts_));
+  // The senders on this machine may reuse the slots that this rank has read.
   for (std::size_t s = 0; chunk > 0 && s < sources().size(); ++s) {
-    if (!source_lanes_[s] || parts_[s].bytes == nullptr) continue;
-    comm().lanes()->Done(comm().RankInRoot(sources()[s]), *source_lanes_[s],
+    if (!source_channels_[s] || parts_[s].bytes == nullptr) continue;
+    comm().lanes()->Done(comm().RankInRoot(sources()[s]), *source_channels_[s],
                          chunk);
   }
-  used_ = chunk + 1;
-  // Its window is free for a later one.
-  const std::size_t next = chunk + kWindows;
+  consumed_ = chunk + 1;
+  // The chunk after next uses the same buffers.
+  const std::size_t next = chunk + kBufferPairs;
   if (next >= chunks_) return ffi::Error::Success();
-  // Receives first: what arrives finds its place.
+  // Receives first, so that messages find them posted.
   JFOG_RETURN_IF_ERROR(PostReceives(next));
   return PostSends(next);
 }
@@ -270,10 +283,11 @@ ffi::Error Exchange::Stalled() {
   return Fail(ffi::ErrorCode::kFailedPrecondition, *text);
 }
 
+// After an error the channel stays claimed: a reader may never read its chunks.
 void Exchange::Ended() {
-  if (lane_ && error().success()) {
-    comm().lanes()->Release(*lane_);
-    lane_.reset();
+  if (channel_ && error().success()) {
+    comm().lanes()->Release(*channel_);
+    channel_.reset();
   }
 }
 
@@ -287,17 +301,18 @@ std::vector<int> Exchange::Missing() const {
                           ? sources()[edge]
                           : destinations()[edge - sources().size()]);
   }
-  if (used_ > 0 && used_ < chunks_ && unchecked_ == 0) {
+  if (consumed_ > 0 && consumed_ < chunks_ && unchecked_ == 0) {
     for (std::size_t s = 0; s < sources().size(); ++s) {
-      if (source_lanes_[s] && used_ < ChunksOf(edges_.source_bytes[s]) &&
+      if (source_channels_[s] && consumed_ < ChunksOf(edges_.source_bytes[s]) &&
           comm().lanes()->Find(comm().RankInRoot(sources()[s]),
-                               *source_lanes_[s], used_) == nullptr) {
+                               *source_channels_[s], consumed_) == nullptr) {
         missing.push_back(sources()[s]);
       }
     }
   }
-  if (packed_ < lane_chunks_) {
-    const std::vector<int> behind = comm().lanes()->Behind(*lane_, packed_);
+  if (published_ < own_chunks_) {
+    const std::vector<int> behind =
+        comm().lanes()->Behind(*channel_, published_);
     for (int destination : destinations()) {
       const int rank = comm().RankInRoot(destination);
       if (std::count(behind.begin(), behind.end(), rank) > 0) {

@@ -1,4 +1,4 @@
-// Point-to-point exchanges with neighbors, in chunks.
+// Point-to-point exchange with neighbors, in chunks.
 #ifndef JFOG_XLA_OPS_MPI_EXCHANGE_H_
 #define JFOG_XLA_OPS_MPI_EXCHANGE_H_
 
@@ -14,32 +14,38 @@
 
 namespace jfog::mpi {
 
-// Who exchanges with whom, and what: both ends of an edge know its length.
+// The edges of one rank in an exchange. Both ends of an edge give it the same
+// length.
 struct Edges {
   std::vector<int> sources;
   std::vector<int> destinations;
-  // Whether all destinations get the same bytes; only then is a lane used.
-  bool alike = true;
-  // Whether it starts out of program order, behind another one.
-  bool late = false;
-  // Of the payload on each edge; where empty, that of the leaves.
+  // All destinations receive the same bytes, a condition for a shared-memory
+  // channel; otherwise each receives bytes of its own.
+  bool same_payload = true;
+  // A later round of an operation: it starts when the round before it ends, not
+  // in program order.
+  bool is_followup = false;
+  // Payload bytes on each edge; empty: those of the leaves, on all edges.
   std::vector<std::size_t> source_bytes = {};
   std::vector<std::size_t> destination_bytes = {};
 };
 
-// Sends a payload to some ranks and receives one from others. One that is not
-// short travels in chunks that stay in the cache: while one is on its way, the
-// one before it is used. Ranks of one machine read them in a lane of the
-// sender, to others they are messages through two sets of buffers. Results may
-// lie in the place of the input, since a chunk is used after it was sent.
+// Sends a payload to some ranks and receives one from others.
+//
+// Chunk 0 is a header and, of a short payload, all of it. A longer payload
+// follows in chunks that fit into the cache; while one chunk is in flight, the
+// one before it is consumed. Ranks of one machine read the chunks in place,
+// from a shared-memory channel of the sender; other ranks receive messages,
+// through two sets of buffers in turn. Outputs may alias inputs, since a chunk
+// is consumed after it was packed.
 class Exchange : public Operation {
  public:
-  // For peers that each rank names for itself, before the start: see
-  // agreement.h. With `check` it asks them also when nothing comes for long.
+  // For peers that are arguments of each rank, before the start: see
+  // consistency_check.h. With `check`, a stalled exchange checks them again.
   ffi::Error AgreeOnPeers(bool check);
 
  protected:
-  // A source's bytes [begin, end) of a chunk.
+  // A chunk from a source: bytes [begin, end) of its payload; null without any.
   struct Part {
     const std::byte* bytes = nullptr;
     std::size_t begin = 0;
@@ -49,14 +55,14 @@ class Exchange : public Operation {
   Exchange(std::shared_ptr<Communicator> comm, const char* name, Payload leaves,
            std::uint64_t variant, Edges edges);
 
-  // Writes the payload's bytes [begin, end) for a destination, by its index.
+  // Writes bytes [begin, end) of the payload for a destination, by its index.
   virtual void Pack(std::size_t destination, std::size_t begin, std::size_t end,
                     std::byte* to) = 0;
-  // Takes in a chunk, in which the leaves' own payload has [begin, end), from
-  // every source, in their order.
+  // Consumes a chunk from every source, in their order. [begin, end) is the
+  // chunk's range in this rank's own payload.
   virtual ffi::Error Consume(std::size_t begin, std::size_t end,
                              const std::vector<Part>& received) = 0;
-  // Bytes that count, by the index of the rank.
+  // Bytes for the traffic counters, by the index of the rank.
   virtual std::size_t CountOfSource(std::size_t) const {
     return leaves().bytes;
   }
@@ -73,7 +79,7 @@ class Exchange : public Operation {
   ffi::Error Post() override;
   ffi::Error Resume(bool* moved) override;
   bool is_waiting() const override {
-    return used_ < chunks_ || packed_ < lane_chunks_;
+    return consumed_ < chunks_ || published_ < own_chunks_;
   }
   ffi::Error Completed(std::size_t slot) override;
   void Ended() override;
@@ -82,18 +88,20 @@ class Exchange : public Operation {
   ffi::Error Stalled() override;
 
  private:
-  static constexpr int kWindows = 2;
+  static constexpr int kBufferPairs = 2;
 
-  // The messages of one chunk.
-  struct Window {
-    std::size_t outstanding = 0;
+  // The buffers of one chunk, to all destinations and from all sources.
+  struct BufferPair {
+    std::size_t outstanding = 0;  // messages
     std::byte* sent = nullptr;
     std::byte* received = nullptr;
   };
-  Window& WindowOf(std::size_t chunk) { return windows_[chunk % kWindows]; }
+  BufferPair& BuffersOf(std::size_t chunk) {
+    return buffer_pairs_[chunk % kBufferPairs];
+  }
 
   void ComputeOffsets();
-  // The number of chunks of so many bytes, and where one of them begins.
+  // The number of chunks of a payload, and the offset of one of them.
   std::size_t ChunksOf(std::size_t bytes) const;
   std::size_t Begin(std::size_t bytes, std::size_t chunk) const;
   int tag(std::size_t chunk) const;
@@ -101,22 +109,23 @@ class Exchange : public Operation {
   std::size_t FirstSlot(std::size_t chunk) const;
   ffi::Error PostSends(std::size_t chunk);
   ffi::Error PostReceives(std::size_t chunk);
-  // Whether a chunk has been sent, and all that is received of it is there.
-  bool IsThere(std::size_t chunk);
-  ffi::Error Use(std::size_t chunk);
+  // Whether a chunk has been sent and has arrived from all sources; if so, sets
+  // `parts_`.
+  bool HasArrived(std::size_t chunk);
+  ffi::Error ConsumeChunk(std::size_t chunk);
 
-  Edges edges_;               // with all lengths
+  Edges edges_;               // with all lengths filled in
   std::size_t payload_;       // bytes of the leaves
-  std::vector<int> sharing_;  // the destinations on this machine, in the root
+  std::vector<int> readers_;  // destinations on this machine, in the root
   std::size_t chunks_;        // of the longest edge
-  std::size_t lane_chunks_;   // of the own payload
-  std::size_t used_;          // the first chunk that is not used
-  std::size_t packed_;        // the first that is to go into the lane
-  std::size_t unchecked_;     // sources whose header has not come
-  std::size_t stride_;        // bytes between the buffers of a window
-  std::optional<Lanes::Claim> lane_;
-  std::vector<std::optional<Lanes::Claim>> source_lanes_;
-  std::array<Window, kWindows> windows_;
+  std::size_t own_chunks_;    // of this rank's payload
+  std::size_t consumed_;      // chunks
+  std::size_t published_;     // chunks, in the channel; all without one
+  std::size_t unchecked_;     // sources whose header has not arrived
+  std::size_t stride_;        // bytes between the buffers of a pair
+  std::optional<Channels::Claim> channel_;
+  std::vector<std::optional<Channels::Claim>> source_channels_;
+  std::array<BufferPair, kBufferPairs> buffer_pairs_;
   Buffer buffer_;
   std::vector<Part> parts_;
   std::optional<PeerCheck> check_;

@@ -1,4 +1,4 @@
-// The exact average in finitely many rounds, each an exchange with few peers.
+// finite_time_average: rounds of exchanges that end in the exact average.
 #include "mpi/finite_time.h"
 
 #include <cstring>
@@ -7,10 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "common/hash.h"
 #include "common/weighted_sum.h"
 #include "mpi/buffer_pool.h"
-#include "mpi/call.h"
 #include "mpi/exchange.h"
+#include "mpi/launch.h"
 #include "mpi/neighbor_average.h"
 #include "mpi/plan.h"
 
@@ -21,7 +22,7 @@ using Ints = ffi::Span<const std::int32_t>;
 
 constexpr const char* kName = "finite_time_average";
 
-// The leaves in their places, from `input` to the outputs, without the memory.
+// A view of the leaves: from the operands or the outputs to the outputs.
 enum Input { kOperands, kOutputs };
 Payload ViewOf(const Payload& whole, Input input) {
   Payload view;
@@ -33,29 +34,25 @@ Payload ViewOf(const Payload& whole, Input input) {
   return view;
 }
 
-// One round of the protocol with two sums: with R what comes from the source,
-// S += R and T += R. S lies in the leaves, T in memory laid out like a payload;
-// one of the two travels.
+// One round of the protocol with two sums: with R received from the source,
+// S += R and T += R. S lies in the outputs, T in memory laid out like a
+// payload; one of the two is sent.
 class Hop : public Exchange {
  public:
   Hop(std::shared_ptr<Communicator> comm, Payload leaves, std::uint64_t variant,
-      const Round& round, std::byte* t, bool sends_s, bool late)
+      const Round& round, std::byte* t, bool sends_s, bool is_followup)
       : Exchange(std::move(comm), kName, std::move(leaves), variant,
-                 {round.sources, round.destinations, /*alike=*/true, late}),
+                 {round.sources, round.destinations, /*same_payload=*/true,
+                  is_followup}),
         t_(t),
         sends_s_(sends_s) {}
 
  private:
   void Pack(std::size_t, std::size_t begin, std::size_t end,
             std::byte* to) override {
-    leaves().ForEachRun(
-        begin, end,
-        [&](const Leaf& leaf, std::size_t first, std::size_t count,
-            std::size_t at) {
-          const std::size_t width = SizeOf(leaf.type);
-          const std::byte* from = sends_s_ ? leaf.output : t_ + leaf.offset;
-          std::memcpy(to + at, from + first * width, count * width);
-        });
+    // S lies in the outputs, which are this exchange's inputs, too.
+    if (sends_s_) return leaves().CopyOut(begin, end, to);
+    std::memcpy(to, t_ + begin, end - begin);
   }
 
   ffi::Error Consume(std::size_t begin, std::size_t end,
@@ -81,11 +78,11 @@ class Hop : public Exchange {
 
 struct FiniteTimePlan : Plan {
   bool is_exact = false;      // the protocol with two sums
-  std::vector<bool> sends_s;  // for each of its rounds
+  std::vector<bool> sends_s;  // by round; otherwise T is sent
 };
 
-// Rounds one after the other, each an operation with a number of its own that
-// starts when the one before it has ended.
+// Consecutive rounds. Each is an operation with its own sequence number, taken
+// when this operation is made, and starts when the round before it has ended.
 class FiniteTime : public Operation {
  public:
   FiniteTime(const FiniteTimePlan& plan, Payload leaves)
@@ -99,15 +96,15 @@ class FiniteTime : public Operation {
     }
     for (std::size_t k = 0; k < plan.rounds.size(); ++k) {
       const std::uint64_t variant = Mix(plan.graph, k + 1);
-      const bool late = k > 0;
+      const bool is_followup = k > 0;
       if (plan.is_exact) {
         rounds_.push_back(std::make_unique<Hop>(
             plan.comm, ViewOf(whole, kOutputs), variant, plan.rounds[k],
-            sum_.get(), plan.sends_s[k], late));
+            sum_.get(), plan.sends_s[k], is_followup));
       } else {
-        rounds_.push_back(std::make_unique<Average>(
-            plan.comm, kName, ViewOf(whole, late ? kOutputs : kOperands),
-            variant, plan.rounds[k], late));
+        rounds_.push_back(std::make_unique<NeighborAverage>(
+            plan.comm, kName, ViewOf(whole, is_followup ? kOutputs : kOperands),
+            variant, plan.rounds[k], is_followup));
       }
     }
   }
@@ -146,7 +143,7 @@ class FiniteTime : public Operation {
     return ffi::Error::Success();
   }
 
-  // The round that is under way knows what it waits for.
+  // Stalls are found by the round in flight, from the time it is awaited.
   ffi::Error Stalled() override {
     if (ended_ == rounds_.size()) return ffi::Error::Success();
     Operation& round = *rounds_[ended_];
@@ -166,7 +163,7 @@ class FiniteTime : public Operation {
   Buffer sum_;
   std::vector<std::unique_ptr<Operation>> rounds_;
   std::size_t ended_ = 0;
-  std::size_t awaited_ = 0;  // the round that somebody waits for, from 1
+  std::size_t awaited_ = 0;  // the last round awaited, from 1
 };
 
 ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(

@@ -1,4 +1,4 @@
-// Handler of the average inside machines and between them.
+// FFI handler of the average inside and between machines.
 #ifndef JFOG_XLA_OPS_MPI_HIERARCHICAL_H_
 #define JFOG_XLA_OPS_MPI_HIERARCHICAL_H_
 

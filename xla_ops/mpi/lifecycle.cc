@@ -12,8 +12,9 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "mpi/call.h"
 #include "mpi/communicator.h"
+#include "mpi/handles.h"
+#include "mpi/launch.h"
 #include "mpi/plan.h"
 #include "mpi/progress_engine.h"
 #include "mpi/windows/window.h"
@@ -24,7 +25,7 @@ namespace {
 std::atomic<bool> started_here{false};
 std::atomic<bool> abandoned{false};
 
-// The communicators that are not parts of others and are in use.
+// Open communicators that were not split off another one.
 std::mutex roots_mutex;
 std::vector<std::shared_ptr<Communicator>>& Roots() {
   static auto* roots = new std::vector<std::shared_ptr<Communicator>>;
@@ -32,7 +33,7 @@ std::vector<std::shared_ptr<Communicator>>& Roots() {
 }
 
 std::shared_ptr<Communicator> Get(std::int64_t context) {
-  std::shared_ptr<Communicator> comm = Lookup(context);
+  std::shared_ptr<Communicator> comm = Communicators().Find(context);
   if (comm == nullptr) {
     throw std::runtime_error("jfog: no communicator " +
                              std::to_string(context));
@@ -40,8 +41,8 @@ std::shared_ptr<Communicator> Get(std::int64_t context) {
   return comm;
 }
 
-// Whether this machine's ranks are more than the cores they may run on.
-bool IsCrowded(MPI_Comm comm) {
+// Whether this machine has more ranks than cores that they may run on.
+bool IsOversubscribed(MPI_Comm comm) {
   MPI_Comm machine = MPI_COMM_NULL;
   if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
                           &machine) != MPI_SUCCESS) {
@@ -58,7 +59,7 @@ bool IsCrowded(MPI_Comm comm) {
   return ranks > CPU_COUNT(&cores);
 }
 
-// Those of the MPI world are kept from one world of jfog's to the next.
+// The channels of MPI_COMM_WORLD are kept from one jfog.init to the next.
 std::shared_ptr<Lanes> LanesOf(MPI_Comm comm, int local_size) {
   static auto* kept = new std::map<int, std::shared_ptr<Lanes>>;
   if (comm != MPI_COMM_WORLD) return Lanes::Make(comm, local_size);
@@ -70,12 +71,12 @@ std::shared_ptr<Lanes> LanesOf(MPI_Comm comm, int local_size) {
 std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
   auto comm = std::make_shared<Communicator>(
       parent, timeout, LanesOf(parent, local_size), nullptr);
-  SetOversubscribed(IsCrowded(comm->comm()));
+  SetOversubscribed(IsOversubscribed(comm->comm()));
   {
     std::lock_guard<std::mutex> lock(roots_mutex);
     Roots().push_back(comm);
   }
-  return Register(std::move(comm));
+  return Communicators().Add(std::move(comm));
 }
 
 bool Finalized() {
@@ -125,16 +126,16 @@ std::int64_t OpenFortran(int handle, int local_size, double timeout) {
   return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), local_size, timeout);
 }
 
-std::int64_t Split(std::int64_t context, int color, int key, double timeout) {
+std::int64_t Split(std::int64_t context, int color, int key) {
   const std::shared_ptr<Communicator> root = Get(context);
   MPI_Comm made = MPI_COMM_NULL;
   if (MPI_Comm_split(root->comm(), color, key, &made) != MPI_SUCCESS) {
     throw std::runtime_error("jfog: MPI_Comm_split failed");
   }
-  auto comm =
-      std::make_shared<Communicator>(made, timeout, root->shared_lanes(), root);
+  auto comm = std::make_shared<Communicator>(made, root->timeout(),
+                                             root->shared_lanes(), root);
   MPI_Comm_free(&made);
-  return Register(std::move(comm));
+  return Communicators().Add(std::move(comm));
 }
 
 int Rank(std::int64_t context) { return Get(context)->rank(); }
@@ -199,9 +200,9 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
 }
 
 int Close(std::int64_t context) {
-  const std::shared_ptr<Communicator> comm = Lookup(context);
+  const std::shared_ptr<Communicator> comm = Communicators().Find(context);
   if (comm == nullptr) return 0;
-  Unregister(context);
+  Communicators().Remove(context);
   comm->Close();
   const int forgotten = ForgetHandles(*comm);
   ForgetPlans(*comm);
@@ -217,12 +218,14 @@ int Close(std::int64_t context) {
 
 void Abandon(const std::string& reason) {
   abandoned = true;
-  FailAll(reason);
+  for (const auto& comm : Communicators().All()) {
+    comm->Fail(ffi::ErrorCode::kAborted, reason);
+  }
 }
 
 void Finish() {
   if (Finalized() || abandoned) return;
-  // What was started and not waited on is still wanted by its peers.
+  // Peers still need the messages of operations that were not waited on here.
   Engine::Get().Drain();
   LeaveWindows(nullptr);
   std::lock_guard<std::mutex> lock(roots_mutex);
@@ -246,13 +249,9 @@ void Finish() {
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
-  Counters counters = Get(context)->counters();
-  return {counters.bytes_sent,
-          counters.bytes_received,
-          counters.messages_sent,
-          {counters.operations, counters.agreements}};
+  return Get(context)->traffic().Read();
 }
 
-void ResetCounters(std::int64_t context) { Get(context)->ResetCounters(); }
+void ResetCounters(std::int64_t context) { Get(context)->traffic().Reset(); }
 
 }  // namespace jfog::mpi

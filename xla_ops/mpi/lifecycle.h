@@ -16,11 +16,12 @@ std::string LibraryVersion();
 void Start();
 
 // Collective over the given communicator (a Fortran handle, or COMM_WORLD);
-// returns the number that operations name the communicator by.
+// returns the context number of the communicator in operations.
 std::int64_t OpenWorld(int local_size, double timeout);
 std::int64_t OpenFortran(int handle, int local_size, double timeout);
-// Collective: the ranks of equal `color`, ordered by `key`.
-std::int64_t Split(std::int64_t context, int color, int key, double timeout);
+// Collective: the ranks of equal `color`, ordered by `key`, with the timeout of
+// the communicator that they come from.
+std::int64_t Split(std::int64_t context, int color, int key);
 
 int Rank(std::int64_t context);
 int Size(std::int64_t context);
@@ -35,12 +36,12 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text);
 // operations were started and not waited on.
 int Close(std::int64_t context);
 
-// Fails all operations, running and to come: this process is going down.
+// Fails all operations, current and future: the process is going down.
 void Abandon(const std::string& reason);
 
-// Tells all peers that this rank has ended, waits for them to end, and ends
-// MPI if `Start` started it. Leaves MPI as it is after a failure, for it could
-// wait for ever.
+// Announces the end of this rank to all peers, waits for theirs, and finalizes
+// MPI if `Start` initialized it. After a failure MPI is left as it is, because
+// MPI_Finalize could wait forever.
 void Finish();
 
 // bytes_sent, bytes_received, messages_sent (one of each for every peer), and

@@ -1,10 +1,12 @@
 // The Python module `jfog._mpi`: a table of functions and FFI handlers.
+#include "common/module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "mpi/call.h"
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
+#include "mpi/handles.h"
 #include "mpi/hierarchical.h"
 #include "mpi/lifecycle.h"
 #include "mpi/neighbor_allgather.h"
@@ -16,18 +18,6 @@
 namespace py = pybind11;
 
 namespace jfog::mpi {
-namespace {
-
-template <typename Handler>
-py::capsule Capsule(Handler* handler) {
-  static_assert(
-      std::is_invocable_r_v<XLA_FFI_Error*, Handler*, XLA_FFI_CallFrame*>,
-      "an FFI handler is wanted");
-  return py::capsule(reinterpret_cast<void*>(handler));
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_mpi, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.attr("__doc__") = "MPI for jfog: communicators and FFI handlers.";
@@ -38,8 +28,14 @@ PYBIND11_MODULE(_mpi, m) {
         NoGil());
   m.def("open_fortran", &OpenFortran, py::arg("handle"), py::arg("local_size"),
         py::arg("timeout"), NoGil());
-  m.def("split", &Split, py::arg("context"), py::arg("color"), py::arg("key"),
-        py::arg("timeout"), NoGil());
+  // The timeout is that of the communicator, whatever is passed.
+  m.def(
+      "split",
+      [](std::int64_t context, int color, int key, double) {
+        return Split(context, color, key);
+      },
+      py::arg("context"), py::arg("color"), py::arg("key"),
+      py::arg("timeout") = 0, NoGil());
   m.def("rank", &Rank, py::arg("context"));
   m.def("size", &Size, py::arg("context"));
   m.def("machines", &Machines, py::arg("context"), NoGil());

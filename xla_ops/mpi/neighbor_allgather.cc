@@ -1,4 +1,4 @@
-// Neighbor gathers over MPI: the sources' leaves, one after the other.
+// neighbor_allgather and its transpose: exchanges and handlers.
 #include "mpi/neighbor_allgather.h"
 
 #include <cstring>
@@ -6,9 +6,10 @@
 #include <utility>
 #include <vector>
 
+#include "common/hash.h"
 #include "common/weighted_sum.h"
-#include "mpi/call.h"
 #include "mpi/exchange.h"
+#include "mpi/launch.h"
 #include "mpi/plan.h"
 
 namespace jfog::mpi {
@@ -17,8 +18,8 @@ namespace {
 using Longs = ffi::Span<const std::int64_t>;
 
 struct GatherPlan : Plan {
-  bool check = false;               // of peers; a graph is the same for all
-  std::int64_t first = 0;           // the graph's round that is round 0 here
+  bool check = false;      // of peers that are not from a graph
+  std::int64_t first = 0;  // the graph's round that is round 0 of the plan
   std::vector<std::int64_t> rows;   // [i * size + r] of leaf i on rank r
   std::vector<std::int64_t> width;  // elements of one row of leaf i
   std::vector<std::int64_t> total;  // rows of the gathered leaf i, with padding
@@ -28,8 +29,8 @@ struct GatherPlan : Plan {
   }
 };
 
-// What one rank brings of all leaves, as a payload of its own: elements that
-// lie in the gathered leaves from `starts` on, which then move on behind it.
+// The part of one rank in the gathered leaves, as a payload of its own. It
+// begins at the elements `starts`, which are advanced to its end.
 Payload PartOf(const Payload& whole, const GatherPlan& plan, int rank,
                std::vector<std::size_t>* starts) {
   Payload part;
@@ -46,7 +47,7 @@ Payload PartOf(const Payload& whole, const GatherPlan& plan, int rank,
   return part;
 }
 
-// The parts of ranks that lie one behind the other.
+// The consecutive parts of ranks in the gathered leaves.
 std::vector<Payload> PartsOf(const Payload& whole, const GatherPlan& plan,
                              const std::vector<int>& ranks) {
   std::vector<std::size_t> starts(whole.size(), 0);
@@ -61,7 +62,7 @@ std::vector<std::size_t> Sizes(const std::vector<Payload>& parts) {
   return sizes;
 }
 
-// Ranks bring different lengths, so what must agree are all of them.
+// Covers the lengths of all ranks, since those may differ between ranks.
 std::uint64_t Signature(const Payload& leaves, const GatherPlan& plan) {
   std::uint64_t signature = leaves.size();
   for (const Leaf& leaf : leaves) {
@@ -72,17 +73,18 @@ std::uint64_t Signature(const Payload& leaves, const GatherPlan& plan) {
   return signature;
 }
 
-// y = [x_j for j in sources], along the first axis.
-class Gather : public Exchange {
+// y = [x_j for j in sources], along the first axis, and padding.
+class GatherExchange : public Exchange {
  public:
-  Gather(const GatherPlan& plan, const char* name, Payload whole,
-         std::uint64_t variant, const Round& round, std::vector<Payload> parts)
-      : Exchange(
-            plan.comm, name, std::move(whole), variant,
-            {round.sources, round.destinations, true, false, Sizes(parts)}),
+  GatherExchange(const GatherPlan& plan, const char* name, Payload whole,
+                 std::uint64_t variant, const Round& round,
+                 std::vector<Payload> parts)
+      : Exchange(plan.comm, name, std::move(whole), variant,
+                 {round.sources, round.destinations, /*same_payload=*/true,
+                  /*is_followup=*/false, Sizes(parts)}),
         parts_(std::move(parts)) {
     SetSignature(Signature(leaves(), plan));
-    // What is behind the last part is padding.
+    // Zeros from the last part to the end of each leaf.
     std::vector<std::size_t> filled(leaves().size(), 0);
     for (const Payload& part : parts_) {
       for (std::size_t i = 0; i < part.size(); ++i) {
@@ -98,13 +100,7 @@ class Gather : public Exchange {
  private:
   void Pack(std::size_t, std::size_t begin, std::size_t end,
             std::byte* to) override {
-    leaves().ForEachRun(begin, end,
-                        [&](const Leaf& leaf, std::size_t first,
-                            std::size_t count, std::size_t at) {
-                          const std::size_t width = SizeOf(leaf.type);
-                          std::memcpy(to + at, leaf.input + first * width,
-                                      count * width);
-                        });
+    leaves().CopyOut(begin, end, to);
   }
 
   ffi::Error Consume(std::size_t, std::size_t,
@@ -112,13 +108,7 @@ class Gather : public Exchange {
     for (std::size_t s = 0; s < received.size(); ++s) {
       const Part& chunk = received[s];
       if (chunk.bytes == nullptr) continue;
-      parts_[s].ForEachRun(chunk.begin, chunk.end,
-                           [&](const Leaf& leaf, std::size_t first,
-                               std::size_t count, std::size_t at) {
-                             const std::size_t width = SizeOf(leaf.type);
-                             std::memcpy(leaf.output + first * width,
-                                         chunk.bytes + at, count * width);
-                           });
+      parts_[s].CopyIn(chunk.begin, chunk.end, chunk.bytes);
     }
     return ffi::Error::Success();
   }
@@ -130,15 +120,17 @@ class Gather : public Exchange {
   const std::vector<Payload> parts_;  // of the sources
 };
 
-// Its transpose: y = sum_i c_i[my part], each destination getting back its own
-// part of c.
-class Scatter : public Exchange {
+// The transpose: each rank sends its sources their parts of the cotangent c,
+// and y = sum_i c_i[this rank's part] over its destinations i. Edges turn
+// around, so the exchange's sources are the round's destinations.
+class ScatterExchange : public Exchange {
  public:
-  Scatter(const GatherPlan& plan, const char* name, Payload whole,
-          std::uint64_t variant, const Round& round, std::vector<Payload> parts,
-          Payload own)
+  ScatterExchange(const GatherPlan& plan, const char* name, Payload whole,
+                  std::uint64_t variant, const Round& round,
+                  std::vector<Payload> parts, Payload own)
       : Exchange(plan.comm, name, std::move(whole), variant,
-                 {round.destinations, round.sources, false, false,
+                 {round.destinations, round.sources, /*same_payload=*/false,
+                  /*is_followup=*/false,
                   std::vector<std::size_t>(round.destinations.size(),
                                            own.payload_bytes),
                   Sizes(parts)}),
@@ -150,13 +142,7 @@ class Scatter : public Exchange {
  private:
   void Pack(std::size_t destination, std::size_t begin, std::size_t end,
             std::byte* to) override {
-    parts_[destination].ForEachRun(
-        begin, end,
-        [&](const Leaf& leaf, std::size_t first, std::size_t count,
-            std::size_t at) {
-          const std::size_t width = SizeOf(leaf.type);
-          std::memcpy(to + at, leaf.input + first * width, count * width);
-        });
+    parts_[destination].CopyOut(begin, end, to);
   }
 
   ffi::Error Consume(std::size_t, std::size_t,
@@ -167,7 +153,8 @@ class Scatter : public Exchange {
       }
       return ffi::Error::Success();
     }
-    // All of them send as much as this rank has brought.
+    // All parts have the length of this rank's own, so the first one's range is
+    // that of all.
     own_.ForEachRun(received[0].begin, received[0].end,
                     [&](const Leaf& leaf, std::size_t first, std::size_t count,
                         std::size_t at) {
@@ -216,9 +203,10 @@ ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(const ffi::Dictionary& attributes,
   return std::shared_ptr<Plan>(std::move(plan));
 }
 
-Completion Call(const char* name, bool transposed,
-                const ffi::BufferR0<ffi::S32>& step, ffi::RemainingArgs args,
-                ffi::RemainingRets results, const ffi::Dictionary& attributes) {
+Completion LaunchExchange(const char* name, bool transposed,
+                          const ffi::BufferR0<ffi::S32>& step,
+                          ffi::RemainingArgs args, ffi::RemainingRets results,
+                          const ffi::Dictionary& attributes) {
   JFOG_ASSIGN_OR_RETURN(
       found, FindPlan(attributes, [&] { return MakePlan(attributes, name); }));
   const auto& plan = static_cast<const GatherPlan&>(*found);
@@ -233,19 +221,19 @@ Completion Call(const char* name, bool transposed,
     leaves[i].output_count = transposed ? plan.Count(i, me) : gathered;
   }
   if (transposed) JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
-  if (plan.mode == kStart) leaves.Stage(/*apart=*/true);
+  if (plan.mode == kStart) leaves.Stage(/*separate_outputs=*/true);
   std::vector<Payload> parts = PartsOf(leaves, plan, round->sources);
   const std::uint64_t variant = Mix(plan.graph, plan.first + at);
   std::shared_ptr<Exchange> operation;
   if (transposed) {
     std::vector<std::size_t> starts(leaves.size(), 0);
     Payload own = PartOf(leaves, plan, me, &starts);
-    operation =
-        std::make_shared<Scatter>(plan, name, std::move(leaves), variant,
-                                  *round, std::move(parts), std::move(own));
+    operation = std::make_shared<ScatterExchange>(
+        plan, name, std::move(leaves), variant, *round, std::move(parts),
+        std::move(own));
   } else {
-    operation = std::make_shared<Gather>(plan, name, std::move(leaves), variant,
-                                         *round, std::move(parts));
+    operation = std::make_shared<GatherExchange>(
+        plan, name, std::move(leaves), variant, *round, std::move(parts));
   }
   if (plan.graph == 0) {
     JFOG_RETURN_IF_ERROR(operation->AgreeOnPeers(plan.check));
@@ -258,7 +246,7 @@ Completion NeighborAllgatherImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
                                  ffi::Result<ffi::Token>,
                                  ffi::RemainingRets results,
                                  ffi::Dictionary attributes) {
-  return Call(kAllgather, false, step, args, results, attributes);
+  return LaunchExchange(kAllgather, false, step, args, results, attributes);
 }
 
 Completion NeighborAllgatherTransposeImpl(ffi::Token,
@@ -267,7 +255,7 @@ Completion NeighborAllgatherTransposeImpl(ffi::Token,
                                           ffi::Result<ffi::Token>,
                                           ffi::RemainingRets results,
                                           ffi::Dictionary attributes) {
-  return Call(kTranspose, true, step, args, results, attributes);
+  return LaunchExchange(kTranspose, true, step, args, results, attributes);
 }
 
 }  // namespace

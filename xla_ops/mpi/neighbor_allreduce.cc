@@ -1,4 +1,4 @@
-// Neighbor collectives over MPI point-to-point messages.
+// Handlers of neighbor_allreduce and pair_gossip.
 #include "mpi/neighbor_allreduce.h"
 
 #include <memory>
@@ -6,19 +6,20 @@
 #include <utility>
 #include <vector>
 
-#include "mpi/call.h"
+#include "common/hash.h"
+#include "mpi/launch.h"
 #include "mpi/neighbor_average.h"
 #include "mpi/plan.h"
 
 namespace jfog::mpi {
 namespace {
 
-// Where the weights of a call come from.
+// The source of the weights of a call, in the order of the Python side.
 enum Weighting : std::int64_t {
-  kGraph = 0,        // the table
+  kGraph = 0,        // the graph
   kDestination = 1,  // a runtime row: y = row[me] x + sum_j row[j] x_j
-  kSource = 2,       // its transpose: every sender scales, y = row[me] x +
-                     // sum_j (row_j[me] x_j)
+  kSource = 2,       // its transpose, where the senders scale:
+                     // y = row[me] x + sum_j (row_j[me] x_j)
 };
 
 // Reads entry i of a float32 or float64 operand.
@@ -42,10 +43,10 @@ constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
 
 struct NeighborPlan : Plan {
   std::int64_t weighting = kGraph;
-  // Of each round an average that has ended, to be used again: a call of few
-  // bytes would spend most of its time on making one.
+  // A completed average of each round, for reuse: its construction would
+  // dominate the time of a call of few bytes.
   std::mutex mutex;
-  std::vector<std::shared_ptr<Average>> spare;
+  std::vector<std::shared_ptr<NeighborAverage>> spare;
 };
 
 ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
@@ -60,7 +61,7 @@ ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
   return std::shared_ptr<Plan>(std::move(plan));
 }
 
-// The round with the weights of a runtime row.
+// The round, with the weights of a runtime row.
 ffi::ErrorOr<Round> Reweighted(Round round, const NeighborPlan& plan,
                                const ffi::AnyBuffer& row) {
   ffi::Error error = CheckWeights(row, plan.comm->size());
@@ -93,7 +94,7 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
   const bool has_row = plan->weighting != kGraph;
   const bool reuses = !has_row && plan->mode == kWhole;
   plan->Agree();
-  std::shared_ptr<Average> average;
+  std::shared_ptr<NeighborAverage> average;
   {
     std::lock_guard<std::mutex> lock(plan->mutex);
     if (reuses) average = std::move(plan->spare[at]);
@@ -102,18 +103,18 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
     JFOG_ASSIGN_OR_RETURN(leaves,
                           ReadCall(args, has_row ? 1 : 0, results, plan->mode));
     JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kNeighborAllreduce));
-    Round round = *planned;
+    Round reweighted;
     if (has_row) {
       auto row = args.get<ffi::AnyBuffer>(0);
       if (!row) return row.error();
-      JFOG_ASSIGN_OR_RETURN(reweighted,
-                            Reweighted(std::move(round), *plan, *row));
-      round = std::move(reweighted);
+      JFOG_ASSIGN_OR_RETURN(round, Reweighted(*planned, *plan, *row));
+      reweighted = std::move(round);
     }
     if (plan->mode == kStart) leaves.Stage();
-    average = std::make_shared<Average>(
+    average = std::make_shared<NeighborAverage>(
         plan->comm, kNeighborAllreduce, std::move(leaves),
-        Mix(Mix(plan->graph, plan->weighting), at), std::move(round));
+        Mix(Mix(plan->graph, plan->weighting), at),
+        has_row ? reweighted : *planned);
   }
   if (!reuses) return Launch(std::move(average), results, plan->mode);
   average->Start();
@@ -124,9 +125,9 @@ Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
   return ffi::Error::Success();
 }
 
-// Every rank names its own peers: ids holds `sources` of them and then the
-// destinations; weights its own, those of the sources, those of the
-// destinations.
+// The peers are operands of each rank: `ids` holds the sources, `sources` of
+// them, and then the destinations; `weights` the self weight, those of the
+// sources and those of the destinations.
 Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
                              ffi::AnyBuffer weights, ffi::RemainingArgs args,
                              ffi::Result<ffi::Token>,
@@ -146,11 +147,11 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
   for (std::size_t k = 0; k < count; ++k) {
     const int peer = ids.typed_data()[k];
     if (peer < 0 || peer >= comm->size()) {
-      return MakeError(ffi::ErrorCode::kInvalidArgument,
-                       std::string(name) + " with rank " +
-                           std::to_string(peer) +
-                           ", which is none of the communicator's " +
-                           std::to_string(comm->size()));
+      return MakeError(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string(name) + " with rank " + std::to_string(peer) +
+              ", which is out of range for a communicator of size " +
+              std::to_string(comm->size()));
     }
     const double weight = Weight(weights, 1 + k);
     if (k < static_cast<std::size_t>(sources)) {
@@ -162,8 +163,9 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
     }
   }
   if (mode == kStart) leaves.Stage();
-  auto average = std::make_shared<Average>(comm, name, std::move(leaves),
-                                           /*variant=*/0, std::move(round));
+  auto average =
+      std::make_shared<NeighborAverage>(comm, name, std::move(leaves),
+                                        /*variant=*/0, round);
   JFOG_RETURN_IF_ERROR(average->AgreeOnPeers(check != 0));
   return Launch(std::move(average), results, mode);
 }

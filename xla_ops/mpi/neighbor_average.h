@@ -1,10 +1,10 @@
-// The weighted sum of one's own values and those of neighbors.
+// Weighted sum of a rank's own payload and those of its neighbors.
 #ifndef JFOG_XLA_OPS_MPI_NEIGHBOR_AVERAGE_H_
 #define JFOG_XLA_OPS_MPI_NEIGHBOR_AVERAGE_H_
 
-#include <cstring>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "common/weighted_sum.h"
@@ -13,64 +13,30 @@
 
 namespace jfog::mpi {
 
-// The weighted sum of one's own payload and those of the sources.
-class Average : public Exchange {
+// y = self_weight x + sum_j source_weights[j] x_j over the sources j of a
+// round. With destination weights, the senders scale: x_j is what source j
+// weighted for this rank.
+class NeighborAverage : public Exchange {
  public:
-  Average(std::shared_ptr<Communicator> comm, const char* name, Payload leaves,
-          std::uint64_t variant, Round round, bool late = false)
-      : Exchange(std::move(comm), name, std::move(leaves), variant,
-                 {std::move(round.sources), std::move(round.destinations),
-                  round.destination_weights.empty(), late}),
-        round_(std::move(round)) {
-    for (double weight : round_.source_weights) {
-      terms_.push_back({nullptr, weight});
-    }
-  }
+  NeighborAverage(std::shared_ptr<Communicator> comm, const char* name,
+                  Payload payload, std::uint64_t variant, const Round& round,
+                  bool is_followup = false);
 
-  // The same average again, of the operands of a later call.
-  // False if they are others.
-  bool Renew(ffi::RemainingArgs args, ffi::RemainingRets results) {
-    if (!FindLeaves(args, results, &mutable_leaves())) return false;
-    Exchange::Renew();
-    return true;
-  }
+  // Prepares a completed average for the operands and results of another call.
+  // False if their number, types or lengths differ.
+  bool Renew(ffi::RemainingArgs args, ffi::RemainingRets results);
 
  private:
   void Pack(std::size_t destination, std::size_t begin, std::size_t end,
-            std::byte* to) override {
-    leaves().ForEachRun(begin, end,
-                        [&](const Leaf& leaf, std::size_t first,
-                            std::size_t count, std::size_t at) {
-                          const std::size_t width = SizeOf(leaf.type);
-                          const std::byte* x = leaf.input + first * width;
-                          if (round_.destination_weights.empty()) {
-                            std::memcpy(to + at, x, count * width);
-                          } else {
-                            WeightedSum(leaf.type, count, x,
-                                        round_.destination_weights[destination],
-                                        {}, false, to + at);
-                          }
-                        });
-  }
-
+            std::byte* to) override;
   ffi::Error Consume(std::size_t begin, std::size_t end,
-                     const std::vector<Part>& received) override {
-    leaves().ForEachRun(begin, end,
-                        [&](const Leaf& leaf, std::size_t first,
-                            std::size_t count, std::size_t at) {
-                          for (std::size_t k = 0; k < received.size(); ++k) {
-                            terms_[k].values = received[k].bytes + at;
-                          }
-                          const std::size_t start = first * SizeOf(leaf.type);
-                          WeightedSum(leaf.type, count, leaf.input + start,
-                                      round_.self_weight, terms_,
-                                      round_.difference, leaf.output + start);
-                        });
-    return ffi::Error::Success();
-  }
+                     const std::vector<Part>& received) override;
 
-  Round round_;
-  std::vector<Term> terms_;
+  const double self_weight_;
+  const std::vector<double>
+      destination_weights_;  // empty: senders do not scale
+  const bool difference_;
+  std::vector<Term> terms_;  // of the sources
 };
 
 }  // namespace jfog::mpi

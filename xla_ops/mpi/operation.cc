@@ -4,29 +4,22 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <thread>
 
-#include "common/text.h"
+#include "common/format.h"
+#include "common/hash.h"
 
 namespace jfog::mpi {
 namespace {
 
-constexpr std::uint64_t kMagic = 0x6a666f6731303032u;
 constexpr std::chrono::milliseconds kStalledAfter{50};
-// What a rank that left has sent before may still be on its way.
+// Messages that a rank sent before it left may still be in transit.
 constexpr std::chrono::seconds kGrace{1};
-// Who completes an operation by himself first lets others run.
+// A thread that drives an operation to completion yields this long before it
+// sleeps.
 constexpr std::chrono::microseconds kYieldFor{500};
 constexpr std::chrono::microseconds kNap{100};
-
-Identity IdentityOf(const Header& header) {
-  const std::size_t length =
-      strnlen(header.operation, sizeof(header.operation));
-  return {std::string(header.operation, length), header.sequence,
-          header.signature, header.variant, header.bytes};
-}
 
 }  // namespace
 
@@ -37,7 +30,8 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
       leaves_(std::move(leaves)),
       sequence_(comm_->NextSequence()),
       signature_(leaves_.Signature()),
-      variant_(variant) {
+      variant_(variant),
+      deadline_(comm_->timeout()) {
   comm_->CountOperation();
 }
 
@@ -47,35 +41,27 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
       name_(name),
       sequence_(sequence),
       signature_(0),
-      variant_(0) {}
+      variant_(0),
+      deadline_(comm_->timeout()) {}
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
     : comm_(std::move(comm)),
       name_(other.name_),
       sequence_(other.sequence_),
       signature_(other.signature_),
-      variant_(other.variant_) {}
+      variant_(other.variant_),
+      deadline_(comm_->timeout()) {}
 
 std::string Operation::Title() const {
-  return std::string(name_) + " #" + std::to_string(sequence_) + " on rank " +
-         std::to_string(comm_->rank());
+  return jfog::Title(name_, sequence_, comm_->rank());
 }
 
 Header Operation::MakeHeader(std::size_t bytes) const {
-  Header header;
-  header.magic = kMagic;
-  header.sequence = sequence_;
-  header.signature = signature_;
-  header.variant = variant_;
-  header.bytes = bytes;
-  std::strncpy(header.operation, name_, sizeof(header.operation) - 1);
-  return header;
+  return jfog::MakeHeader(name_, sequence_, signature_, variant_, bytes);
 }
 
 std::uint64_t Operation::Fingerprint() const {
-  std::uint64_t own = Mix(Mix(sequence_, signature_), variant_);
-  for (const char* c = name_; *c != 0; ++c) own = Mix(own, *c);
-  return own;
+  return Mix(Mix(Mix(sequence_, signature_), variant_), name_);
 }
 
 void Operation::Resize(std::size_t slots) {
@@ -94,8 +80,7 @@ void Operation::Renew() {
   comm_->CountOperation();
   finished_.store(false, std::memory_order_relaxed);
   awaited_since_.store(0, std::memory_order_relaxed);
-  warned_ = false;
-  announced_ = false;
+  deadline_.Reset();
 }
 
 void Operation::Start() {
@@ -114,7 +99,7 @@ bool Operation::Advance() {
     End(std::move(error));
     return true;
   }
-  // The deadline is for a standstill.
+  // The deadline limits a standstill, so progress restarts it.
   if (moved && awaited_since_.load(std::memory_order_relaxed) != 0) Await();
   return moved;
 }
@@ -155,7 +140,7 @@ ffi::Error Operation::Poll(bool* moved) {
 
 void Operation::End(ffi::Error error) {
   if (error.failure()) {
-    // MPI may still write into receive buffers and read the others.
+    // MPI may still write to receive buffers and read from send buffers.
     Leak();
   }
   error_ = std::move(error);
@@ -188,9 +173,7 @@ ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
                 "(" + leaves_.Describe() + ") does not match rank " +
                     std::to_string(source) + ": " + what);
   };
-  if (theirs.magic != kMagic) return mismatch("not a message of jfog");
-  const std::string difference =
-      Difference(IdentityOf(MakeHeader(0)), IdentityOf(theirs));
+  const std::string difference = Difference(MakeHeader(0), theirs);
   if (!difference.empty()) return mismatch(difference);
   return ffi::Error::Success();
 }
@@ -244,27 +227,20 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
                                               ", which has already ended (" +
                                               leaves_.Describe() + ")");
   }
-  const double limit = comm_->timeout();
   if (is_ordered()) {
-    if (!announced_ && Seconds(waited) > 0.05 * limit) {
-      announced_ = true;
+    // The others compare this position with their own, and find a mismatch
+    // long before the deadline.
+    if (deadline_.TakeAnnouncement(waited)) {
       comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
     }
     JFOG_RETURN_IF_ERROR(CheckControlMessages(missing, waited));
   }
   JFOG_RETURN_IF_ERROR(Stalled());
-  if (!warned_ && Seconds(waited) > 0.1 * limit) {
-    warned_ = true;
-    std::fprintf(stderr, "jfog: %s has waited %s for %s\n", Title().c_str(),
-                 Format(waited).c_str(), RankList(missing).c_str());
-    std::fflush(stderr);
-  }
-  if (Seconds(waited) > limit) {
-    return Fail(ffi::ErrorCode::kDeadlineExceeded,
-                "waited " + Format(waited) + " for " + RankList(missing) +
-                    "; is it dead, slow, or in another operation? (" +
-                    leaves_.Describe() +
-                    "; the limit is jfog.init(timeout=...))");
+  deadline_.Warn(waited, Title(), RankList(missing));
+  if (deadline_.HasExpired(waited)) {
+    return Fail(
+        ffi::ErrorCode::kDeadlineExceeded,
+        Deadline::Expired(waited, RankList(missing), leaves_.Describe()));
   }
   return ffi::Error::Success();
 }
@@ -274,10 +250,10 @@ ffi::Error Operation::CheckControlMessages(const std::vector<int>& missing,
   for (int rank : missing) {
     const std::optional<Header> message = comm_->LastControlMessage(rank);
     if (!message || message->sequence < sequence_) continue;
-    // It waits, too: here with us, or it has gone on without the message that
-    // we wait for. That one would have come long before the message.
-    if (message->sequence == sequence_ ||
-        Seconds(waited) > 0.1 * comm_->timeout()) {
+    // The peer waits, too: in the same operation, or in a later one without
+    // having sent the message that this rank waits for. A sent message would
+    // have arrived long before the announcement.
+    if (message->sequence == sequence_ || deadline_.IsLong(waited)) {
       JFOG_RETURN_IF_ERROR(CheckHeader(rank, *message));
     }
   }

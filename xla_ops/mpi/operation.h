@@ -11,25 +11,26 @@
 #include <string>
 #include <vector>
 
+#include "common/deadline.h"
 #include "common/status.h"
 #include "mpi/communicator.h"
 #include "mpi/payload.h"
 
 namespace jfog::mpi {
 
-// An operation is posted once, in program order, and then moved on by whoever
-// has time: the thread that called it, for a moment, and the engine. It ends
-// with its results written to the outputs of its leaves, or as an error that
-// spoils the communicator.
+// An operation is posted once, in program order, and then advanced by polling:
+// briefly by the calling thread, then by the progress engine. It ends with its
+// results in the outputs of its leaves, or with an error that fails the
+// communicator.
 class Operation {
  public:
   // All ranks must bring the same name, leaves and variant.
   Operation(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
             std::uint64_t variant);
-  // Outside the ordered chain, with a number of its own.
+  // Outside the ordered chain, with a sequence number of the caller.
   Operation(std::shared_ptr<Communicator> comm, const char* name,
             std::uint64_t sequence);
-  // In the place of another one, for as long as that has not started.
+  // A check under the identity of another operation that has not started.
   Operation(std::shared_ptr<Communicator> comm, const Operation& other);
   virtual ~Operation() = default;
   Operation(const Operation&) = delete;
@@ -37,22 +38,21 @@ class Operation {
 
   // Posts what goes out and comes in first.
   void Start();
-  // Makes an operation that has ended well the next one of its kind, on other
-  // memory.
+  // Reuses a successful operation as the next one of its kind, on other memory.
   void Renew();
-  // Moves on what can move without waiting; returns whether anything did. Safe
-  // on any thread: returns false while another one is at it.
+  // Advances without waiting; returns whether anything moved. Safe on any
+  // thread: returns false while another thread advances it.
   bool Advance();
   // Whether it has ended; then `error` says how.
   bool finished() const { return finished_.load(std::memory_order_acquire); }
   const ffi::Error& error() const { return error_; }
 
-  // Says that from now on somebody waits, which starts the clock.
+  // Starts the clock of the deadline: a caller waits from now on.
   void Await();
-  // Looks for a reason to give up: the communicator has failed; a rank that is
-  // waited for has left, or is in another operation; the deadline.
+  // Ends the operation if there is a reason to: a failed communicator, a peer
+  // that has left or runs another operation, or the deadline.
   void CheckStall(Clock::time_point now);
-  // Moves it on until it has ended, on the thread that calls.
+  // Advances it to its end on the calling thread.
   ffi::Error Complete();
 
   const Leaves& leaves() const { return leaves_; }
@@ -64,23 +64,23 @@ class Operation {
   Header MakeHeader(std::size_t bytes) const;
 
  protected:
-  // What a kind of operation does, step by step. Each is called with no other
-  // running; the first error ends the operation.
+  // The steps of a kind of operation. One runs at a time; the first error ends
+  // the operation.
   virtual ffi::Error Post() = 0;
-  // Does what hangs on no message of its own.
+  // Advances work that does not depend on a pending request.
   virtual ffi::Error Resume(bool* moved);
   // Whether such things are still to do.
   virtual bool is_waiting() const { return false; }
   virtual ffi::Error Completed(std::size_t slot) = 0;
-  // Everything posted has completed, and nothing else is to do: says that the
-  // operation has ended, or goes on.
+  // Called when all requests have completed and no other work is left: sets
+  // `ended`, or posts more.
   virtual ffi::Error Drained(bool* ended) {
     *ended = true;
     return ffi::Error::Success();
   }
   // The ranks that are waited for, ascending.
   virtual std::vector<int> Missing() const = 0;
-  // Leaves the buffers of messages that will never complete to MPI.
+  // Leaks the buffers of messages that will never complete.
   virtual void Leak() = 0;
   // Called once at the end.
   virtual void Ended() {}
@@ -100,9 +100,9 @@ class Operation {
     return requests_[slot] != MPI_REQUEST_NULL;
   }
 
-  // What must be equal on all ranks in place of the leaves.
+  // The value to compare between ranks in place of the leaves.
   void SetSignature(std::uint64_t signature) { signature_ = signature; }
-  // One number for all that ranks must agree on.
+  // A hash of the values that must be equal on all ranks.
   std::uint64_t Fingerprint() const;
   // Whether that is of the same operation.
   bool Matches(const Header& theirs) const;
@@ -113,7 +113,7 @@ class Operation {
     if (code == MPI_SUCCESS) return ffi::Error::Success();
     return MpiFailure(code, expression);
   }
-  // Spoils the communicator.
+  // Fails the communicator.
   ffi::Error Fail(ffi::ErrorCode code, const std::string& text);
 
   Leaves& mutable_leaves() { return leaves_; }
@@ -141,9 +141,8 @@ class Operation {
   std::mutex advancing_;
   std::atomic<bool> finished_{false};
   ffi::Error error_;
-  std::atomic<Clock::rep> awaited_since_{0};  // 0: nobody waits
-  bool warned_ = false;
-  bool announced_ = false;
+  std::atomic<Clock::rep> awaited_since_{0};  // 0: no caller waits
+  Deadline deadline_;
 };
 
 #define JFOG_MPI_RETURN_IF_ERROR(expression) \

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/text.h"
+#include "common/format.h"
+#include "common/hash.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {

@@ -1,21 +1,17 @@
-// What the calls with equal attributes have in common, read once.
+// Decoded attributes of equal calls, cached for the process.
 #include "mpi/plan.h"
 
 #include <mutex>
-#include <string>
 #include <unordered_map>
 #include <utility>
 
-#include "mpi/call.h"
 #include "mpi/consistency_check.h"
+#include "mpi/launch.h"
 
 namespace jfog::mpi {
 namespace {
 
-using Ints = ffi::Span<const std::int32_t>;
-using Doubles = ffi::Span<const double>;
-
-// By the number that Python derives from the attributes.
+// By the hash of the attributes, which Python computes when it lowers a call.
 struct Plans {
   std::mutex mutex;
   std::unordered_map<std::int64_t, std::shared_ptr<Plan>> plans;
@@ -34,54 +30,17 @@ void Plan::Agree() {
   if (!agreed.exchange(true) && graph != 0) AgreeOnGraph(comm, graph);
 }
 
-ffi::ErrorOr<const Round*> Plan::At(std::int64_t step) const {
-  if (step < 0 || step >= static_cast<std::int64_t>(rounds.size())) {
-    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
-                                     "step " + std::to_string(step) +
-                                         " of a period of " +
-                                         std::to_string(rounds.size())));
-  }
-  return &rounds[step];
-}
-
-// The attributes hold all rounds: round t's part lies at [begin[t],
-// begin[t + 1]).
 ffi::Error ReadPlan(const ffi::Dictionary& attributes, const char* name,
                     Plan* plan) {
   const auto context = attributes.get<std::int64_t>("context");
   const auto mode = attributes.get<std::int64_t>("mode");
   const auto graph = attributes.get<std::int64_t>("graph");
-  const auto source_begin = attributes.get<Ints>("source_begin");
-  const auto sources = attributes.get<Ints>("sources");
-  const auto source_weights = attributes.get<Doubles>("source_weights");
-  const auto destination_begin = attributes.get<Ints>("destination_begin");
-  const auto destinations = attributes.get<Ints>("destinations");
-  const auto self_weights = attributes.get<Doubles>("self_weights");
-  const auto difference = attributes.get<Ints>("difference");
-  if (!(context && mode && graph && source_begin && sources && source_weights &&
-        destination_begin && destinations && self_weights && difference)) {
-    return MakeError(ffi::ErrorCode::kInternal,
-                     std::string(name) + " lacks attributes");
-  }
-  auto comm = Ready(*context, name);
-  if (!comm) return comm.error();
-  plan->comm = *comm;
+  if (!(context && mode && graph)) return LacksAttributes(name);
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(*context, name));
+  plan->comm = comm;
   plan->mode = *mode;
   plan->graph = *graph;
-  for (std::size_t t = 0; t + 1 < source_begin->size(); ++t) {
-    const auto cut = [t](const auto& begin, const auto& values) {
-      return std::vector(values->begin() + (*begin)[t],
-                         values->begin() + (*begin)[t + 1]);
-    };
-    Round round;
-    round.sources = cut(source_begin, sources);
-    round.source_weights = cut(source_begin, source_weights);
-    round.destinations = cut(destination_begin, destinations);
-    round.self_weight = (*self_weights)[t];
-    round.difference = (*difference)[t] != 0;
-    plan->rounds.push_back(std::move(round));
-  }
-  return ffi::Error::Success();
+  return ReadRounds(attributes, name, /*has_weights=*/true, &plan->rounds);
 }
 
 ffi::ErrorOr<std::shared_ptr<Plan>> FindPlan(

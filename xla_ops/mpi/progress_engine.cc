@@ -1,4 +1,4 @@
-// The progress engine: moves on all operations in flight, beside computation.
+// The progress engine: advances all operations in flight, beside computation.
 #include "mpi/progress_engine.h"
 
 #include <sched.h>
@@ -10,19 +10,19 @@
 namespace jfog::mpi {
 namespace {
 
-// While messages come, the leader looks again at once, or lets others run in
-// between. When nothing has moved for a while it sleeps between two looks, for
-// a part of that while: the longer a wait has lasted, the less a later end of
-// it costs, and the less of a core the waiting takes.
+// While messages arrive, the leader polls again at once, then yields between
+// polls. After kYieldFor without progress it sleeps between two polls for a
+// fraction of the quiet time: the longer a wait has lasted, the less a late
+// wake-up matters, and the less of a core the wait takes.
 constexpr std::chrono::microseconds kYieldFor{100};
 constexpr int kNapPart = 32;
 constexpr std::chrono::microseconds kShortestNap{20};
 constexpr std::chrono::microseconds kLongestNap{1000};
-// A rank that is in no operation looks this often for what others want of it,
-// and without a pause while it serves them and a little longer.
-constexpr std::chrono::milliseconds kNotes{1};
+// Interval at which control messages and requests are read between operations.
+// While requests are served, and shortly after, there is no pause.
+constexpr std::chrono::milliseconds kReadEvery{1};
 constexpr std::chrono::microseconds kServeFor{300};
-// Reasons to give up are looked for this often.
+// Interval of the checks for stalls.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
 }  // namespace
@@ -109,7 +109,7 @@ void Engine::LookAfter() {
                                     return watched.comm->closed();
                                   }),
                    watched_.end());
-    if (!stopped_ && pauses) stop_.wait_for(lock, kNotes);
+    if (!stopped_ && pauses) stop_.wait_for(lock, kReadEvery);
   }
   watching_ = false;
   changed_.notify_all();
@@ -132,7 +132,7 @@ void Engine::Stop() {
 }
 
 void Engine::Run() {
-  // Naps are shorter than the slack that the kernel adds by default.
+  // The default timer slack of the kernel is longer than the naps.
   prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
@@ -142,7 +142,7 @@ void Engine::Run() {
     --idle_;
     Entry ended = Lead(lock);
     if (ended.operation == nullptr || ended.waiter == nullptr) continue;
-    // Somebody else leads while the waiter runs.
+    // Another thread leads while the waiter runs.
     const bool more = !entries_.empty() && !stopped_;
     const bool spawn = more && idle_ == 0;
     lock.unlock();

@@ -1,4 +1,4 @@
-// The progress engine: moves on all operations in flight, beside computation.
+// The progress engine: advances all operations in flight, beside computation.
 #ifndef JFOG_XLA_OPS_MPI_PROGRESS_ENGINE_H_
 #define JFOG_XLA_OPS_MPI_PROGRESS_ENGINE_H_
 
@@ -12,28 +12,28 @@
 
 namespace jfog::mpi {
 
-// One for the process. Its threads take turns: one of them leads, moving on all
-// operations, none before the others. When one ends, the leader gives the lead
-// away before it calls whoever waits for it, for XLA continues the program on
-// that thread, and may compute there for long.
+// One per process. Of its threads one leads: it advances all operations in
+// turn. When an operation ends, the leader passes the lead to another thread
+// before it calls the waiter, because XLA continues the program on that thread
+// and may compute there for long.
 class Engine {
  public:
   using Waiter = std::function<void(const ffi::Error&)>;
 
   static Engine& Get();
 
-  // Takes over an operation. `waiter` is called once when it ends, on a thread
-  // of the engine; without one nobody waits yet.
+  // Adds an operation. `waiter`, if there is one, is called once when it ends,
+  // on a thread of the engine.
   void Submit(std::shared_ptr<Operation> operation, Waiter waiter);
-  // Lets `waiter` wait for a submitted operation. False, and the waiter is not
-  // kept, if the operation has ended.
+  // Adds a waiter to a submitted operation. Returns false, and does not keep
+  // the waiter, if the operation has ended.
   bool Attach(const std::shared_ptr<Operation>& operation, Waiter& waiter);
 
-  // From now on reads the notes of a communicator also while this rank is in
-  // no operation.
+  // Reads the control messages of a communicator from now on, also between
+  // operations.
   void Watch(const std::shared_ptr<Communicator>& comm);
-  // From now on calls `serve` again and again until the communicator is closed;
-  // it does what others ask for, and says whether it is in the middle of that.
+  // Calls `serve` repeatedly until the communicator is closed. It serves
+  // requests of other ranks and returns whether one is in progress.
   void Serve(const std::shared_ptr<Communicator>& comm,
              std::function<bool()> serve);
 
@@ -50,26 +50,26 @@ class Engine {
 
   struct Watched {
     std::shared_ptr<Communicator> comm;
-    std::function<bool()> serve;  // null: its notes are read
+    std::function<bool()> serve;  // null: control messages only
   };
 
   Engine() = default;
   void Run();
   void LookAfter(Watched watched);
   void LookAfter();
-  // Moves operations on until one has ended.
+  // Advances operations until one has ended.
   Entry Lead(std::unique_lock<std::mutex>& lock);
 
   std::mutex mutex_;
-  std::condition_variable work_;     // for those who could lead
-  std::condition_variable changed_;  // for the leader, and who stops it
-  std::condition_variable stop_;     // for who looks after others
+  std::condition_variable work_;     // for threads that can lead
+  std::condition_variable changed_;  // for the leader, Drain and Stop
+  std::condition_variable stop_;     // for the thread that serves
   std::vector<Entry> entries_;
   std::uint64_t version_ = 0;  // of the entries
-  int idle_ = 0;               // threads that wait for work
+  int idle_ = 0;               // threads without work
   bool leading_ = false;
   std::vector<Watched> watched_;
-  bool watching_ = false;  // a thread looks after these
+  bool watching_ = false;  // a thread serves these
   bool stopped_ = false;
 };
 

@@ -1,4 +1,4 @@
-// Memory that the ranks of one machine share.
+// Memory shared by the ranks of one machine.
 #include "mpi/shared_memory.h"
 
 #include <sys/statvfs.h>
@@ -11,24 +11,25 @@ namespace jfog::mpi {
 namespace {
 
 constexpr std::size_t kLine = 64;
-// MPI puts shared memory here; a page of it that cannot be had kills a process.
+// MPI's shared memory is a file here, whose pages are allocated on first
+// access: a page that the file system does not have is a SIGBUS.
 constexpr const char* kFileSystem = "/dev/shm";
 
 bool HasRoom(std::uint64_t bytes) {
   struct statvfs system;
-  if (statvfs(kFileSystem, &system) != 0) return true;  // it is elsewhere
+  if (statvfs(kFileSystem, &system) != 0) return true;  // another file system
   const std::uint64_t free = system.f_bavail * system.f_frsize;
   return free / 4 * 3 >= bytes;
 }
 
-bool IsWanted() {
+bool IsEnabled() {
   const char* text = std::getenv("JFOG_SHARED_MEMORY");
   return text == nullptr || std::strcmp(text, "0") != 0;
 }
 
-// Whether it is true on all ranks.
-bool AllSay(bool yes, MPI_Comm machine) {
-  int all = yes;
+// Logical and over the ranks of `machine`.
+bool AllOf(bool value, MPI_Comm machine) {
+  int all = value;
   MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, machine);
   return all != 0;
 }
@@ -42,22 +43,22 @@ std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
   const std::size_t own_bytes = bytes + kLine;
   std::uint64_t total = own_bytes;
   MPI_Allreduce(MPI_IN_PLACE, &total, 1, MPI_UINT64_T, MPI_SUM, machine);
-  if (!AllSay(IsWanted() && ranks > 1 && HasRoom(total), machine)) {
+  if (!AllOf(IsEnabled() && ranks > 1 && HasRoom(total), machine)) {
     return nullptr;
   }
   std::unique_ptr<SharedMemory> memory(new SharedMemory);
   void* own = nullptr;
-  const bool made = MPI_Win_allocate_shared(static_cast<MPI_Aint>(own_bytes), 1,
-                                            MPI_INFO_NULL, machine, &own,
-                                            &memory->window_) == MPI_SUCCESS;
-  if (!AllSay(made, machine)) return nullptr;
+  const bool allocated = MPI_Win_allocate_shared(
+                             static_cast<MPI_Aint>(own_bytes), 1, MPI_INFO_NULL,
+                             machine, &own, &memory->window_) == MPI_SUCCESS;
+  if (!AllOf(allocated, machine)) return nullptr;
   for (int rank = 0; rank < ranks; ++rank) {
     MPI_Aint length = 0;
     int unit = 0;
     void* base = nullptr;
     MPI_Win_shared_query(memory->window_, rank, &length, &unit, &base);
-    // Parts follow each other without a gap, at the same places of a page in
-    // all processes.
+    // The parts are contiguous and start at the same offset of a page in all
+    // processes, so all of them skip the same bytes.
     const auto address = reinterpret_cast<std::uintptr_t>(base);
     const std::size_t skip = (kLine - address % kLine) % kLine;
     memory->parts_.push_back(static_cast<std::byte*>(base) + skip);
@@ -73,18 +74,18 @@ void SharedMemory::Free() {
 std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part) {
   int size = 0;
   MPI_Comm_size(comm, &size);
-  std::vector<int> ranks(size), numbers(size);
+  std::vector<int> ranks(size), part_ranks(size);
   for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
   MPI_Group all, some;
   MPI_Comm_group(comm, &all);
   MPI_Comm_group(part, &some);
-  MPI_Group_translate_ranks(all, size, ranks.data(), some, numbers.data());
+  MPI_Group_translate_ranks(all, size, ranks.data(), some, part_ranks.data());
   MPI_Group_free(&all);
   MPI_Group_free(&some);
-  for (int& number : numbers) {
-    if (number == MPI_UNDEFINED) number = -1;
+  for (int& rank : part_ranks) {
+    if (rank == MPI_UNDEFINED) rank = -1;
   }
-  return numbers;
+  return part_ranks;
 }
 
 }  // namespace jfog::mpi

@@ -1,4 +1,4 @@
-// Memory that the ranks of one machine share.
+// Memory shared by the ranks of one machine.
 #ifndef JFOG_XLA_OPS_MPI_SHARED_MEMORY_H_
 #define JFOG_XLA_OPS_MPI_SHARED_MEMORY_H_
 
@@ -10,24 +10,25 @@
 
 namespace jfog::mpi {
 
-// A window of MPI's that all its ranks read and write like memory of their own.
+// An MPI shared-memory window, which its ranks access with plain loads and
+// stores.
 class SharedMemory {
  public:
-  // Collective over `machine`, whose ranks are on one machine; every rank names
-  // the bytes that it brings. Null on all of them where shared memory is
-  // unwanted (the environment variable JFOG_SHARED_MEMORY is 0 on some rank) or
-  // short, or nobody is there to share it with.
+  // Collective over `machine`, whose ranks are on one machine; each allocates
+  // `bytes`. Null on all ranks if the environment variable JFOG_SHARED_MEMORY
+  // is 0 on some rank, if memory is short, or if there is only one rank.
   static std::unique_ptr<SharedMemory> Make(MPI_Comm machine,
                                             std::size_t bytes);
-  // Whoever does not call `Free` leaves the memory to the process.
+  // Without `Free`, which is collective, the memory lives as long as the
+  // process.
   ~SharedMemory() = default;
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // What a rank of `machine` has brought, at a cache line.
+  // The memory of a rank of `machine`, aligned to a cache line.
   std::byte* of(int rank) const { return parts_[rank]; }
 
-  // Collective: gives the memory back.
+  // Collective: releases the memory.
   void Free();
 
  private:
@@ -37,7 +38,7 @@ class SharedMemory {
   std::vector<std::byte*> parts_;
 };
 
-// The ranks of `comm` by their numbers in `part`, or -1.
+// Of each rank of `comm` its rank in `part`, or -1.
 std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part);
 
 }  // namespace jfog::mpi

@@ -1,4 +1,4 @@
-// Memory that the ranks of one machine share, for long exchanges.
+// Shared-memory channels: payloads between the ranks of one machine.
 #include "mpi/shared_memory_channel.h"
 
 #include <algorithm>
@@ -12,14 +12,14 @@ constexpr std::size_t kLine = 64;
 
 }  // namespace
 
-// A stamp on a cache line of its own.
-struct alignas(kLine) Lanes::Mark {
+// A stamp on its own cache line, against false sharing between ranks.
+struct alignas(kLine) Channels::Mark {
   std::atomic<std::uint64_t> stamp{0};
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-std::shared_ptr<Lanes> Lanes::Make(MPI_Comm comm, int local_size) {
-  std::shared_ptr<Lanes> lanes(new Lanes);
+std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int local_size) {
+  std::shared_ptr<Channels> channels(new Channels);
   int rank = 0;
   MPI_Comm_rank(comm, &rank);
   MPI_Comm real = MPI_COMM_NULL, machine = MPI_COMM_NULL;
@@ -30,51 +30,53 @@ std::shared_ptr<Lanes> Lanes::Make(MPI_Comm comm, int local_size) {
   MPI_Comm_split(real, local_size > 0 ? rank / local_size : 0, rank, &machine);
   MPI_Comm_free(&real);
   MPI_Comm_set_errhandler(machine, MPI_ERRORS_RETURN);
-  MPI_Comm_rank(machine, &lanes->me_);
-  MPI_Comm_size(machine, &lanes->size_);
-  const std::size_t marks = kLanes * kSlots * (1 + lanes->size_);
-  const std::size_t bytes = marks * sizeof(Mark) + kLanes * kSlots * kSlotBytes;
-  lanes->memory_ = SharedMemory::Make(machine, bytes);
-  const bool usable = lanes->memory_ != nullptr;
+  MPI_Comm_rank(machine, &channels->me_);
+  MPI_Comm_size(machine, &channels->size_);
+  const std::size_t marks = kChannels * kSlots * (1 + channels->size_);
+  const std::size_t bytes =
+      marks * sizeof(Mark) + kChannels * kSlots * kSlotBytes;
+  channels->memory_ = SharedMemory::Make(machine, bytes);
+  const bool usable = channels->memory_ != nullptr;
   if (usable) {
-    std::byte* own = lanes->memory_->of(lanes->me_);
+    std::byte* own = channels->memory_->of(channels->me_);
     for (std::size_t i = 0; i < marks; ++i) new (own + i * sizeof(Mark)) Mark;
-    lanes->local_ = RanksIn(comm, machine);
+    channels->local_ = RanksIn(comm, machine);
   }
-  MPI_Barrier(machine);  // all marks are made
+  MPI_Barrier(machine);  // no rank reads a mark before it is constructed
   MPI_Comm_free(&machine);
-  return usable ? lanes : nullptr;
+  return usable ? channels : nullptr;
 }
 
-Lanes::Mark& Lanes::Ready(int local, int lane, int slot) const {
-  return reinterpret_cast<Mark*>(memory_->of(local))[lane * kSlots + slot];
+Channels::Mark& Channels::Ready(int local, int channel, int slot) const {
+  return reinterpret_cast<Mark*>(memory_->of(local))[channel * kSlots + slot];
 }
 
-Lanes::Mark& Lanes::DoneMark(int local, int lane, int slot, int reader) const {
+Channels::Mark& Channels::DoneMark(int local, int channel, int slot,
+                                   int reader) const {
   return reinterpret_cast<Mark*>(memory_->of(
-      local))[kLanes * kSlots + (lane * kSlots + slot) * size_ + reader];
+      local))[kChannels * kSlots + (channel * kSlots + slot) * size_ + reader];
 }
 
-std::byte* Lanes::Bytes(int local, int lane, int slot) const {
-  return memory_->of(local) + kLanes * kSlots * (1 + size_) * sizeof(Mark) +
-         (lane * kSlots + slot) * kSlotBytes;
+std::byte* Channels::Bytes(int local, int channel, int slot) const {
+  return memory_->of(local) + kChannels * kSlots * (1 + size_) * sizeof(Mark) +
+         (channel * kSlots + slot) * kSlotBytes;
 }
 
-bool Lanes::IsRead(const Own& own, int lane, int slot, int reader) const {
-  return DoneMark(me_, lane, slot, reader)
+bool Channels::IsRead(const Own& own, int channel, int slot, int reader) const {
+  return DoneMark(me_, channel, slot, reader)
              .stamp.load(std::memory_order_acquire) == own.stamps[slot];
 }
 
-std::optional<Lanes::Claim> Lanes::Acquire(const std::vector<int>& readers,
-                                           std::uint64_t chunks) {
+std::optional<Channels::Claim> Channels::Acquire(
+    const std::vector<int>& readers, std::uint64_t chunks) {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    Own& own = own_[lane];
+  for (int channel = 0; channel < kChannels; ++channel) {
+    Own& own = own_[channel];
     bool free = !own.claimed;
     for (int slot = 0; free && slot < kSlots; ++slot) {
       if (own.stamps[slot] == 0) continue;
       for (int reader : own.readers) {
-        free = free && IsRead(own, lane, slot, reader);
+        free = free && IsRead(own, channel, slot, reader);
       }
     }
     if (!free) continue;
@@ -82,65 +84,67 @@ std::optional<Lanes::Claim> Lanes::Acquire(const std::vector<int>& readers,
     own.stamps.fill(0);
     own.readers.clear();
     for (int rank : readers) own.readers.push_back(local_[rank]);
-    const Claim claim{lane, next_};
+    const Claim claim{channel, next_};
     next_ += chunks;
     return claim;
   }
   return std::nullopt;
 }
 
-void Lanes::Release(const Claim& claim) {
+void Channels::Release(const Claim& claim) {
   std::lock_guard<std::mutex> lock(mutex_);
-  own_[claim.lane].claimed = false;
+  own_[claim.channel].claimed = false;
 }
 
-// A claimed lane is its operation's alone, which needs no lock.
+// The state of a claimed channel belongs to one operation: no lock is taken
+// below.
 
-std::byte* Lanes::Place(const Claim& claim, std::uint64_t chunk) const {
-  const Own& own = own_[claim.lane];
+std::byte* Channels::Place(const Claim& claim, std::uint64_t chunk) const {
+  const Own& own = own_[claim.channel];
   const int slot = static_cast<int>(chunk % kSlots);
   if (own.stamps[slot] != 0) {
     for (int reader : own.readers) {
-      if (!IsRead(own, claim.lane, slot, reader)) return nullptr;
+      if (!IsRead(own, claim.channel, slot, reader)) return nullptr;
     }
   }
-  return Bytes(me_, claim.lane, slot);
+  return Bytes(me_, claim.channel, slot);
 }
 
-void Lanes::Publish(const Claim& claim, std::uint64_t chunk) {
+void Channels::Publish(const Claim& claim, std::uint64_t chunk) {
   const int slot = static_cast<int>(chunk % kSlots);
-  own_[claim.lane].stamps[slot] = claim.stamp + chunk;
-  Ready(me_, claim.lane, slot)
+  own_[claim.channel].stamps[slot] = claim.stamp + chunk;
+  Ready(me_, claim.channel, slot)
       .stamp.store(claim.stamp + chunk, std::memory_order_release);
 }
 
-std::vector<int> Lanes::Behind(const Claim& claim, std::uint64_t chunk) const {
-  const Own& own = own_[claim.lane];
+std::vector<int> Channels::Behind(const Claim& claim,
+                                  std::uint64_t chunk) const {
+  const Own& own = own_[claim.channel];
   const int slot = static_cast<int>(chunk % kSlots);
   std::vector<int> behind;
   for (std::size_t rank = 0; rank < local_.size(); ++rank) {
     const bool reads =
         std::count(own.readers.begin(), own.readers.end(), local_[rank]) > 0;
     if (reads && own.stamps[slot] != 0 &&
-        !IsRead(own, claim.lane, slot, local_[rank])) {
+        !IsRead(own, claim.channel, slot, local_[rank])) {
       behind.push_back(static_cast<int>(rank));
     }
   }
   return behind;
 }
 
-const std::byte* Lanes::Find(int sender, const Claim& claim,
-                             std::uint64_t chunk) const {
+const std::byte* Channels::Find(int sender, const Claim& claim,
+                                std::uint64_t chunk) const {
   const int local = local_[sender];
   const int slot = static_cast<int>(chunk % kSlots);
   const std::uint64_t stamp =
-      Ready(local, claim.lane, slot).stamp.load(std::memory_order_acquire);
-  return stamp == claim.stamp + chunk ? Bytes(local, claim.lane, slot)
+      Ready(local, claim.channel, slot).stamp.load(std::memory_order_acquire);
+  return stamp == claim.stamp + chunk ? Bytes(local, claim.channel, slot)
                                       : nullptr;
 }
 
-void Lanes::Done(int sender, const Claim& claim, std::uint64_t chunk) {
-  DoneMark(local_[sender], claim.lane, static_cast<int>(chunk % kSlots), me_)
+void Channels::Done(int sender, const Claim& claim, std::uint64_t chunk) {
+  DoneMark(local_[sender], claim.channel, static_cast<int>(chunk % kSlots), me_)
       .stamp.store(claim.stamp + chunk, std::memory_order_release);
 }
 

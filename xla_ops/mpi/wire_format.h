@@ -1,4 +1,4 @@
-// Tags and lengths of the messages between ranks.
+// Wire format: tags and lengths of the messages between ranks.
 #ifndef JFOG_XLA_OPS_MPI_WIRE_FORMAT_H_
 #define JFOG_XLA_OPS_MPI_WIRE_FORMAT_H_
 
@@ -9,26 +9,26 @@
 
 namespace jfog::mpi {
 
-// The first message on an edge is at most this long: all of a short payload, or
-// the header alone. No rank makes room for more than that before it has seen
-// the header, for Open MPI 5.0.11 writes past the end of a buffer that is too
-// short for what arrives, and ranks that disagree bring just that.
+// Maximum length of the first message on an edge: the header, and all of a
+// short payload. Longer messages are received only after the header is checked:
+// Open MPI 5.0.11 writes past the end of a buffer that is shorter than the
+// message, as it is when ranks disagree on the payload.
 constexpr std::size_t kEnvelope = 60 * 1024;
 constexpr std::size_t kShort = kEnvelope - sizeof(Header);
-// The length of the further ones: see benchmarks/README.md.
-constexpr std::size_t kChunk = Lanes::kSlotBytes;
+// Length of the further messages; see benchmarks/README.md.
+constexpr std::size_t kChunk = Channels::kSlotBytes;
 
-// First messages are sent in program order, with one tag, so that ranks in
-// different operations meet. Those of later rounds of one operation are not.
+// First messages have one tag and are sent in program order, so ranks in
+// different operations receive each other's headers and report the mismatch.
+// Later rounds of one operation start out of program order and use other tags.
 constexpr int kEnvelopeTag = 1;
-// Chunks of different operations overtake each other, so each operation has
-// tags of its own, two for what it sends to one rank; MPI promises tags up to
-// 32767.
+// Chunks of operations in flight are not ordered among each other, so each
+// operation has its own two tags. MPI guarantees tags up to 32767.
 constexpr int kChunkTags = 16000;
 constexpr int kChunkTag = 16;
 constexpr int kSecondTag = kChunkTag + kChunkTags;
 
-// Buffers start at cache lines.
+// Rounds up to a multiple of a cache line, at which buffers start.
 constexpr std::size_t RoundUp(std::size_t bytes) {
   return (bytes + 63) / 64 * 64;
 }

@@ -1,8 +1,11 @@
-// From a call of XLA's to operations on a stream: what every handler needs.
+// Context of an XLA call: its leaves, memory and stream, shared by all
+// handlers.
 #include "nccl/call_context.h"
 
 #include <cstring>
 #include <utility>
+
+#include "common/hash.h"
 
 namespace jfog::nccl {
 namespace {
@@ -102,8 +105,8 @@ ffi::Error Call::ReadLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
   return is_start() ? Stage() : ffi::Error::Success();
 }
 
-// XLA may use the operands' memory again as soon as its stream has gone on, so
-// that stream makes the copies.
+// XLA may reuse the memory of the operands as soon as its stream has passed the
+// call, so the copies are made on that stream.
 ffi::Error Call::Stage() {
   for (Leaf& leaf : leaves_) {
     DevicePointer copy = 0;

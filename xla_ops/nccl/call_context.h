@@ -1,4 +1,5 @@
-// From a call of XLA's to operations on a stream: what every handler needs.
+// Context of an XLA call: its leaves, memory and stream, shared by all
+// handlers.
 #ifndef JFOG_XLA_OPS_NCCL_CALL_CONTEXT_H_
 #define JFOG_XLA_OPS_NCCL_CALL_CONTEXT_H_
 
@@ -18,7 +19,7 @@
 
 namespace jfog::nccl {
 
-// A leaf on the device, and the memory of what it becomes.
+// A leaf on the device, and the memory of its result.
 struct Leaf {
   DataType type;
   std::size_t count;  // elements of the input
@@ -30,8 +31,8 @@ struct Leaf {
   std::size_t width() const { return ffi::ByteWidth(type); }
 };
 
-// One call. In a start it works on copies of the leaves and on the
-// communicator's second stream, and what it launches is kept to be waited for.
+// One call. A start copies the leaves, launches on the communicator's second
+// stream, and keeps its operations for a wait.
 class Call {
  public:
   Call(const Plan& plan, CudaStream stream);
@@ -45,17 +46,17 @@ class Call {
   // Reads int32 operands from the device, which waits for the stream.
   ffi::Error ReadInts(const ffi::AnyBuffer& operand,
                       std::vector<std::int32_t>* values);
-  // The bytes that are received for a leaf, where the attributes do not say it.
+  // The bytes that are received for a leaf, if the attributes do not give them.
   using Received = std::function<std::size_t(const Leaf&)>;
 
-  // Reads the leaves, and from here on works on what `stream` says.
+  // Reads the leaves; a start switches `stream` to the second stream.
   ffi::Error ReadLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
                         const Received& received);
   // Memory of its own, in a start.
   ffi::Error Take(std::size_t bytes, DevicePointer* address);
   ffi::Error Copy(DevicePointer to, DevicePointer from, std::size_t bytes);
 
-  // Where a communicator is null, posts nothing.
+  // Posts one operation.
   ffi::Error Launch(std::shared_ptr<Communicator> comm, OperationSpec spec,
                     const Post& post);
   // Ends the call: a start writes its handle.
@@ -64,9 +65,9 @@ class Call {
   CudaStream stream() const { return stream_; }
   bool is_start() const { return started_ != nullptr; }
   std::vector<Leaf>& leaves() { return leaves_; }
-  // What the call is to be, with leaves like these on all ranks.
+  // The spec of the call, with equal leaves on all ranks.
   OperationSpec MakeOperationSpec() const;
-  // "name on rank r failed in ..."; spoils the communicator.
+  // "name on rank r failed in ..."; fails the communicator.
   ffi::Error CheckCuda(int code, const char* function);
 
  private:

@@ -54,8 +54,8 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
     sum.received += counted.received;
   }
   if (!leaves.empty()) {
-    plan.comm->CountSent(plan.comm->rank(), sum.sent);
-    plan.comm->CountReceived(plan.comm->rank(), sum.received);
+    plan.comm->traffic().CountSent(plan.comm->rank(), sum.sent);
+    plan.comm->traffic().CountReceived(plan.comm->rank(), sum.received);
   }
   return call.Finish(results);
 }

@@ -2,7 +2,6 @@
 #include "nccl/communicator.h"
 
 #include <algorithm>
-#include <map>
 #include <stdexcept>
 #include <thread>
 
@@ -12,26 +11,16 @@
 namespace jfog::nccl {
 namespace {
 
-// A call waits for NCCL without a pause first, and then with short ones.
+// A call polls NCCL without a pause first, then naps between polls.
 constexpr int kPolls = 1000;
 constexpr std::chrono::microseconds kNap{50};
-// A thread that is inside NCCL gets so long to come out before an abort.
+// Grace period for a thread inside NCCL to return before an abort.
 constexpr std::chrono::seconds kInsideWithin{2};
-// What an operation that has failed here still moves may tell others the same.
+// Grace period before ncclCommAbort, so that in-flight headers reach peers and
+// they report the mismatch themselves.
 constexpr std::chrono::milliseconds kGrace{200};
-// A rank that ends waits so long for others to end, too.
+// Seconds that a closing rank waits for the others to close.
 constexpr double kLeaveWithin = 10;
-
-struct Registry {
-  std::mutex mutex;
-  std::map<std::int64_t, std::shared_ptr<Communicator>> communicators;
-};
-
-// Never destroyed: operations may still end while the process does.
-Registry& TheRegistry() {
-  static Registry* registry = new Registry;
-  return *registry;
-}
 
 Clock::time_point After(double seconds) {
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(
@@ -47,9 +36,7 @@ Communicator::Communicator(std::shared_ptr<Device> device, int rank, int size,
       size_(size),
       timeout_(timeout),
       blocking_(blocking),
-      bytes_sent_(size),
-      bytes_received_(size),
-      messages_sent_(size) {}
+      traffic_(size) {}
 
 std::shared_ptr<Communicator> Communicator::Make(
     const std::vector<UniqueId>& ids, int rank, int size, int device,
@@ -143,25 +130,13 @@ int Communicator::SecondStream(CudaStream* stream) {
 
 ffi::Error Communicator::CheckReady(const std::string& name) {
   if (closed_.load(std::memory_order_acquire)) {
-    return MakeError(ffi::ErrorCode::kFailedPrecondition,
-                     name + " on a communicator that was shut down");
+    return ShutDownError(name);
   }
   return Refusal();
 }
 
-ffi::Error Communicator::Refusal() {
-  if (!failed()) return ffi::Error::Success();
-  std::lock_guard<std::mutex> lock(mutex_);
-  return MakeError(failure_->first, failure_->second);
-}
-
 bool Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (failure_) return false;
-    failure_.emplace(code, text);
-    failed_.store(true, std::memory_order_release);
-  }
+  if (!failure_.Set(code, text)) return false;
   Abort();
   return true;
 }
@@ -203,7 +178,7 @@ Result Communicator::AwaitReady(const KeepsWaiting& keeps_waiting,
 std::shared_ptr<Communicator::NcclCall> Communicator::RunOnThread(
     std::function<void(NcclCall&)> call, const KeepsWaiting& keeps_waiting) {
   auto called = std::make_shared<NcclCall>();
-  // Owns what it uses: if NCCL does not return, nobody waits for it.
+  // The thread owns all it uses: if NCCL does not return, it is left behind.
   std::thread([self = shared_from_this(), called, call = std::move(call)] {
     {
       const ContextGuard guard(self->device_->context());
@@ -283,14 +258,14 @@ ffi::Error Communicator::Rendezvous(Operation& operation,
                                     const std::set<Connection>& connections) {
   const Clock::time_point begin = Clock::now();
   const KeepsWaiting keeps_waiting = [&] {
-    return operation.CheckPatience(Clock::now() - begin).success() && !failed();
+    return operation.CheckDeadline(Clock::now() - begin).success() && !failed();
   };
   if (rendezvous_stream_ == nullptr) {
     JFOG_RETURN_IF_ERROR(operation.Check(
         Cuda().stream_create(&rendezvous_stream_, kStreamNonBlocking),
         "cuStreamCreate"));
   }
-  // One byte that goes out, and room for what comes in.
+  // One outgoing byte, then one placeholder for each incoming byte.
   Buffer bytes;
   JFOG_RETURN_IF_ERROR(operation.Check(
       device_->memory().Take(1 + size_, rendezvous_stream_, &bytes),
@@ -322,7 +297,7 @@ ffi::Error Communicator::Rendezvous(Operation& operation,
         operation.Check(passed->Record(rendezvous_stream_), "cuEventRecord");
   }
   while (error.success() && !passed->HasPassed()) {
-    // A peer that dies shows in the state.
+    // The state reports a peer that dies.
     const Result state = State(&called.text);
     if (state != kSuccess && state != kInProgress) {
       error = FailIn(operation, "a rendezvous", called.text);
@@ -340,7 +315,7 @@ ffi::Error Communicator::Run(Operation& operation, const OperationSpec& spec,
                              CudaStream stream, const Post& post) {
   const Clock::time_point begin = Clock::now();
   const KeepsWaiting keeps_waiting = [&] {
-    return operation.CheckPatience(Clock::now() - begin).success() && !failed();
+    return operation.CheckDeadline(Clock::now() - begin).success() && !failed();
   };
   const std::set<Connection> connections = NewConnections(spec);
   if (connections.empty()) {
@@ -365,14 +340,14 @@ ffi::Error Communicator::Run(Operation& operation, const OperationSpec& spec,
 void Communicator::Enter(std::shared_ptr<Operation> operation) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    under_way_.push_back(std::move(operation));
+    in_flight_.push_back(std::move(operation));
   }
   Watchdog::Get().Wake();
 }
 
-std::deque<std::shared_ptr<Operation>> Communicator::UnderWay() {
+std::deque<std::shared_ptr<Operation>> Communicator::InFlight() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return under_way_;
+  return in_flight_;
 }
 
 bool Communicator::Poll(Clock::time_point now, bool all) {
@@ -380,32 +355,32 @@ bool Communicator::Poll(Clock::time_point now, bool all) {
   std::unique_lock<std::mutex> looking(looking_, std::try_to_lock);
   if (!looking.owns_lock()) return true;
   if (all) {
-    const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
+    const std::deque<std::shared_ptr<Operation>> operations = InFlight();
     std::vector<const Operation*> over;
     for (const auto& operation : operations) {
       if (operation->Poll(now)) over.push_back(operation.get());
     }
     if (over.size() < operations.size()) CheckAsyncError();
     std::lock_guard<std::mutex> lock(mutex_);
-    under_way_.erase(
-        std::remove_if(under_way_.begin(), under_way_.end(),
+    in_flight_.erase(
+        std::remove_if(in_flight_.begin(), in_flight_.end(),
                        [&](const std::shared_ptr<Operation>& operation) {
                          return std::find(over.begin(), over.end(),
                                           operation.get()) != over.end();
                        }),
-        under_way_.end());
-    return !under_way_.empty();
+        in_flight_.end());
+    return !in_flight_.empty();
   }
   for (;;) {
     std::shared_ptr<Operation> oldest;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (under_way_.empty()) return false;
-      oldest = under_way_.front();
+      if (in_flight_.empty()) return false;
+      oldest = in_flight_.front();
     }
     if (!oldest->Poll(now)) return true;
     std::lock_guard<std::mutex> lock(mutex_);
-    under_way_.pop_front();
+    in_flight_.pop_front();
   }
 }
 
@@ -421,9 +396,9 @@ void Communicator::CheckAsyncError() {
     if (state == kSuccess || state == kInProgress) return;
     text = Explain(comm_, state);
   }
-  const std::deque<std::shared_ptr<Operation>> operations = UnderWay();
+  const std::deque<std::shared_ptr<Operation>> operations = InFlight();
   if (operations.empty()) return;
-  // A rank that has found a mismatch ends: this one may know why.
+  // A peer that found a mismatch has ended; a header here may name the reason.
   for (const auto& operation : operations) operation->Peek();
   const std::shared_ptr<Operation>& oldest = operations.front();
   oldest->Report(
@@ -431,10 +406,10 @@ void Communicator::CheckAsyncError() {
       "failed in NCCL: " + text + "; it exchanges with " + oldest->Peers());
 }
 
-// Not at once, so that peers that have found the same say so, and not that this
-// rank has ended. On a thread of its own: freeing the memory of one
-// communicator can wait for the kernels of another, which the watchdog then has
-// to abort as well.
+// Aborts after a grace period, so that peers that find the same mismatch report
+// it, and not the end of this rank. On a thread of its own: freeing the memory
+// of one communicator can wait for the kernels of another, which the watchdog
+// then has to abort as well.
 void Communicator::Abort() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -444,8 +419,8 @@ void Communicator::Abort() {
   std::thread([self = shared_from_this()] {
     if (self->failed()) std::this_thread::sleep_for(kGrace);
     // A thread stays inside NCCL for long only if it waits for the device or
-    // for peers. Then nothing but the abort lets it go on. NCCL's maintainers
-    // say that it may come from another thread since 2.19 (NVIDIA/nccl#992).
+    // for peers; then only the abort releases it. Since NCCL 2.19 the abort may
+    // come from another thread (NVIDIA/nccl#992).
     std::unique_lock<std::timed_mutex> inside(self->handle_, kInsideWithin);
     const Comm comms[] = {std::exchange(self->rendezvous_, nullptr),
                           std::exchange(self->comm_, nullptr)};
@@ -469,7 +444,7 @@ void Communicator::AwaitAbort(Clock::time_point until) {
 
 void Communicator::Drain() {
   while (!failed() && Poll(Clock::now(), /*all=*/true)) {
-    for (const auto& operation : UnderWay()) operation->Await();
+    for (const auto& operation : InFlight()) operation->Await();
     std::this_thread::sleep_for(kNap);
   }
 }
@@ -504,57 +479,10 @@ void Communicator::Finalize() {
       [limit] { return Clock::now() < limit; });
 }
 
-void Communicator::CountSent(int peer, std::size_t bytes) {
-  bytes_sent_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
-  messages_sent_[peer].fetch_add(1, kRelaxed);
-}
-
-void Communicator::CountReceived(int peer, std::size_t bytes) {
-  bytes_received_[peer].fetch_add(static_cast<std::int64_t>(bytes), kRelaxed);
-}
-
-Counters Communicator::counters() const {
-  const auto values = [](const Counts& counts) {
-    return std::vector<std::int64_t>(counts.begin(), counts.end());
-  };
-  return {values(bytes_sent_), values(bytes_received_), values(messages_sent_),
-          operations_.load(kRelaxed)};
-}
-
-void Communicator::ResetCounters() {
-  for (Counts* counts : {&bytes_sent_, &bytes_received_, &messages_sent_}) {
-    for (auto& count : *counts) count.store(0, kRelaxed);
-  }
-  operations_.store(0, kRelaxed);
-}
-
-void Register(std::int64_t context, std::shared_ptr<Communicator> comm) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.communicators[context] = std::move(comm);
-}
-
-std::shared_ptr<Communicator> Lookup(std::int64_t context) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto found = registry.communicators.find(context);
-  return found == registry.communicators.end() ? nullptr : found->second;
-}
-
-void Unregister(std::int64_t context) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.communicators.erase(context);
-}
-
-std::vector<std::shared_ptr<Communicator>> AllCommunicators() {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  std::vector<std::shared_ptr<Communicator>> all;
-  for (const auto& [context, comm] : registry.communicators) {
-    all.push_back(comm);
-  }
-  return all;
+// Never destroyed: operations may still end while the process does.
+Registry<Communicator>& Communicators() {
+  static auto* registry = new Registry<Communicator>;
+  return *registry;
 }
 
 }  // namespace jfog::nccl

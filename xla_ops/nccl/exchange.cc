@@ -6,12 +6,13 @@
 #include <string>
 #include <utility>
 
+#include "common/hash.h"
 #include "nccl/call_context.h"
 
 namespace jfog::nccl {
 namespace {
 
-// Gives away the slices of one side's buffers, rank by rank.
+// Cuts the buffers of one side into slices, rank by rank.
 class Slices {
  public:
   struct Buffer {
@@ -29,7 +30,7 @@ class Slices {
     buffers_.push_back({address, bytes, width, 0});
   }
 
-  // False if it lies outside of a buffer.
+  // Returns false if the slice exceeds a buffer.
   bool Next(int rank, PeerMessage* message) {
     message->rank = rank;
     for (std::size_t i = 0; i < buffers_.size(); ++i) {
@@ -62,7 +63,7 @@ ffi::Error Malformed(const Plan& plan) {
                    "malformed call of " + plan.operation);
 }
 
-// Who exchanges with whom in this call, by the program or by the table.
+// The peers of this call, from the operand or from the graph.
 ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
                               const ffi::AnyBuffer& selector,
                               OperationSpec* spec) {
@@ -94,7 +95,7 @@ ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
   return round;
 }
 
-// Takes this rank itself out of the messages, and copies what it sends itself.
+// Removes the messages of this rank to itself, and copies their data.
 ffi::Error CopyOwn(const Plan& plan, Call& call,
                    std::vector<PeerMessage>* outgoing,
                    std::vector<PeerMessage>* incoming) {
@@ -129,8 +130,8 @@ ffi::Error CopyOwn(const Plan& plan, Call& call,
   return ffi::Error::Success();
 }
 
-// What every rank's leaves must have in common. Of slices the two ends of an
-// edge compare the bytes.
+// A hash of the dtypes, which must be equal on all ranks. The two ends of an
+// edge compare the bytes of a slice.
 std::uint64_t SignatureOf(const ExchangePlan& plan,
                           const std::vector<Leaf>& leaves) {
   std::uint64_t signature = Mix(plan.signature, leaves.size());

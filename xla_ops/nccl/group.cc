@@ -1,7 +1,7 @@
-// What is posted as one: single calls of NCCL.
-#include <cstdint>
+// NCCL calls of one group.
+#include "nccl/group.h"
 
-#include "nccl/communicator.h"
+#include <cstdint>
 
 namespace jfog::nccl {
 namespace {

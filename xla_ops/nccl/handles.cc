@@ -1,33 +1,21 @@
-// Started operations: kept by a number until they are waited on.
+// Started operations: their handles, wait and poll.
 #include "nccl/handles.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "common/handle_table.h"
 #include "common/status.h"
 
 namespace jfog::nccl {
 namespace {
 
-// That many handles nobody waits for are likely to be a mistake.
-constexpr std::size_t kManyHandles = 1000;
-
-struct Handles {
-  std::mutex mutex;
-  std::map<std::uint32_t, std::shared_ptr<Started>> open;
-  std::uint32_t next = 1;
-  bool warned = false;
-};
-
 // Never destroyed: programs may still run while the process ends.
-Handles& TheHandles() {
-  static Handles* handles = new Handles;
+HandleTable<Started>& Handles() {
+  static auto* handles = new HandleTable<Started>;
   return *handles;
 }
 
@@ -40,15 +28,8 @@ ffi::Error Check(int code, const char* function, const char* name) {
                                                   ": " + CudaErrorText(code));
 }
 
-ffi::Error NotOpen(const std::string& handle, const char* name) {
-  return MakeError(ffi::ErrorCode::kFailedPrecondition,
-                   std::string(name) + " on " + handle +
-                       ", which is not open: a handle is waited on once, "
-                       "before the shutdown of its communicator");
-}
-
-// The device of a stream, current as long as this lives, and the operation of a
-// handle that is read there; with `take` the handle ends.
+// Makes the device of a stream current, reads a handle there, and finds its
+// operation; `take` closes the handle.
 struct HandleLookup {
   std::optional<ContextGuard> guard;
   std::shared_ptr<Device> device;
@@ -64,7 +45,7 @@ ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
   JFOG_RETURN_IF_ERROR(Check(Cuda().stream_get_context(stream, &context),
                              "cuStreamGetCtx", name));
   device = Device::Of(context);
-  if (device == nullptr) return NotOpen("a handle", name);
+  if (device == nullptr) return HandleNotOpen("a handle", name);
   guard.emplace(context);
   JFOG_RETURN_IF_ERROR(Check(guard->code(), "cuCtxPushCurrent", name));
   Buffer copy;
@@ -86,15 +67,9 @@ ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
   }
   std::uint32_t handle;
   std::memcpy(&handle, copy.host(), sizeof(handle));
-  Handles& handles = TheHandles();
-  std::lock_guard<std::mutex> lock(handles.mutex);
-  const auto found = handles.open.find(handle);
-  if (found == handles.open.end()) {
-    return NotOpen("handle " + std::to_string(handle), name);
-  }
-  started = found->second;
-  if (take) handles.open.erase(found);
-  return error;
+  JFOG_ASSIGN_OR_RETURN(open, Handles().Find(&handle, take, name));
+  started = std::move(open);
+  return ffi::Error::Success();
 }
 
 // The first failure of the communicators that its operations are on.
@@ -109,9 +84,8 @@ ffi::Error RefusalOf(const Started& started) {
 ffi::Error CheckResults(const Started& started, ffi::RemainingRets results) {
   bool is_equal = started.received.size() == results.size();
   for (std::size_t i = 0; is_equal && i < results.size(); ++i) {
-    auto y = results.get<ffi::AnyBuffer>(i);
-    if (!y) return y.error();
-    is_equal = (*y)->size_bytes() == started.received[i].bytes;
+    JFOG_ASSIGN_OR_RETURN(y, results.get<ffi::AnyBuffer>(i));
+    is_equal = y->size_bytes() == started.received[i].bytes;
   }
   if (is_equal) return ffi::Error::Success();
   const std::string title = started.operations.empty()
@@ -156,7 +130,7 @@ ffi::Error PollImpl(CudaStream stream, ffi::Token, Number number,
   constexpr const char* kName = "poll";
   HandleLookup found;
   JFOG_RETURN_IF_ERROR(found.Find(stream, number, /*take=*/false, kName));
-  // One that has failed has ended: a wait for it says how.
+  // A failed operation has ended; its wait returns the error.
   const bool has_ended =
       RefusalOf(*found.started).failure() || found.started->ended->HasPassed();
   return Check(Cuda().copy_to_device(
@@ -178,40 +152,19 @@ Started::~Started() {
 }
 
 std::uint32_t Insert(std::shared_ptr<Started> started) {
-  Handles& handles = TheHandles();
-  std::lock_guard<std::mutex> lock(handles.mutex);
-  if (handles.open.size() >= kManyHandles && !handles.warned) {
-    handles.warned = true;
-    std::fprintf(stderr,
-                 "jfog: %zu operations were started and not waited on; each "
-                 "keeps a copy of its leaves until jfog.wait\n",
-                 handles.open.size());
-  }
-  const std::uint32_t handle = handles.next++;
-  handles.open.emplace(handle, std::move(started));
+  std::uint32_t handle;
+  Handles().Insert(std::move(started), &handle);
   return handle;
 }
 
 int ForgetHandles(const Communicator& comm) {
-  Handles& handles = TheHandles();
-  std::lock_guard<std::mutex> lock(handles.mutex);
-  int forgotten = 0;
-  for (auto it = handles.open.begin(); it != handles.open.end();) {
-    const Started& started = *it->second;
-    const bool is_on_it =
-        started.comm.get() == &comm ||
-        std::any_of(started.operations.begin(), started.operations.end(),
-                    [&](const std::shared_ptr<Operation>& operation) {
-                      return &operation->comm() == &comm;
-                    });
-    if (is_on_it) {
-      it = handles.open.erase(it);
-      ++forgotten;
-    } else {
-      ++it;
-    }
-  }
-  return forgotten;
+  return Handles().Forget([&](const Started& started) {
+    return started.comm.get() == &comm ||
+           std::any_of(started.operations.begin(), started.operations.end(),
+                       [&](const std::shared_ptr<Operation>& operation) {
+                         return &operation->comm() == &comm;
+                       });
+  });
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclWait, WaitImpl,

@@ -1,4 +1,4 @@
-// Started operations: kept by a number until they are waited on.
+// Started operations: their handles, wait and poll.
 #ifndef JFOG_XLA_OPS_NCCL_HANDLES_H_
 #define JFOG_XLA_OPS_NCCL_HANDLES_H_
 
@@ -12,7 +12,7 @@
 
 namespace jfog::nccl {
 
-// What a call has started, in its own memory.
+// The operations of a started call, with their memory.
 struct Started {
   struct Received {
     DevicePointer address;
@@ -26,13 +26,13 @@ struct Started {
   std::vector<Received> received;
   std::vector<Buffer> buffers;
   std::shared_ptr<Event> ended;
-  std::shared_ptr<Event> last_use;  // of the memory; null: nobody knows
+  std::shared_ptr<Event> last_use;  // of the memory; null: unknown
 };
 
-// Keeps it, and returns its number.
+// Opens a handle and returns its number.
 std::uint32_t Insert(std::shared_ptr<Started> started);
 
-// Forgets what was started on a communicator; returns how many were open.
+// Closes the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclWait);

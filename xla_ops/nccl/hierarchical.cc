@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/hash.h"
 #include "nccl/call_context.h"
 #include "nccl/collectives.h"
 #include "nccl/exchange.h"
@@ -43,8 +44,8 @@ ffi::Error ReduceParts(const HierarchicalPlan& plan, Call& call,
   OperationSpec spec = call.MakeOperationSpec();
   spec.is_collective = true;
   for (std::size_t i = 0; i < leaves.size(); ++i) {
-    plan.local->CountSent(plan.local->rank(), leaves[i].bytes);
-    plan.local->CountReceived(plan.local->rank(), blocks[i].part);
+    plan.local->traffic().CountSent(plan.local->rank(), leaves[i].bytes);
+    plan.local->traffic().CountReceived(plan.local->rank(), blocks[i].part);
   }
   return call.Launch(plan.local, std::move(spec), [&](Group& group) {
     for (std::size_t i = 0; i < leaves.size(); ++i) {
@@ -94,9 +95,9 @@ ffi::Error GatherBlocks(const HierarchicalPlan& plan, Call& call,
     return ffi::Error::Success();
   }
   for (const Block& block : blocks) {
-    plan.local->CountSent(plan.local->rank(), block.bytes);
-    plan.local->CountReceived(plan.local->rank(),
-                              block.bytes * (plan.local->size() - 1));
+    plan.local->traffic().CountSent(plan.local->rank(), block.bytes);
+    plan.local->traffic().CountReceived(plan.local->rank(),
+                                        block.bytes * (plan.local->size() - 1));
   }
   OperationSpec spec = call.MakeOperationSpec();
   spec.is_collective = true;

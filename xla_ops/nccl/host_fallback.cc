@@ -13,16 +13,15 @@
 #include <utility>
 #include <vector>
 
+#include "common/cache_line.h"
 #include "common/status.h"
 #include "nccl/device.h"
 
 namespace jfog::nccl {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
-
-// What a handler of the host completes in place of XLA's own future, for XLA's
-// may be known to nobody but the one whom the call frame is from. Both who
+// Stands in for XLA_FFI_Future: a future created through the GPU runtime's API
+// table cannot be awaited here. Both who
 // completes it and who waits own it.
 class HostFuture {
  public:
@@ -117,8 +116,7 @@ class Copies {
       device_.push_back(static_cast<const XLA_FFI_Buffer*>(buffers[i]));
       host_.push_back(*device_.back());
       places_.push_back(bytes_);
-      bytes_ +=
-          (BytesOf(host_.back()) + kAlignment - 1) / kAlignment * kAlignment;
+      bytes_ += AlignUp(BytesOf(host_.back()));
     }
     for (XLA_FFI_Buffer& buffer : host_) pointers_.push_back(&buffer);
   }

@@ -14,7 +14,7 @@
 namespace jfog::nccl {
 namespace {
 
-// A process that goes down leaves its kernels so much time to end.
+// Grace period for aborts when the process goes down.
 constexpr std::chrono::seconds kAbortWithin{5};
 std::atomic<bool> abandoned{false};
 
@@ -25,7 +25,7 @@ void ThrowUnlessOpen() {
 }
 
 std::shared_ptr<Communicator> Get(std::int64_t context) {
-  std::shared_ptr<Communicator> comm = Lookup(context);
+  std::shared_ptr<Communicator> comm = Communicators().Find(context);
   if (comm == nullptr) {
     throw std::runtime_error("jfog: no communicator of NCCL " +
                              std::to_string(context));
@@ -60,18 +60,19 @@ void Create(std::int64_t context, const std::string& unique_ids, int rank,
     throw std::runtime_error("jfog: no rank " + std::to_string(rank) + " of " +
                              std::to_string(size));
   }
-  if (Lookup(context) != nullptr) {
+  if (Communicators().Find(context) != nullptr) {
     throw std::runtime_error("jfog: there is a communicator of NCCL " +
                              std::to_string(context) + " already");
   }
   std::memcpy(ids.data(), unique_ids.data(), unique_ids.size());
-  Register(context, Communicator::Make(ids, rank, size, device, timeout));
+  Communicators().Insert(context,
+                         Communicator::Make(ids, rank, size, device, timeout));
 }
 
 int Close(std::int64_t context) {
-  const std::shared_ptr<Communicator> comm = Lookup(context);
+  const std::shared_ptr<Communicator> comm = Communicators().Find(context);
   if (comm == nullptr) return 0;
-  Unregister(context);
+  Communicators().Remove(context);
   const int forgotten = ForgetHandles(*comm);
   comm->Close();
   return forgotten;
@@ -79,7 +80,8 @@ int Close(std::int64_t context) {
 
 void Abandon(const std::string& reason) {
   abandoned = true;
-  const std::vector<std::shared_ptr<Communicator>> comms = AllCommunicators();
+  const std::vector<std::shared_ptr<Communicator>> comms =
+      Communicators().All();
   for (const auto& comm : comms) comm->Fail(ffi::ErrorCode::kAborted, reason);
   const Clock::time_point until = Clock::now() + kAbortWithin;
   for (const auto& comm : comms) comm->AwaitAbort(until);
@@ -87,21 +89,17 @@ void Abandon(const std::string& reason) {
 
 void Finish() {
   if (abandoned) return;
-  // All wait for their operations before one of them ends: an operation may
-  // need another communicator's first.
-  for (const auto& comm : AllCommunicators()) comm->Drain();
-  for (const auto& comm : AllCommunicators()) comm->Close();
+  // Drains all before it closes one: an operation may depend on an operation of
+  // another communicator.
+  for (const auto& comm : Communicators().All()) comm->Drain();
+  for (const auto& comm : Communicators().All()) comm->Close();
   Watchdog::Get().Stop();
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
-  Counters counters = Get(context)->counters();
-  return {counters.bytes_sent,
-          counters.bytes_received,
-          counters.messages_sent,
-          {counters.operations, 0}};
+  return Get(context)->traffic().Read();
 }
 
-void ResetCounters(std::int64_t context) { Get(context)->ResetCounters(); }
+void ResetCounters(std::int64_t context) { Get(context)->traffic().Reset(); }
 
 }  // namespace jfog::nccl

@@ -8,13 +8,13 @@
 
 namespace jfog::nccl {
 
-// What one rank makes and all ranks of a communicator are created with.
+// Made by one rank; all ranks of a communicator are created with it.
 std::string MakeUniqueId();
 
 // Collective over the ranks of the ids: with one id the communicator is in
 // non-blocking mode, with two in blocking mode (see Communicator). Operations
 // name the communicator by `context`, and use the CUDA device of that ordinal.
-// Throws what Python raises, also when the others do not come in `timeout`
+// Throws std::runtime_error, also if the others do not come within `timeout`
 // seconds.
 void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout);
@@ -23,14 +23,14 @@ void Create(std::int64_t context, const std::string& unique_ids, int rank,
 // operations were started and not waited on.
 int Close(std::int64_t context);
 
-// Fails all operations, running and to come: this process is going down.
+// Fails all operations, current and future: the process is going down.
 void Abandon(const std::string& reason);
 
-// Waits for operations under way, and ends all communicators.
+// Waits for operations in flight, and ends all communicators.
 void Finish();
 
 // bytes_sent, bytes_received, messages_sent (one of each for every peer), and
-// the number of operations and of agreements, of which there are none.
+// the number of operations and of consistency checks, which is 0 on NCCL.
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context);
 void ResetCounters(std::int64_t context);
 

@@ -1,4 +1,6 @@
 // The Python module `jfog._nccl`: a table of functions and FFI handlers.
+#include "common/module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,32 +22,6 @@
 namespace py = pybind11;
 
 namespace jfog::nccl {
-namespace {
-
-template <typename Handler>
-py::capsule Capsule(Handler* handler) {
-  static_assert(
-      std::is_invocable_r_v<XLA_FFI_Error*, Handler*, XLA_FFI_CallFrame*>,
-      "an FFI handler is wanted");
-  return py::capsule(reinterpret_cast<void*>(handler));
-}
-
-template <typename Execute>
-py::dict Stages(Execute* execute) {
-  py::dict stages;
-  stages["execute"] = Capsule(execute);
-  return stages;
-}
-
-template <typename Instantiate, typename Execute>
-py::dict Stages(Instantiate* instantiate, Execute* execute) {
-  py::dict stages = Stages(execute);
-  stages["instantiate"] = Capsule(instantiate);
-  return stages;
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_nccl, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.attr("__doc__") = "NCCL for jfog: communicators and FFI handlers.";

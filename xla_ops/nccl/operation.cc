@@ -8,17 +8,18 @@
 #include <set>
 #include <thread>
 
+#include "common/hash.h"
+
 namespace jfog::nccl {
 namespace {
 
-constexpr std::uint64_t kMagic = 0x6a666f6731303033u;
-// Headers of an operation that stands still are looked at after this time.
+// Time without progress before the headers of an operation are checked.
 constexpr std::chrono::milliseconds kStalledAfter{50};
 constexpr std::chrono::milliseconds kPeekWithin{20};
 constexpr std::chrono::microseconds kNap{100};
 
-// The names that a collective can tell of, which is all that is left of names
-// where all ranks reduce their headers to one.
+// Names by number: a collective reduces the headers of all ranks to one, which
+// keeps only the number of a name.
 constexpr const char* kNames[] = {
     "another operation",
     "allreduce",
@@ -37,8 +38,8 @@ std::uint64_t NumberOf(const std::string& name) {
   return found == std::end(kNames) ? 0 : found - std::begin(kNames);
 }
 
-// What a collective reduces: the maximum over all ranks of every word and of
-// its complement. They are equal on all ranks if both are one's own.
+// A collective reduces the maximum over all ranks of every word and of its
+// complement. All ranks match exactly if both maxima are those of this rank.
 struct ReducedHeader {
   enum { kIdentity, kName, kSequence, kSignature, kVariant, kCount };
   std::uint64_t words[2 * kCount];
@@ -47,11 +48,7 @@ static_assert(sizeof(ReducedHeader) <= sizeof(Header),
               "takes a header's place");
 constexpr std::size_t kWords = 2 * ReducedHeader::kCount;
 
-std::uint64_t HashOf(const std::string& text) {
-  std::uint64_t hash = text.size();
-  for (const char c : text) hash = Mix(hash, static_cast<unsigned char>(c));
-  return hash;
-}
+std::uint64_t HashOf(const std::string& text) { return Mix(text.size(), text); }
 
 std::uint64_t CheckOf(Header header) {
   header.check = 0;
@@ -80,7 +77,8 @@ ReducedHeader WordsOf(const std::string& name, const Header& header) {
 Operation::Operation(std::shared_ptr<Communicator> comm, OperationSpec spec)
     : comm_(std::move(comm)),
       spec_(std::move(spec)),
-      next_peek_(kStalledAfter) {
+      next_peek_(kStalledAfter),
+      deadline_(comm_->timeout()) {
   if (spec_.is_collective) {
     peers_ = comm_->Others();
     outgoing_ = incoming_ = 1;
@@ -95,12 +93,11 @@ Operation::Operation(std::shared_ptr<Communicator> comm, OperationSpec spec)
 }
 
 std::string Operation::Title() const {
-  return spec_.name + " #" + std::to_string(sequence_) + " on rank " +
-         std::to_string(comm_->rank());
+  return jfog::Title(spec_.name, sequence_, comm_->rank());
 }
 
 ffi::Error Operation::Fail(ffi::ErrorCode code, const std::string& text) {
-  // With several operations under way another one may have failed before.
+  // With several operations in flight another one may have failed before.
   comm_->Fail(code, Title() + " " + text);
   return comm_->Refusal();
 }
@@ -124,7 +121,7 @@ ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
   comm_->Poll(Clock::now(), /*all=*/false);
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   sequence_ = comm_->NextSequence();
-  comm_->CountOperation();
+  comm_->traffic().CountOperation();
   ended_ = comm_->device().MakeEvent();
   if (is_awaited) {
     reached_ = comm_->device().MakeEvent();
@@ -133,17 +130,17 @@ ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
   }
   ffi::Error error = Post(stream, post);
   if (error.failure()) {
-    // Nobody knows what the device still does with them.
+    // The device may still access them.
     device_headers_.Leak();
     host_headers_.Leak();
     return error;
   }
   if (spec_.is_collective) return error;
   for (const Edge& edge : spec_.destinations) {
-    comm_->CountSent(edge.rank, edge.bytes);
+    comm_->traffic().CountSent(edge.rank, edge.bytes);
   }
   for (const Edge& edge : spec_.sources) {
-    comm_->CountReceived(edge.rank, edge.bytes);
+    comm_->traffic().CountReceived(edge.rank, edge.bytes);
   }
   return error;
 }
@@ -180,16 +177,11 @@ ffi::Error Operation::Stage(CudaStream stream) {
             "cuMemAllocHost"));
   JFOG_RETURN_IF_ERROR(Check(
       device.memory().Take(bytes, stream, &device_headers_), "cuMemAlloc"));
-  // Zeroed, so that a look in between tells what has come.
+  // Zeroed, so that a peek can tell received headers from missing ones.
   std::memset(host_headers_.host(), 0,
               (count + 2 * incoming_) * sizeof(Header));
-  Header header;
-  header.magic = kMagic;
-  header.sequence = sequence_;
-  header.signature = spec_.signature;
-  header.variant = spec_.variant;
-  std::strncpy(header.operation, spec_.name.c_str(),
-               sizeof(header.operation) - 1);
+  Header header = MakeHeader(spec_.name, sequence_, spec_.signature,
+                             spec_.variant, /*bytes=*/0);
   if (spec_.is_collective) {
     const ReducedHeader words = WordsOf(spec_.name, header);
     std::memcpy(host_headers_.host(), &words, sizeof(words));
@@ -258,7 +250,7 @@ bool Operation::Poll(Clock::time_point now) {
     host_headers_.Leak();
     return true;
   }
-  // The device is still to be drained by an abort.
+  // The abort drains the device.
   if (comm_->failed()) return false;
   if (!reached_at_) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -269,60 +261,48 @@ bool Operation::Poll(Clock::time_point now) {
     before_ = nullptr;
   }
   const Clock::duration waited = now - *reached_at_;
-  const bool is_overdue = Seconds(waited) > comm_->timeout();
+  const bool is_overdue = deadline_.HasExpired(waited);
   if (waited > next_peek_ || is_overdue) {
     next_peek_ = 2 * waited;
-    // One that nobody waits for may hold up this one.
-    for (const auto& operation : comm_->UnderWay()) operation->Peek();
+    // An earlier operation that no caller waits for may delay this one.
+    for (const auto& operation : comm_->InFlight()) operation->Peek();
     if (comm_->failed()) return false;
   }
   std::shared_ptr<Operation> first = shared_from_this();
   if (is_overdue) {
-    for (const auto& operation : comm_->UnderWay()) {
+    for (const auto& operation : comm_->InFlight()) {
       if (operation->HasEnded()) continue;
       first = operation;
       break;
     }
   }
-  if (first->CheckPatience(waited).failure()) {
+  if (first->CheckDeadline(waited).failure()) {
     std::fprintf(stderr, "%s\n", comm_->Refusal().message().c_str());
     std::fflush(stderr);
   }
   return false;
 }
 
-ffi::Error Operation::CheckPatience(Clock::duration waited) {
-  const double limit = comm_->timeout();
-  if (!warned_ && Seconds(waited) > 0.1 * limit) {
-    warned_ = true;
-    std::fprintf(stderr, "jfog: %s has waited %s for %s\n", Title().c_str(),
-                 Format(waited).c_str(), Peers().c_str());
-    std::fflush(stderr);
-  }
-  if (Seconds(waited) <= limit) return ffi::Error::Success();
+ffi::Error Operation::CheckDeadline(Clock::duration waited) {
+  deadline_.Warn(waited, Title(), Peers());
+  if (!deadline_.HasExpired(waited)) return ffi::Error::Success();
   return Fail(ffi::ErrorCode::kDeadlineExceeded,
-              "waited " + Format(waited) + " for " + Peers() +
-                  "; is it dead, slow, or in another operation? (" +
-                  spec_.leaves + "; the limit is jfog.init(timeout=...))");
+              Deadline::Expired(waited, Peers(), spec_.leaves));
 }
 
 std::optional<std::string> Operation::FindMismatch(const Header* headers,
                                                    bool partly) {
   if (spec_.is_collective) return FindMismatchOfAll(*headers, partly);
-  const Identity mine{spec_.name, sequence_, spec_.signature, spec_.variant, 0};
+  const Header mine =
+      MakeHeader(spec_.name, sequence_, spec_.signature, spec_.variant, 0);
   for (std::size_t k = 0; k < incoming_; ++k) {
     const Header& theirs = headers[k];
-    const bool is_ours =
-        theirs.magic == kMagic && theirs.check == CheckOf(theirs);
+    const bool is_ours = IsValid(theirs) && theirs.check == CheckOf(theirs);
     if (!is_ours && partly) continue;
     const Edge& source = spec_.sources[k];
     std::string difference = "not a message of jfog";
     if (is_ours) {
-      const std::string name(
-          theirs.operation,
-          strnlen(theirs.operation, sizeof(theirs.operation)));
-      difference = Difference(mine, {name, theirs.sequence, theirs.signature,
-                                     theirs.variant, theirs.bytes});
+      difference = Difference(mine, theirs);
       if (difference.empty() && theirs.bytes != source.bytes) {
         difference = "it sent other dtypes or shapes (" +
                      std::to_string(theirs.bytes) + " bytes)";
@@ -339,30 +319,28 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
                                                         bool partly) {
   ReducedHeader all;
   std::memcpy(&all, &header, sizeof(all));
-  Header own;
-  own.sequence = sequence_;
-  own.signature = spec_.signature;
-  own.variant = spec_.variant;
+  const Header own =
+      MakeHeader(spec_.name, sequence_, spec_.signature, spec_.variant, 0);
   const ReducedHeader mine = WordsOf(spec_.name, own);
   if (std::memcmp(&all, &mine, sizeof(all)) == 0) return std::nullopt;
-  // What has come is a maximum, and no less than what is one's own.
+  // A complete maximum is at least the value of this rank.
   for (std::size_t i = 0; i < kWords && partly; ++i) {
     if (all.words[i] < mine.words[i]) return std::nullopt;
   }
-  // Of a word that differs, either the greatest or the least is another's.
+  // If a word differs, its maximum or its minimum comes from another rank.
   const auto others = [&](std::size_t i) {
     return all.words[2 * i] != mine.words[2 * i] ? all.words[2 * i]
                                                  : ~all.words[2 * i + 1];
   };
   const std::uint64_t name = others(ReducedHeader::kName);
-  std::string difference = Difference(
-      {spec_.name, sequence_, spec_.signature, spec_.variant, 0},
-      {name == NumberOf(spec_.name) ? spec_.name
-       : name < std::size(kNames)   ? kNames[name]
-                                    : kNames[0],
-       others(ReducedHeader::kSequence), others(ReducedHeader::kSignature),
-       others(ReducedHeader::kVariant), 0});
-  // Nobody sent so many bytes.
+  std::string difference =
+      Difference(own, MakeHeader(name == NumberOf(spec_.name) ? spec_.name
+                                 : name < std::size(kNames)   ? kNames[name]
+                                                              : kNames[0],
+                                 others(ReducedHeader::kSequence),
+                                 others(ReducedHeader::kSignature),
+                                 others(ReducedHeader::kVariant), 0));
+  // The reduction does not carry the number of bytes.
   const std::size_t bytes = difference.find(" (0 bytes)");
   if (bytes != std::string::npos) difference.resize(bytes);
   if (difference.empty()) difference = "it is in another operation";
@@ -374,7 +352,7 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
 // A second stream copies beside the kernel that waits for its peers.
 void Operation::Peek() {
   if (incoming_ == 0 || !host_headers_) return;
-  // Until then the memory holds the headers of an earlier operation.
+  // Before that the memory holds the headers of an earlier operation.
   if (!staged_->HasPassed()) return;
   if (peeked_ != nullptr && !peeked_->HasPassed()) return;
   Device& device = comm_->device();

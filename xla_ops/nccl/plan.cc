@@ -1,4 +1,4 @@
-// What a call site's attributes say, read once when its program is made.
+// Attributes of a call site, decoded once when its program is compiled.
 #include "nccl/plan.h"
 
 #include <string_view>
@@ -7,19 +7,18 @@
 namespace jfog::nccl {
 namespace {
 
-using Ints = ffi::Span<const std::int32_t>;
 using Longs = ffi::Span<const std::int64_t>;
 using MadePlan = ffi::ErrorOr<std::unique_ptr<Plan>>;
 
-// An attribute, or what it is where there is none.
+// An attribute, or its default.
 std::int64_t Read(const ffi::Dictionary& attributes, const char* name,
-                  std::int64_t otherwise) {
-  if (!attributes.contains(name)) return otherwise;
+                  std::int64_t fallback) {
+  if (!attributes.contains(name)) return fallback;
   const auto value = attributes.get<std::int64_t>(name);
-  return value ? *value : otherwise;
+  return value ? *value : fallback;
 }
 
-// Empty where there is none, or where it is [-1].
+// Empty if the attribute is missing or [-1].
 std::vector<std::int64_t> ReadLongs(const ffi::Dictionary& attributes,
                                     const char* name) {
   if (!attributes.contains(name)) return {};
@@ -28,45 +27,19 @@ std::vector<std::int64_t> ReadLongs(const ffi::Dictionary& attributes,
   return std::vector<std::int64_t>(values->begin(), values->end());
 }
 
-ffi::Error Lacks(const std::string& name) {
-  return MakeError(ffi::ErrorCode::kInternal, name + " lacks attributes");
-}
-
 ffi::Error ReadCommon(const ffi::Dictionary& attributes, Plan* plan) {
   const auto operation = attributes.get<std::string_view>("operation");
-  if (!operation) return Lacks("an operation");
+  if (!operation) return LacksAttributes("an operation");
   plan->operation = std::string(*operation);
   const auto context = attributes.get<std::int64_t>("context");
-  if (!context) return Lacks(plan->operation);
-  auto comm = Ready(*context, plan->operation);
-  if (!comm) return comm.error();
-  plan->comm = *comm;
+  if (!context) return LacksAttributes(plan->operation);
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(*context, plan->operation));
+  plan->comm = comm;
   plan->mode = Read(attributes, "mode", kWhole);
   plan->variant = static_cast<std::uint64_t>(Read(attributes, "variant", 0));
   plan->signature =
       static_cast<std::uint64_t>(Read(attributes, "signature", 0));
   plan->received_bytes = ReadLongs(attributes, "received_bytes");
-  return ffi::Error::Success();
-}
-
-// Round t's part of the table lies at [begin[t], begin[t + 1]).
-ffi::Error ReadRounds(const ffi::Dictionary& attributes,
-                      const std::string& name, std::vector<Round>* rounds) {
-  const auto source_begin = attributes.get<Ints>("source_begin");
-  const auto sources = attributes.get<Ints>("sources");
-  const auto destination_begin = attributes.get<Ints>("destination_begin");
-  const auto destinations = attributes.get<Ints>("destinations");
-  if (!(source_begin && sources && destination_begin && destinations)) {
-    return Lacks(name);
-  }
-  const auto cut = [](const Ints& begin, const Ints& values, std::size_t t) {
-    return std::vector<int>(values.begin() + begin[t],
-                            values.begin() + begin[t + 1]);
-  };
-  for (std::size_t t = 0; t + 1 < source_begin->size(); ++t) {
-    rounds->push_back({cut(*source_begin, *sources, t),
-                       cut(*destination_begin, *destinations, t)});
-  }
   return ffi::Error::Success();
 }
 
@@ -76,9 +49,8 @@ ffi::Error ReadPart(const ffi::Dictionary& attributes, const char* attribute,
                     std::shared_ptr<Communicator>* comm) {
   const std::int64_t context = Read(attributes, attribute, -1);
   if (context < 0) return ffi::Error::Success();
-  auto found = Ready(context, name);
-  if (!found) return found.error();
-  *comm = *found;
+  JFOG_ASSIGN_OR_RETURN(found, Ready(context, name));
+  *comm = found;
   return ffi::Error::Success();
 }
 
@@ -101,7 +73,8 @@ ffi::Error ReadExchange(const ffi::Dictionary& attributes, ExchangePlan* plan) {
   plan->send_slots = Read(attributes, "send_slots", 1);
   plan->slots = Read(attributes, "slots", 1);
   if (plan->selects) return ffi::Error::Success();
-  return ReadRounds(attributes, plan->operation, &plan->rounds);
+  return ReadRounds(attributes, plan->operation, /*has_weights=*/false,
+                    &plan->rounds);
 }
 
 ffi::Error ReadCollective(const ffi::Dictionary& attributes,
@@ -118,7 +91,8 @@ ffi::Error ReadHierarchical(const ffi::Dictionary& attributes,
   JFOG_RETURN_IF_ERROR(ReadPart(attributes, "machines_context", plan->operation,
                                 &plan->machines));
   plan->slots = Read(attributes, "slots", 0);
-  return ReadRounds(attributes, plan->operation, &plan->rounds);
+  return ReadRounds(attributes, plan->operation, /*has_weights=*/false,
+                    &plan->rounds);
 }
 
 }  // namespace
@@ -127,26 +101,10 @@ ffi::TypeId Plan::id = {};
 
 ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
                                                   const std::string& name) {
-  std::shared_ptr<Communicator> comm = Lookup(context);
-  if (comm == nullptr) {
-    return ffi::Unexpected(
-        MakeError(ffi::ErrorCode::kFailedPrecondition,
-                  name + " on a communicator that was shut down"));
-  }
-  ffi::Error error = comm->CheckReady(name);
-  if (error.failure()) return ffi::Unexpected(std::move(error));
+  std::shared_ptr<Communicator> comm = Communicators().Find(context);
+  if (comm == nullptr) return ffi::Unexpected(ShutDownError(name));
+  JFOG_RETURN_IF_ERROR(comm->CheckReady(name));
   return comm;
-}
-
-ffi::ErrorOr<const Round*> FindRound(const std::vector<Round>& rounds,
-                                     std::int64_t step) {
-  if (step < 0 || step >= static_cast<std::int64_t>(rounds.size())) {
-    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
-                                     "step " + std::to_string(step) +
-                                         " of a period of " +
-                                         std::to_string(rounds.size())));
-  }
-  return &rounds[step];
 }
 
 #define JFOG_DEFINE_PLAN(symbol, P, read)                    \

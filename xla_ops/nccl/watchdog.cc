@@ -1,4 +1,4 @@
-// The watchdog: looks after operations while no call does.
+// The watchdog: polls operations in flight between calls.
 #include "nccl/watchdog.h"
 
 #include <chrono>
@@ -52,7 +52,7 @@ void Watchdog::Stop() {
 void Watchdog::Run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopped_) {
-    // Before it looks: who wakes it later finds it asleep.
+    // Cleared before the poll: a Wake during the poll then starts another one.
     awake_.store(false);
     std::vector<std::shared_ptr<Communicator>> comms;
     std::vector<std::weak_ptr<Communicator>> left;

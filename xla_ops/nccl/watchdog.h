@@ -1,4 +1,4 @@
-// The watchdog: looks after operations while no call does.
+// The watchdog: polls operations in flight between calls.
 #ifndef JFOG_XLA_OPS_NCCL_WATCHDOG_H_
 #define JFOG_XLA_OPS_NCCL_WATCHDOG_H_
 
@@ -14,16 +14,16 @@ namespace jfog::nccl {
 
 class Communicator;
 
-// One thread for the process, which sleeps while no operation is under way.
+// One thread per process. It sleeps while no operation is in flight.
 class Watchdog {
  public:
   static Watchdog& Get();
 
   void Watch(const std::shared_ptr<Communicator>& comm);
-  // An operation is under way.
+  // Resumes polling: an operation is in flight.
   void Wake();
   void Stop();
-  // The time between two looks; for measurements.
+  // Sets the time between two polls; for measurements.
   void SetInterval(double seconds);
 
  private:

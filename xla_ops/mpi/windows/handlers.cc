@@ -6,9 +6,10 @@
 #include <string>
 #include <utility>
 
+#include "common/hash.h"
 #include "common/weighted_sum.h"
-#include "mpi/call.h"
-#include "mpi/collectives.h"
+#include "mpi/collective.h"
+#include "mpi/launch.h"
 #include "mpi/windows/service.h"
 #include "mpi/windows/transfer.h"
 #include "mpi/windows/window.h"

@@ -168,7 +168,8 @@ class WindowService {
               &sent.request);
   }
 
-  // Tickets keep the order of requests and of ranks that share the memory.
+  // Replies to the remote rank whose ticket is next, if any. Remote ranks and
+  // ranks that share the memory draw tickets from the same lock.
   void GrantMutexes() {
     waiting_.remove_if([this](const Waiting& waiting) {
       if (!waiting.window->own().head().mutex.IsTurn(waiting.ticket)) {

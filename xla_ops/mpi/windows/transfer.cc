@@ -49,8 +49,8 @@ ffi::Error WindowTransfer::TransferShared(std::size_t peer) {
   const WindowMemory& there = window_->part(rank);
   const std::size_t bytes = window_->layout().bytes;
   if (kind_ == WindowRequest::kGet) {
-    // Only a get takes two locks: this rank's own slot, then record 0 of the
-    // peer. No rank takes them in the other order, so there is no deadlock.
+    // This rank's slot stays locked while it waits for record 0 of the peer. A
+    // holder of a record 0 waits for no other lock, so they cannot deadlock.
     JFOG_RETURN_IF_ERROR(CheckState(rank, there.state()));
     TicketLock& lock = there.record(0).lock;
     WindowMemory::Record& slot = window_->own().record(window_->RecordOf(rank));

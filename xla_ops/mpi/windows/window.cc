@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "common/weighted_sum.h"
-#include "mpi/collectives.h"
+#include "mpi/collective.h"
 
 namespace jfog::mpi {
 namespace {

@@ -1,26 +1,22 @@
-// From a call of XLA's to an operation and back: every handler ends here.
-#ifndef JFOG_XLA_OPS_MPI_CALL_H_
-#define JFOG_XLA_OPS_MPI_CALL_H_
+// From an XLA call to an operation in flight, and its completion.
+#ifndef JFOG_XLA_OPS_MPI_LAUNCH_H_
+#define JFOG_XLA_OPS_MPI_LAUNCH_H_
 
 #include <cstdint>
 #include <memory>
 #include <utility>
 #include <variant>
 
+#include "common/call_plan.h"
 #include "common/status.h"
 #include "mpi/communicator.h"
 #include "mpi/operation.h"
+#include "mpi/progress_engine.h"
 
 namespace jfog::mpi {
 
-// How a call ended: with an error or success now, or in the future.
+// The end of a call: an error or success now, or a future.
 using Completion = std::variant<ffi::Error, ffi::Future>;
-
-// What a handler does with its operation.
-enum Mode : std::int64_t {
-  kWhole = 0,  // its results are those of the call
-  kStart = 1,  // the result is a handle, a number to wait for the operation by
-};
 
 // An error, if the communicator (null: it is gone) is not ready for work.
 ffi::Error CheckReady(Communicator* comm, const char* name);
@@ -35,30 +31,21 @@ ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
 // An error, if the values of some leaf cannot be weighted and summed.
 ffi::Error CheckWeighable(const Leaves& leaves, const char* name);
 
-// Starts the operation and, in a whole call, completes it: at once if its
-// messages come at once, or else by the engine.
+// Starts the operation. A blocking call completes it: at once if its messages
+// arrive within the spin time, or else through the progress engine.
 Completion Launch(std::shared_ptr<Operation> operation,
                   ffi::RemainingRets results, std::int64_t mode);
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(Wait);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(Poll);
-
-// The outcome of a started operation if it ends within the call's patience.
-// Whoever gets `true` may use the operation again.
+// Spins briefly. Returns true if the operation completed; the caller may then
+// reuse it.
 bool EndsSoon(Operation& operation);
-// Says that there are more ranks than cores: a call then lets others run
-// whenever it finds nothing.
+// Declares more ranks than cores: a call then yields its core whenever a poll
+// finds nothing.
 void SetOversubscribed(bool oversubscribed);
-// Leaves an operation that was started and has not ended to the engine.
+// Submits a started operation to the progress engine.
 ffi::Future HandOver(std::shared_ptr<Operation> operation);
-
-// Forgets the handles of a communicator; returns how many were open.
-int ForgetHandles(const Communicator& comm);
-
-#define JFOG_ASSIGN_OR_RETURN(variable, expression)             \
-  auto variable##_or = (expression);                            \
-  if (!variable##_or) return Completion(variable##_or.error()); \
-  auto& variable = *variable##_or
+// Completes the promise of a call when its operation ends.
+Engine::Waiter Completer(ffi::Promise promise);
 
 }  // namespace jfog::mpi
 
@@ -79,4 +66,4 @@ struct ResultEncoding<stage, jfog::mpi::Completion> {
 
 }  // namespace xla::ffi
 
-#endif  // JFOG_XLA_OPS_MPI_CALL_H_
+#endif  // JFOG_XLA_OPS_MPI_LAUNCH_H_

@@ -1,5 +1,5 @@
-// The words that operations describe themselves in, the same on every backend.
-#include "common/text.h"
+// Durations, ranks and leaves as text, equal on every backend.
+#include "common/format.h"
 
 #include <cstdio>
 
@@ -40,21 +40,6 @@ std::string Describe(const std::vector<Shape>& leaves) {
   }
   if (leaves.size() > kDescribed) text += ", ...";
   return text;
-}
-
-std::string Difference(const Identity& mine, const Identity& theirs) {
-  if (theirs.sequence != mine.sequence || theirs.name != mine.name) {
-    return "it is in " + theirs.name + " #" + std::to_string(theirs.sequence) +
-           "; all ranks must run the same operations in one order";
-  }
-  if (theirs.signature != mine.signature) {
-    return "it sent other dtypes or shapes (" + std::to_string(theirs.bytes) +
-           " bytes)";
-  }
-  if (theirs.variant != mine.variant) {
-    return "it uses another graph, step, reduction or root";
-  }
-  return "";
 }
 
 }  // namespace jfog

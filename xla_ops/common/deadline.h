@@ -1,0 +1,46 @@
+// The deadline of a wait for peers: announcement, warning, expiry.
+#ifndef JFOG_XLA_OPS_COMMON_DEADLINE_H_
+#define JFOG_XLA_OPS_COMMON_DEADLINE_H_
+
+#include <string>
+
+#include "common/format.h"
+
+namespace jfog {
+
+// Fractions of the timeout: when a waiting rank announces its position to the
+// others, and when it warns its user.
+constexpr double kAnnounceAt = 0.05;
+constexpr double kWarnAt = 0.1;
+
+class Deadline {
+ public:
+  explicit Deadline(double timeout) : timeout_(timeout) {}
+
+  // True once per wait, when it is time to announce the position.
+  bool TakeAnnouncement(Clock::duration waited);
+  // Prints a warning, once per wait, when it is time for one.
+  void Warn(Clock::duration waited, const std::string& title,
+            const std::string& peers);
+  bool IsLong(Clock::duration waited) const {
+    return Seconds(waited) > kWarnAt * timeout_;
+  }
+  bool HasExpired(Clock::duration waited) const {
+    return Seconds(waited) > timeout_;
+  }
+  // Prepares for the next wait.
+  void Reset() { announced_ = warned_ = false; }
+
+  // The text of the failure after a title.
+  static std::string Expired(Clock::duration waited, const std::string& peers,
+                             const std::string& leaves);
+
+ private:
+  double timeout_;  // seconds
+  bool announced_ = false;
+  bool warned_ = false;
+};
+
+}  // namespace jfog
+
+#endif  // JFOG_XLA_OPS_COMMON_DEADLINE_H_

@@ -1,0 +1,57 @@
+// The identity of an operation, as ranks exchange and compare it.
+#include "common/operation_header.h"
+
+#include <cstring>
+
+namespace jfog {
+namespace {
+
+constexpr std::uint64_t kMagic = 0x6a666f6731303034u;
+
+}  // namespace
+
+OperationHeader MakeHeader(const std::string& name, std::uint64_t sequence,
+                           std::uint64_t signature, std::uint64_t variant,
+                           std::size_t bytes) {
+  OperationHeader header;
+  header.magic = kMagic;
+  header.sequence = sequence;
+  header.signature = signature;
+  header.variant = variant;
+  header.bytes = bytes;
+  std::strncpy(header.operation, name.c_str(), sizeof(header.operation) - 1);
+  return header;
+}
+
+bool IsValid(const OperationHeader& header) { return header.magic == kMagic; }
+
+std::string NameOf(const OperationHeader& header) {
+  // A foreign message need not be terminated.
+  return std::string(header.operation,
+                     strnlen(header.operation, sizeof(header.operation)));
+}
+
+std::string Title(const std::string& name, std::uint64_t sequence, int rank) {
+  return name + " #" + std::to_string(sequence) + " on rank " +
+         std::to_string(rank);
+}
+
+std::string Difference(const OperationHeader& mine,
+                       const OperationHeader& theirs) {
+  if (!IsValid(theirs)) return "not a message of jfog";
+  if (theirs.sequence != mine.sequence || NameOf(theirs) != NameOf(mine)) {
+    return "it is in " + NameOf(theirs) + " #" +
+           std::to_string(theirs.sequence) +
+           "; all ranks must run the same operations in one order";
+  }
+  if (theirs.signature != mine.signature) {
+    return "it sent other dtypes or shapes (" + std::to_string(theirs.bytes) +
+           " bytes)";
+  }
+  if (theirs.variant != mine.variant) {
+    return "it uses another graph, step, reduction or root";
+  }
+  return "";
+}
+
+}  // namespace jfog

@@ -1,0 +1,153 @@
+// MPI datatypes and reductions of leaves, and the type in which they travel.
+#include "mpi/datatypes.h"
+
+#include <cstring>
+
+namespace jfog::mpi {
+namespace {
+
+// Minimum and maximum as user-defined reductions. A NaN wins, as in NumPy,
+// where MPI leaves the result open; and MPICH 4.0.2 compares unsigned integers
+// as signed ones.
+template <typename T, bool kMaximum>
+void Extremum(void* in, void* inout, int* length, MPI_Datatype*) {
+  const T* a = static_cast<const T*>(in);
+  T* b = static_cast<T*>(inout);
+  for (int i = 0; i < *length; ++i) {
+    if (a[i] != a[i] || (kMaximum ? a[i] > b[i] : a[i] < b[i])) b[i] = a[i];
+  }
+}
+
+template <typename T, bool kMaximum>
+MPI_Op ExtremumOp() {
+  static const MPI_Op op = [] {
+    MPI_Op made = MPI_OP_NULL;
+    MPI_Op_create(&Extremum<T, kMaximum>, /*commute=*/1, &made);
+    return made;
+  }();
+  return op;
+}
+
+template <bool kMaximum>
+MPI_Op ExtremumOf(DataType type) {
+  switch (type) {
+    case DataType::PRED:
+      return kMaximum ? MPI_LOR : MPI_LAND;
+    case DataType::S8:
+      return ExtremumOp<std::int8_t, kMaximum>();
+    case DataType::U8:
+      return ExtremumOp<std::uint8_t, kMaximum>();
+    case DataType::S16:
+      return ExtremumOp<std::int16_t, kMaximum>();
+    case DataType::U16:
+      return ExtremumOp<std::uint16_t, kMaximum>();
+    case DataType::S32:
+      return ExtremumOp<std::int32_t, kMaximum>();
+    case DataType::U32:
+      return ExtremumOp<std::uint32_t, kMaximum>();
+    case DataType::S64:
+      return ExtremumOp<std::int64_t, kMaximum>();
+    case DataType::U64:
+      return ExtremumOp<std::uint64_t, kMaximum>();
+    case DataType::F32:
+      return ExtremumOp<float, kMaximum>();
+    case DataType::F64:
+      return ExtremumOp<double, kMaximum>();
+    default:
+      return MPI_OP_NULL;
+  }
+}
+
+template <typename T>
+void Widen(const void* x, std::size_t count, std::byte* wire) {
+  const T* narrow = static_cast<const T*>(x);
+  float* wide = reinterpret_cast<float*>(wire);
+  for (std::size_t k = 0; k < count; ++k) wide[k] = narrow[k];
+}
+
+template <typename T>
+void Narrow(const std::byte* wire, std::size_t count, void* y) {
+  const float* wide = reinterpret_cast<const float*>(wire);
+  T* narrow = static_cast<T*>(y);
+  for (std::size_t k = 0; k < count; ++k) narrow[k] = T(wide[k]);
+}
+
+}  // namespace
+
+DataType WireType(DataType type) {
+  return type == DataType::BF16 || type == DataType::F16 ? DataType::F32 : type;
+}
+
+MPI_Datatype MpiType(DataType type) {
+  switch (type) {
+    case DataType::PRED:
+      return MPI_C_BOOL;
+    case DataType::S8:
+      return MPI_INT8_T;
+    case DataType::U8:
+      return MPI_UINT8_T;
+    case DataType::S16:
+      return MPI_INT16_T;
+    case DataType::U16:
+      return MPI_UINT16_T;
+    case DataType::S32:
+      return MPI_INT32_T;
+    case DataType::U32:
+      return MPI_UINT32_T;
+    case DataType::S64:
+      return MPI_INT64_T;
+    case DataType::U64:
+      return MPI_UINT64_T;
+    case DataType::F32:
+      return MPI_FLOAT;
+    case DataType::F64:
+      return MPI_DOUBLE;
+    case DataType::C64:
+      return MPI_C_FLOAT_COMPLEX;
+    case DataType::C128:
+      return MPI_C_DOUBLE_COMPLEX;
+    default:
+      return MPI_DATATYPE_NULL;
+  }
+}
+
+MPI_Op MpiOp(Reduction reduction, DataType type) {
+  const bool is_bool = type == DataType::PRED;
+  switch (reduction) {
+    case kSum:
+    case kMean:
+      return is_bool ? MPI_LOR : MPI_SUM;
+    case kProd:
+      return is_bool ? MPI_LAND : MPI_PROD;
+    case kMin:
+    case kMax: {
+      const bool maximum = reduction == kMax;
+      return maximum ? ExtremumOf<true>(type) : ExtremumOf<false>(type);
+    }
+  }
+  return MPI_OP_NULL;
+}
+
+void PackWire(DataType type, const void* x, std::size_t count,
+              std::byte* wire) {
+  if (type == DataType::BF16) {
+    Widen<Bfloat16>(x, count, wire);
+  } else if (type == DataType::F16) {
+    Widen<Float16>(x, count, wire);
+  } else if (count > 0) {
+    std::memcpy(wire, x, count * SizeOf(type));
+  }
+}
+
+void UnpackWire(DataType type, const std::byte* wire, std::size_t count,
+                void* y) {
+  if (type == DataType::BF16) {
+    Narrow<Bfloat16>(wire, count, y);
+  } else if (type == DataType::F16) {
+    Narrow<Float16>(wire, count, y);
+  } else if (count > 0) {
+    std::memcpy(y, wire, count * SizeOf(type));
+  }
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,20 @@
+// Started operations: their handles, wait and poll.
+#ifndef JFOG_XLA_OPS_MPI_HANDLES_H_
+#define JFOG_XLA_OPS_MPI_HANDLES_H_
+
+#include "common/handle_table.h"
+#include "mpi/operation.h"
+
+namespace jfog::mpi {
+
+HandleTable<Operation>& Handles();
+
+// Closes the handles of a communicator; returns how many were open.
+int ForgetHandles(const Communicator& comm);
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(Wait);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(Poll);
+
+}  // namespace jfog::mpi
+
+#endif  // JFOG_XLA_OPS_MPI_HANDLES_H_

@@ -1,0 +1,117 @@
+// From an XLA call to an operation in flight, and its completion.
+#include "mpi/launch.h"
+
+#include <sched.h>
+
+#include <atomic>
+#include <string>
+#include <utility>
+
+#include "common/failure.h"
+#include "common/weighted_sum.h"
+#include "mpi/handles.h"
+#include "mpi/progress_engine.h"
+
+namespace jfog::mpi {
+namespace {
+
+// A call first polls for its messages itself: without a pause, then yielding
+// the core in between, as long as something arrives. After this time without
+// progress it leaves the operation to the progress engine.
+constexpr int kPolls = 64;
+constexpr std::chrono::microseconds kSpinFor{100};
+// With more ranks than cores the peers have to run first, so it yields early
+// and spins longer.
+constexpr int kPollsOversubscribed = 16;
+constexpr std::chrono::microseconds kSpinForOversubscribed{1000};
+std::atomic<bool> is_oversubscribed{false};
+
+}  // namespace
+
+Engine::Waiter Completer(ffi::Promise promise) {
+  return [promise = std::move(promise)](const ffi::Error& error) mutable {
+    if (error.success()) {
+      promise.SetAvailable();
+    } else {
+      promise.SetError(error);
+    }
+  };
+}
+
+void SetOversubscribed(bool oversubscribed) {
+  is_oversubscribed.store(oversubscribed, std::memory_order_relaxed);
+}
+
+bool EndsSoon(Operation& operation) {
+  const bool oversubscribed = is_oversubscribed.load(std::memory_order_relaxed);
+  const int limit = oversubscribed ? kPollsOversubscribed : kPolls;
+  const Clock::duration patience =
+      oversubscribed ? kSpinForOversubscribed : kSpinFor;
+  int polls = 0;
+  Clock::time_point quiet_since;
+  while (!operation.finished()) {
+    if (operation.Advance()) {
+      polls = 0;
+      continue;
+    }
+    if (++polls < limit) continue;
+    const Clock::time_point now = Clock::now();
+    if (polls == limit) quiet_since = now;
+    if (now - quiet_since > patience) return operation.finished();
+    sched_yield();
+  }
+  return true;
+}
+
+ffi::Error CheckReady(Communicator* comm, const char* name) {
+  if (comm == nullptr || comm->closed()) return ShutDownError(name);
+  return comm->Refusal();
+}
+
+ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
+                                                  const char* name) {
+  std::shared_ptr<Communicator> comm = Communicators().Find(context);
+  ffi::Error error = CheckReady(comm.get(), name);
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  return comm;
+}
+
+ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
+                              ffi::RemainingRets results, std::int64_t mode) {
+  return ReadLeaves(args, first, mode == kWhole ? &results : nullptr);
+}
+
+ffi::Error CheckWeighable(const Leaves& leaves, const char* name) {
+  for (const Leaf& leaf : leaves) {
+    if (!HasWeightedSum(leaf.type)) {
+      return MakeError(
+          ffi::ErrorCode::kInvalidArgument,
+          std::string(name) + " has no weighted sum of " + NameOf(leaf.type));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+Completion Launch(std::shared_ptr<Operation> operation,
+                  ffi::RemainingRets results, std::int64_t mode) {
+  operation->Start();
+  if (mode == kStart) {
+    auto id = results.get<ffi::BufferR0<ffi::U32>>(0);
+    if (!id) return id.error();
+    Handles().Insert(operation, (*id)->typed_data());
+    Engine::Get().Submit(std::move(operation), nullptr);
+    return ffi::Error::Success();
+  }
+  if (EndsSoon(*operation)) return operation->error();
+  return HandOver(std::move(operation));
+}
+
+ffi::Future HandOver(std::shared_ptr<Operation> operation) {
+  operation->Await();
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  Engine::Get().Submit(std::move(operation), Completer(std::move(promise)));
+  return future;
+}
+
+}  // namespace jfog::mpi

@@ -1,0 +1,64 @@
+// Buffers and request slots of the segments in flight.
+#include "mpi/segment_buffers.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "mpi/shared_memory_channel.h"
+
+namespace jfog::mpi {
+
+SegmentBuffers::SegmentBuffers(const Segments& segments,
+                               const EdgeCounts& edges)
+    : stride_(RoundUp(std::max<std::size_t>(segments.longest(), 1))),
+      num_in_flight_(std::min(kInFlight, segments.size())) {
+  const std::size_t peers = edges.peers;
+  const std::size_t sources = edges.sources;
+  const std::size_t received = kHeaderBytes * (peers + sources);
+  const std::size_t follows =
+      segments.is_short() ? segments.longest() : sizeof(Channels::Claim);
+  const std::size_t sent =
+      RoundUp(sizeof(Header) + peers * (sizeof(Header) + follows));
+  const std::size_t per_segment = stride_ * (3 * peers + 2 + sources);
+  buffer_ = Buffer(received + sent + num_in_flight_ * per_segment);
+  sent_headers_ = buffer_.get() + received;
+  std::byte* next = sent_headers_ + sent;
+  const auto take = [&](std::size_t count) {
+    return std::exchange(next, next + count * stride_);
+  };
+  for (std::size_t s = 0; s < num_in_flight_; ++s) {
+    InFlight& segment = in_flight_[s];
+    segment.inputs = take(peers);
+    segment.packed = take(peers);
+    segment.mean = take(1);
+    segment.means = take(sources);
+    segment.mixed = take(1);
+    segment.results = take(peers);
+    segment.has_result.assign(peers, false);
+  }
+  const std::size_t counts[kKinds] = {
+      peers + sources, peers + edges.destinations, peers, peers,
+      sources,         edges.destinations,         peers, peers};
+  for (int kind = 0; kind < kKinds; ++kind) {
+    first_[kind + 1] = first_[kind] + counts[kind];
+  }
+  slots_per_segment_ = first_[kKinds] - first_[kInput];
+}
+
+std::size_t SegmentBuffers::slots() const {
+  return first_[kInput] + num_in_flight_ * slots_per_segment_;
+}
+
+SegmentBuffers::Message SegmentBuffers::Decode(std::size_t slot) const {
+  std::size_t segment = 0;
+  if (slot >= first_[kInput]) {
+    const std::size_t at = slot - first_[kInput];
+    segment = at / slots_per_segment_;
+    slot = first_[kInput] + at % slots_per_segment_;
+  }
+  int kind = 0;
+  while (slot >= first_[kind + 1]) ++kind;
+  return {static_cast<Kind>(kind), slot - first_[kind], segment};
+}
+
+}  // namespace jfog::mpi
