@@ -248,14 +248,14 @@ def _mix_gathered(
   total, minus = _begin(own, topology, row, rank)
   table = neighbor_table(topology)
   gathered = _mesh.gather(x, axes)
-  sources = jnp.asarray(table.sources[0])[rank]
+  # Slots first, as the scan needs them also where `rank` is batched.
+  sources = jnp.asarray(table.sources[0].T)[:, rank]
+  reads = jnp.asarray(table.present[0].T)[:, rank]
+  dtype = _dtypes.real(own.dtype)
   if row is not None:
-    weights = row.astype(_dtypes.real(own.dtype))[sources]
+    weights = row.astype(dtype)[sources]
   else:
-    weights = jnp.asarray(table.weights[0].astype(_dtypes.real(own.dtype)))[
-      rank
-    ]
-  reads = jnp.asarray(table.present[0])[rank]
+    weights = jnp.asarray(table.weights[0].T.astype(dtype))[:, rank]
 
   def add(total: jax.Array, slot: Any) -> tuple[jax.Array, None]:
     source, weight, read = slot
