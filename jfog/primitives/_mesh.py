@@ -42,9 +42,6 @@ def additive_identity(x: jax.Array) -> jax.Array:
   return -zero if jnp.issubdtype(x.dtype, jnp.inexact) else zero
 
 
-nothing = additive_identity
-
-
 def on_nonempty(
   rendition: Callable[[list[jax.Array]], Sequence[jax.Array]],
   leaves: Sequence[jax.Array],

@@ -67,9 +67,6 @@ class Operation:
     )
 
 
-Call = Operation
-
-
 @jax.tree_util.register_pytree_node_class
 class Handle:
   """An operation that was started: a pytree, which may cross `jax.jit`.

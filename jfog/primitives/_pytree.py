@@ -120,6 +120,3 @@ def cast_like(
 ) -> list[jax.Array]:
   """Casts results back to the dtypes of the leaves they came from."""
   return [y.astype(x.dtype) for y, x in zip(results, leaves, strict=True)]
-
-
-like = cast_like

@@ -32,13 +32,6 @@ class Row(NamedTuple):
   reads: Any  # whether a slot holds a value
   difference: Any  # evaluate as x + sum_k weights[k] (slots[k] - x)
 
-  @classmethod
-  def of(cls, row: Any) -> "Row":
-    """The row of an array `[self_weight, difference, *weights, *reads]`."""
-    slots = (len(row) - 2) // 2
-    reads = row[2 + slots :] != 0
-    return cls(row[0], row[2 : 2 + slots], reads, row[1] != 0)
-
 
 def begin(
   own: jax.Array, self_weight: Any, difference: Any

@@ -167,7 +167,6 @@ def average(
   """Decodes a weighted sum of packed leaves."""
   del static
   packing = Packing.of(own)
-  row = row if isinstance(row, Row) else Row.of(row)
   return packing.unpack(
     _weighted_sum.combine(packing.pack(own), received, *row)
   )

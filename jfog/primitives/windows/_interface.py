@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jfog import _compat
 from jfog.primitives import _ffi_attributes, _operation, _pytree
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.primitives.windows import _arguments, _delay, _mesh, _native
 from jfog.primitives.windows._window import Spec, Window
 from jfog.runtime import Communicator, resolve
@@ -591,7 +591,7 @@ def win_free(win: Window) -> None:
 
 def _call(*args: Any, **kwargs: Any) -> Any:
   """A call, which `_operation.operation` makes the result that is annotated."""
-  return Call(*args, **kwargs)
+  return Operation(*args, **kwargs)
 
 
 def _done(results: Any) -> Any:
