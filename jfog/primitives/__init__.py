@@ -1,12 +1,12 @@
 """Operations between ranks, as JAX primitives."""
 
-from jfog.primitives._collectives import allgather as allgather
-from jfog.primitives._collectives import allgather_start as allgather_start
-from jfog.primitives._collectives import allreduce as allreduce
-from jfog.primitives._collectives import allreduce_start as allreduce_start
-from jfog.primitives._collectives import barrier as barrier
-from jfog.primitives._collectives import broadcast as broadcast
-from jfog.primitives._collectives import broadcast_start as broadcast_start
+from jfog.primitives._allgather import allgather as allgather
+from jfog.primitives._allgather import allgather_start as allgather_start
+from jfog.primitives._allreduce import allreduce as allreduce
+from jfog.primitives._allreduce import allreduce_start as allreduce_start
+from jfog.primitives._barrier import barrier as barrier
+from jfog.primitives._broadcast import broadcast as broadcast
+from jfog.primitives._broadcast import broadcast_start as broadcast_start
 from jfog.primitives._ffi_attributes import check_graph as check_graph
 from jfog.primitives._finite_time_average import (
   finite_time_average as finite_time_average,
@@ -37,24 +37,24 @@ from jfog.primitives._neighbor_allreduce import (
 from jfog.primitives._operation import Handle as Handle
 from jfog.primitives._operation import poll as poll
 from jfog.primitives._operation import wait as wait
+from jfog.primitives._pair_gossip import pair_gossip as pair_gossip
+from jfog.primitives._pair_gossip import pair_gossip_start as pair_gossip_start
 from jfog.primitives._peers import Peers as Peers
-from jfog.primitives._peers import pair_gossip as pair_gossip
-from jfog.primitives._peers import pair_gossip_start as pair_gossip_start
-from jfog.primitives._windows import Window as Window
-from jfog.primitives._windows import win_accumulate as win_accumulate
-from jfog.primitives._windows import (
+from jfog.primitives.windows import Window as Window
+from jfog.primitives.windows import win_accumulate as win_accumulate
+from jfog.primitives.windows import (
   win_accumulate_start as win_accumulate_start,
 )
-from jfog.primitives._windows import win_associated_p as win_associated_p
-from jfog.primitives._windows import win_create as win_create
-from jfog.primitives._windows import win_free as win_free
-from jfog.primitives._windows import win_get as win_get
-from jfog.primitives._windows import win_get_start as win_get_start
-from jfog.primitives._windows import win_mutex as win_mutex
-from jfog.primitives._windows import win_put as win_put
-from jfog.primitives._windows import win_put_start as win_put_start
-from jfog.primitives._windows import win_update as win_update
-from jfog.primitives._windows import (
+from jfog.primitives.windows import win_associated_p as win_associated_p
+from jfog.primitives.windows import win_create as win_create
+from jfog.primitives.windows import win_free as win_free
+from jfog.primitives.windows import win_get as win_get
+from jfog.primitives.windows import win_get_start as win_get_start
+from jfog.primitives.windows import win_mutex as win_mutex
+from jfog.primitives.windows import win_put as win_put
+from jfog.primitives.windows import win_put_start as win_put_start
+from jfog.primitives.windows import win_update as win_update
+from jfog.primitives.windows import (
   win_update_then_collect as win_update_then_collect,
 )
-from jfog.primitives._windows import win_version as win_version
+from jfog.primitives.windows import win_version as win_version

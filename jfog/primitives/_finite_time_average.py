@@ -11,7 +11,7 @@ from jax import lax
 
 from jfog import _compat, _dtypes
 from jfog.primitives import (
-  _collectives,
+  _allreduce,
   _ffi_attributes,
   _mesh,
   _neighbor_allreduce,
@@ -301,19 +301,19 @@ class _OnGpus(nccl.Rendition):
   ) -> nccl.Send:
     """The allreduce of the split form."""
     del graph
-    return _collectives.send_allreduce(
+    return _allreduce.send_allreduce(
       mode, scalars, leaves, op="mean", comm=comm, operation=_NAME
     )
 
   def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
     """Those of the allreduce."""
-    return _collectives.received_allreduce(results, static)
+    return _allreduce.received_allreduce(results, static)
 
   def decode(
     self, own: Any, weights: Any, received: Any, static: Any
   ) -> Sequence[Any]:
     """The results of the allreduce."""
-    return _collectives.finish_allreduce(own, weights, received, static)
+    return _allreduce.finish_allreduce(own, weights, received, static)
 
   def static(self, *, comm: Any, **params: Any) -> tuple[str, int]:
     """Operation and number of ranks of the allreduce."""

@@ -12,9 +12,9 @@ import numpy as np
 from jax.interpreters import ad
 
 from jfog import _dtypes
-from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
+from jfog.primitives import _nccl, _primitive, _pytree
 from jfog.primitives._operation import Call
-from jfog.runtime import Axis, Communicator, resolve
+from jfog.runtime import Communicator
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
 
@@ -167,24 +167,24 @@ def peers_call(
   destinations = dict(sorted(peers.dst_weights.items()))
   weights = [peers.self_weight, *sources.values()]
   scales = any(
-    not _is_static(weight) or weight != 1 for weight in destinations.values()
+    not is_static(weight) or weight != 1 for weight in destinations.values()
   )
   if not leaves or comm.backend == "single":
-    (own,) = _as_weights([peers.self_weight], "self_weight")
-    return Call(leaves, structure, [_scaled(own, x) for x in leaves])
+    (own,) = as_weights([peers.self_weight], "self_weight")
+    return Call(leaves, structure, [scaled(own, x) for x in leaves])
   return Call(
     leaves,
     structure,
     primitive=peer_allreduce_p,
     fixed=(
       np.array([*sources, *destinations], np.int32),
-      _as_weights([*weights, *destinations.values()], "the weights of Peers"),
+      as_weights([*weights, *destinations.values()], "the weights of Peers"),
     ),
     operands=_pytree.to_native(leaves, names, "neighbor_allreduce"),
     params={
       "sources": len(sources),
       "scales": scales,
-      "difference": _sum_to_one(weights),
+      "difference": sum_to_one(weights),
       "pair": False,
       "check": peers.check,
       "comm": comm,
@@ -192,132 +192,18 @@ def peers_call(
   )
 
 
-@_operation.operation
-def pair_gossip(
-  x: Any,
-  peer: Any,
-  *,
-  self_weight: Any = 0.5,
-  pair_weight: Any = 0.5,
-  check: bool = True,
-  comm: Communicator | None = None,
-) -> Any:
-  """Averages `x` with that of one other rank.
-
-  Computes `y[i] = self_weight x[i] + pair_weight x[peer[i]]`. The two ranks name
-  each other, send each other their leaves in one message and wait for each
-  other. A rank that names itself uses its own value twice. Weights that sum to 1
-  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`.
-
-  Linear in `x`, with itself as transpose (each rank then weights what it sends
-  with its own `pair_weight`).
-
-  Args:
-    x: a pytree of float or complex arrays, of equal shapes and dtypes on both
-      ranks.
-    peer: the other rank, an int or a traced integer scalar. Another peer is
-      neither traced nor compiled again if it is traced.
-    self_weight: the weight of the own value, a number, which may be traced.
-    pair_weight: the weight of the peer's value, likewise.
-    check: whether to ask a peer that is new to this rank whether it names this
-      rank, before anything else is sent; see `Peers`. On MPI only.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
-
-  Returns:
-    A pytree like `x`, in shapes and dtypes.
-
-  Raises:
-    ValueError: if `peer` is an int and no rank.
-    TypeError: for integer or bool leaves, or a `peer` that is no integer.
-    NotInitializedError: if there is no communicator.
-    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
-      traced peer is no rank (`INVALID_ARGUMENT`).
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> swap = lambda x: jfog.pair_gossip(x, jfog.rank() ^ 1)
-    >>> jfog.simulate(swap, 4)(jnp.array([0.0, 2.0, 4.0, 8.0]))
-    Array([1., 1., 6., 6.], dtype=float32)
-
-  Source: `pair_gossip` of BlueFog; Boyd et al., "Randomized Gossip Algorithms",
-  2006.
-  """
-  comm = resolve(comm)
-  leaves, names, structure = _pytree.flatten(x, "pair_gossip")
-  _pytree.require_inexact(leaves, names, "pair_gossip")
-  peer = _peer(peer, comm)
-  weights = [self_weight, pair_weight]
-  difference = _sum_to_one(weights)
-  own, other, *_ = pair = _as_weights([*weights, 1.0], "a weight")
-  if not leaves or comm.backend in ("mesh", "single"):
-
-    def mix(x):
-      value = x
-      if isinstance(comm, Axis):
-        value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
-      if not difference:
-        return (_scaled(own, x) + _scaled(other, value)).astype(x.dtype)
-      wide = x.astype(_dtypes.accumulation(x.dtype))
-      return (wide + _scaled(other, value.astype(wide.dtype) - wide)).astype(
-        x.dtype
-      )
-
-    return Call(leaves, structure, [mix(leaf) for leaf in leaves])
-  peer = jnp.asarray(peer, jnp.int32)
-  return Call(
-    leaves,
-    structure,
-    primitive=peer_allreduce_p,
-    fixed=(jnp.stack([peer, peer]), pair),
-    operands=_pytree.to_native(leaves, names, "pair_gossip"),
-    params={
-      "sources": 1,
-      "scales": False,
-      "difference": difference,
-      "pair": True,
-      "check": bool(check),
-      "comm": comm,
-    },
-  )
-
-
-pair_gossip_start = _operation.start_of(
-  pair_gossip,
-  """>>> swap = lambda x: jfog.wait(jfog.pair_gossip_start(x, jfog.rank() ^ 1))
-    >>> jfog.simulate(swap, 2)(jnp.array([0.0, 2.0]))
-    Array([1., 1.], dtype=float32)""",
-)
-
-
-def _peer(peer: Any, comm: Communicator) -> Any:
-  if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
-    if not 0 <= peer < comm.size:
-      raise ValueError(
-        f"pair_gossip: peer={peer} is no rank of a communicator of "
-        f"{comm.size}; take one from 0 to {comm.size - 1}."
-      )
-    return int(peer)
-  peer = jnp.asarray(peer)
-  if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
-    raise TypeError(
-      f"pair_gossip: peer has dtype {peer.dtype} and shape {peer.shape}; pass "
-      f"an integer scalar."
-    )
-  return peer
-
-
-def _is_static(weight: Any) -> bool:
+def is_static(weight: Any) -> bool:
   return isinstance(weight, (int, float, np.number, np.ndarray))
 
 
-def _sum_to_one(weights: list[Any]) -> bool:
+def sum_to_one(weights: list[Any]) -> bool:
   """Whether known weights, the own first, allow the difference form."""
-  if not all(_is_static(weight) for weight in weights):
+  if not all(is_static(weight) for weight in weights):
     return False
   return bool(abs(sum(weights) - 1) <= _TOLERANCE and weights[0] != 0)
 
 
-def _as_weights(weights: list[Any], name: str) -> Any:
+def as_weights(weights: list[Any], name: str) -> Any:
   """Weights as one vector, in the widest float that JAX has."""
   for weight in weights:
     if jnp.shape(weight) != ():
@@ -327,12 +213,12 @@ def _as_weights(weights: list[Any], name: str) -> Any:
     if not jnp.isrealobj(weight):
       raise TypeError(f"{name} is complex; pass real weights.")
   dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-  if all(_is_static(weight) for weight in weights):
+  if all(is_static(weight) for weight in weights):
     return np.array(weights, dtype)
   return jnp.stack([jnp.asarray(weight, dtype) for weight in weights])
 
 
-def _scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+def scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
   wide = x.astype(_dtypes.accumulation(x.dtype))
   scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
   return scaled.astype(x.dtype)

@@ -1,88 +1,17 @@
-"""Windows: slots that in-neighbors write, each at a pace of its own."""
+"""Operations on windows: slots that in-neighbors write at any time."""
 
-import contextlib
-import enum
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
 from jfog import _compat
-from jfog.primitives import (
-  _ffi_attributes,
-  _operation,
-  _primitive,
-  _pytree,
-  _window_slots,
-)
+from jfog.primitives import _ffi_attributes, _operation, _pytree
 from jfog.primitives._operation import Call
-from jfog.primitives._window_slots import EdgeWeights, Spec
-from jfog.runtime import Communicator, mpi, resolve
+from jfog.primitives.windows import _arguments, _delay, _mesh, _native
+from jfog.primitives.windows._window import Spec, Window
+from jfog.runtime import Communicator, resolve
 from jfog.topology import Topology
-
-
-@jax.tree_util.register_pytree_node_class
-class Window:
-  """What `jfog.win_create` returns: a pytree, which may cross `jax.jit`.
-
-  Every rank exposes one value, and owns one slot for each of its in-neighbors,
-  which that neighbor alone writes.
-
-  On MPI the values lie outside of JAX, where other ranks reach them, and a
-  `Window` is a number that stands for them: all copies of it are one window, and
-  it means nothing in another process, nor after `jfog.win_free`. On a mesh and
-  in simulation the values are part of the pytree, and the operations return
-  changed copies, so go on with what the last one has returned.
-
-  Attributes:
-    topology: the graph that it was made for.
-    comm: its communicator.
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> graph = jfog.topology.ring(3, "right")
-    >>> def step(x):
-    ...   win = jfog.win_create(x, graph)
-    ...   win = jfog.win_put(win, x)
-    ...   x, win = jfog.win_update(win, x)
-    ...   return x
-    >>> jfog.simulate(step, 3)(jnp.array([0.0, 2.0, 4.0]))
-    Array([2., 1., 3.], dtype=float32)
-  """
-
-  def __init__(self, spec: Spec, state: Any):
-    self._spec = spec
-    self._state = state  # a number on MPI, else slots
-    self._freed = False
-
-  def __repr__(self) -> str:
-    freed = ", freed" if self._freed else ""
-    return (
-      f"<jfog.Window of {self._spec.describe()} on {self.topology!r}{freed}>"
-    )
-
-  @property
-  def topology(self) -> Topology:
-    """The graph that it was made for."""
-    return self._spec.topology
-
-  @property
-  def comm(self) -> Communicator:
-    """Its communicator."""
-    return self._spec.comm
-
-  def tree_flatten(self):
-    """The arrays of the window, for JAX."""
-    return (self._state,), self._spec
-
-  @classmethod
-  def tree_unflatten(cls, spec, children):
-    """A window of those arrays, for JAX."""
-    return cls(spec, *children)
 
 
 @_operation.operation
@@ -172,15 +101,15 @@ def win_create(
     comm=comm,
     zero_init=bool(zero_init),
     associated_p=bool(associated_p),
-    delay=_window_slots.check_delay(delay, comm),
+    delay=_delay.check(delay, comm),
   )
   if comm.backend in ("mesh", "single"):
-    window = Window(spec, _window_slots.create(spec, leaves))
+    window = Window(spec, _mesh.create(spec, leaves))
     return _done(window)
   return _call(
-    [_NUMBER],
+    [_native.NUMBER],
     jax.tree.structure(Window(spec, 0)),
-    primitive=win_create_p,
+    primitive=_native.win_create_p,
     operands=native,
     params={"spec": spec},
   )
@@ -295,17 +224,19 @@ win_accumulate_start = _operation.start_of(
 
 def _send(win, x, dst_weights, operation, *, accumulate) -> Any:
   """The call of a put or an accumulate."""
-  spec = _require_window(win, operation)
-  leaves = _require_like(spec, x, operation)
-  weights = _edge_weights(spec, dst_weights, "dst_weights", operation)
+  spec = _arguments.require_window(win, operation)
+  leaves = _arguments.require_like(spec, x, operation)
+  weights = _arguments.edge_weights(spec, dst_weights, "dst_weights", operation)
   if spec.comm.backend in ("mesh", "single"):
-    state = _window_slots.send(spec, win._state, leaves, weights, accumulate)
+    state = _mesh.send(spec, win._state, leaves, weights, accumulate)
     return _done(Window(spec, state))
-  peers, row = _own_edges(spec.topology.out_neighbors(spec.comm.rank), weights)
+  peers, row = _arguments.own_edges(
+    spec.topology.out_neighbors(spec.comm.rank), weights
+  )
   return _call(
     [win._state],
     jax.tree.structure(win),
-    primitive=win_accumulate_p if accumulate else win_put_p,
+    primitive=_native.win_accumulate_p if accumulate else _native.win_put_p,
     fixed=(win._state, row),
     operands=_pytree.to_native(leaves, spec.names, operation),
     params={"peers": peers, "comm": spec.comm},
@@ -348,16 +279,18 @@ def win_get(win: Window, *, src_weights: Any = None) -> Window:
 
   Source: `win_get` of BlueFog; MPI 4.0, section 12.3.2.
   """
-  spec = _require_window(win, "win_get")
-  weights = _edge_weights(spec, src_weights, "src_weights", "win_get")
+  spec = _arguments.require_window(win, "win_get")
+  weights = _arguments.edge_weights(spec, src_weights, "src_weights", "win_get")
   if spec.comm.backend in ("mesh", "single"):
-    state = _window_slots.get(spec, win._state, weights)
+    state = _mesh.get(spec, win._state, weights)
     return _done(Window(spec, state))
-  peers, row = _own_edges(spec.topology.in_neighbors(spec.comm.rank), weights)
+  peers, row = _arguments.own_edges(
+    spec.topology.in_neighbors(spec.comm.rank), weights
+  )
   return _call(
     [win._state],
     jax.tree.structure(win),
-    primitive=win_get_p,
+    primitive=_native.win_get_p,
     fixed=(win._state, row),
     params={"peers": peers, "comm": spec.comm},
   )
@@ -476,8 +409,8 @@ def _update(
   win, x, self_weight, src_weights, operation, *, reset, expose
 ) -> Any:
   """The call of an update."""
-  spec = _require_window(win, operation)
-  leaves = _require_like(spec, x, operation)
+  spec = _arguments.require_window(win, operation)
+  leaves = _arguments.require_like(spec, x, operation)
   defaults = self_weight is None and src_weights is None
   matrix, rank = spec.topology.mixing_matrix, spec.comm.rank
   if spec.comm.backend == "mesh":  # where the rank is traced
@@ -486,10 +419,10 @@ def _update(
     self_weight = matrix[rank, rank]
   if src_weights is None:
     src_weights = matrix[rank]
-  own = _weight(spec, self_weight, "self_weight", operation)
-  weights = _edge_weights(spec, src_weights, "src_weights", operation)
+  own = _arguments.real_weight(spec, self_weight, "self_weight", operation)
+  weights = _arguments.edge_weights(spec, src_weights, "src_weights", operation)
   if spec.comm.backend in ("mesh", "single"):
-    results, state = _window_slots.update(
+    results, state = _mesh.update(
       spec,
       win._state,
       leaves,
@@ -500,17 +433,19 @@ def _update(
       expose=bool(expose),
     )
     return _done((spec.structure.unflatten(results), Window(spec, state)))
-  peers, row = _own_edges(spec.topology.in_neighbors(rank), weights)
+  peers, row = _arguments.own_edges(spec.topology.in_neighbors(rank), weights)
   dtype = jnp.promote_types(own.dtype, row.dtype)
   structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
   difference = defaults and _ffi_attributes.difference_rows(spec.topology)[rank]
   return _call(
     [*leaves, win._state],
     structure,
-    primitive=win_update_p,
+    primitive=_native.win_update_p,
     fixed=(
       win._state,
-      _numpy_or_jax(own, row).append(own.astype(dtype), row.astype(dtype)),
+      _arguments.numpy_or_jax(own, row).append(
+        own.astype(dtype), row.astype(dtype)
+      ),
     ),
     operands=_pytree.to_native(leaves, spec.names, operation),
     params={
@@ -555,14 +490,14 @@ def win_version(win: Window) -> jax.Array:
 
   Source: `get_win_version` of BlueFog.
   """
-  spec = _require_window(win, "win_version")
+  spec = _arguments.require_window(win, "win_version")
   if spec.comm.backend in ("mesh", "single"):
-    return _done(_window_slots.versions(spec, win._state))
+    return _done(_mesh.versions(spec, win._state))
   result = jnp.zeros(spec.comm.size, jnp.int32)
   return _call(
     [result],
     jax.tree.structure(0),
-    primitive=win_version_p,
+    primitive=_native.win_version_p,
     fixed=(win._state,),
     params={"comm": spec.comm},
   )
@@ -603,18 +538,18 @@ def win_associated_p(win: Window) -> jax.Array:
   Source: `win_associated_p` of BlueFog; Kempe, Dobra and Gehrke, "Gossip-based
   computation of aggregate information", 2003.
   """
-  spec = _require_window(win, "win_associated_p")
+  spec = _arguments.require_window(win, "win_associated_p")
   if not spec.associated_p:
     raise ValueError(
       "win_associated_p: this window has none; make it with "
       "win_create(..., associated_p=True)."
     )
   if spec.comm.backend in ("mesh", "single"):
-    return _done(_window_slots.associated_p(spec, win._state))
+    return _done(_mesh.associated_p(spec, win._state))
   return _call(
     [jnp.zeros([], spec.p_dtype)],
     jax.tree.structure(0),
-    primitive=win_associated_p_p,
+    primitive=_native.win_associated_p_p,
     fixed=(win._state,),
     params={"dtype": spec.p_dtype, "comm": spec.comm},
   )
@@ -645,83 +580,13 @@ def win_free(win: Window) -> None:
 
   Source: `win_free` of BlueFog; MPI 4.0, section 12.2.5.
   """
-  spec = _require_window(win, "win_free")
+  spec = _arguments.require_window(win, "win_free")
   win._freed = True
   if spec.comm.backend in ("mesh", "single"):
     return
-  ended = win_free_p.bind(win._state, fixed=1, comm=spec.comm)
+  ended = _native.win_free_p.bind(win._state, fixed=1, comm=spec.comm)
   if _compat.at_top_level():
     jax.block_until_ready(ended)  # which raises what went wrong
-
-
-@contextlib.contextmanager
-def win_mutex(
-  win: Window, ranks: Sequence[int] | None = None
-) -> Iterator[None]:
-  """Excludes all others that take the mutex of one of the same ranks.
-
-  Every rank has one mutex in a window. They are taken in ascending order, so two
-  who take several do not block each other, and are given back at the end, also
-  after an exception. They do not change what the operations do: each of those is
-  atomic by itself.
-
-  Operations inside are complete when the mutexes are given back.
-
-  Args:
-    win: the window.
-    ranks: whose mutexes to take; by default those of all ranks.
-
-  Raises:
-    TypeError: if `win` is no window, or a rank is no int.
-    ValueError: for a rank that is none, or inside of a transformation such as
-      `jax.jit`, which would take the mutex while it traces.
-    jax.errors.JaxRuntimeError: on MPI, if the window was freed
-      (`FAILED_PRECONDITION`), or a mutex is not given back in time
-      (`DEADLINE_EXCEEDED`).
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> world = jfog.init()
-    >>> win = jfog.win_create(jnp.ones(2), jfog.topology.ring(1))
-    >>> with jfog.win_mutex(win):
-    ...   x, win = jfog.win_update(win, jnp.ones(2))
-
-  Source: `win_mutex` of BlueFog.
-  """
-  spec = _require_window(win, "win_mutex")
-  if not _compat.at_top_level():
-    raise ValueError(
-      "win_mutex is taken where Python runs, and this is traced; call it around "
-      "the jitted function."
-    )
-  size = spec.comm.size
-  for rank in () if ranks is None else ranks:
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-      raise TypeError(f"win_mutex: {rank!r} in ranks is no rank; pass ints.")
-    if not 0 <= rank < size:
-      raise ValueError(f"win_mutex: {rank} in ranks is no rank of {size}.")
-  if spec.comm.backend not in ("mpi", "nccl"):
-    yield
-    return
-  taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})
-  number = int(win._state)
-  jax.effects_barrier()  # what was called before is done before
-  _native_mutex(mpi().lock_window, number, taken)
-  try:
-    yield
-  finally:
-    try:
-      jax.effects_barrier()
-    finally:
-      _native_mutex(mpi().unlock_window, number, taken)
-
-
-def _native_mutex(change: Callable, number: int, ranks: list[int]) -> None:
-  """Takes or gives back mutexes, with errors like those of operations."""
-  try:
-    change(number, ranks)
-  except RuntimeError as error:
-    raise jax.errors.JaxRuntimeError(str(error)) from None
 
 
 def _call(*args: Any, **kwargs: Any) -> Any:
@@ -733,251 +598,3 @@ def _done(results: Any) -> Any:
   """The call of what XLA computes."""
   leaves, structure = jax.tree.flatten(results)
   return _call(leaves, structure, leaves)
-
-
-# Checks of arguments.
-
-
-def _require_window(win: Any, operation: str) -> Spec:
-  if not isinstance(win, Window):
-    raise TypeError(
-      f"{operation}: win={win!r} is {type(win).__name__}, not a window; pass what "
-      f"jfog.win_create has returned."
-    )
-  if win._freed:
-    raise ValueError(
-      f"{operation}: this window was freed; make another one by jfog.win_create."
-    )
-  return win._spec
-
-
-def _require_like(spec: Spec, x: Any, operation: str) -> list[jax.Array]:
-  """The leaves of `x`, if it is like the window's value."""
-  leaves, names, structure = _pytree.flatten(x, operation)
-  if structure != spec.structure:
-    raise ValueError(
-      f"{operation}: x has the structure {structure}, the window "
-      f"{spec.structure}; pass a tree like the one it was made with."
-    )
-  for leaf, name, shape, dtype in zip(
-    leaves, names, spec.shapes, spec.dtypes, strict=True
-  ):
-    if leaf.shape != shape or leaf.dtype != dtype:
-      raise ValueError(
-        f"{operation}: the leaf {name} has shape {leaf.shape} and dtype "
-        f"{leaf.dtype}, the window's {shape} and {dtype}; reshape or cast it, or "
-        f"make another window."
-      )
-  return leaves
-
-
-def _weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
-  """A weight, or several, in a dtype that suits the window's leaves.
-
-  An array of NumPy's where there is nothing to trace, which costs no dispatch.
-  """
-  if isinstance(weight, (int, float, np.number, np.ndarray)):
-    weight = np.asarray(weight)
-  else:
-    weight = jnp.asarray(weight)
-  if weight.dtype == np.bool_ or not (
-    jnp.issubdtype(weight.dtype, np.integer)
-    or jnp.issubdtype(weight.dtype, np.floating)
-  ):
-    raise TypeError(
-      f"{operation}: {name} has dtype {weight.dtype}; weights are real numbers."
-    )
-  if name == "self_weight" and weight.shape != ():
-    raise ValueError(
-      f"{operation}: self_weight has shape {weight.shape}; pass a scalar."
-    )
-  if jnp.issubdtype(weight.dtype, np.integer):
-    return weight.astype(np.int32)
-  for leaf, dtype in zip(spec.names, spec.dtypes, strict=True):
-    if not jnp.issubdtype(dtype, jnp.inexact):
-      raise TypeError(
-        f"{operation}: {name} has dtype {weight.dtype}, but the leaf {leaf} has "
-        f"dtype {dtype}, which holds no fractions; pass integer weights, or cast "
-        f"the leaf to a float dtype."
-      )
-  wide = weight.dtype == np.float64 == jnp.result_type(float)
-  return weight if wide else weight.astype(np.float32)
-
-
-def _edge_weights(
-  spec: Spec, weights: Any, name: str, operation: str
-) -> EdgeWeights:
-  """The weights of this rank's edges, by the rank at their other end."""
-  size, chosen = spec.comm.size, None
-  if isinstance(weights, Mapping):
-    chosen = _chosen(spec, weights, name, operation)
-    given = [
-      _weight(spec, weights[r] if chosen[r] else 0, name, operation)
-      for r in range(size)
-    ]
-    dtype = jnp.result_type(*given)
-    stack = _numpy_or_jax(*given).stack
-    values = stack([w.astype(dtype) for w in given])
-  else:
-    weights = 1 if weights is None else weights
-    values = _weight(spec, weights, name, operation)
-    if values.shape not in ((), (size,)):
-      raise ValueError(
-        f"{operation}: {name} has shape {values.shape}; pass one number, {size} "
-        f"of them (one for each rank), or a dict from neighbors to numbers."
-      )
-    values = _numpy_or_jax(values).broadcast_to(values, (size,))
-  if spec.comm.backend in ("mesh", "single"):  # what is picked of it is traced
-    values = jnp.asarray(values)
-  return EdgeWeights(values, chosen)
-
-
-def _chosen(spec: Spec, weights: Mapping, name: str, operation: str):
-  """Which ranks a dict of weights names, checked; shape (size,), bool."""
-  chosen = np.zeros(spec.comm.size, bool)
-  neighbors = _neighbors(spec, name)
-  for rank, weight in weights.items():
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-      raise TypeError(
-        f"{operation}: {name} has the key {rank!r}; keys are ranks, ints."
-      )
-    if rank not in neighbors:
-      raise ValueError(
-        f"{operation}: {name} names rank {rank}, which is no "
-        f"{'out' if name == 'dst_weights' else 'in'}-neighbor; those are "
-        f"{sorted(neighbors)}."
-      )
-    if jnp.shape(weight) != ():
-      raise ValueError(
-        f"{operation}: {name}[{rank}] has shape {jnp.shape(weight)}; pass a "
-        f"scalar."
-      )
-    chosen[rank] = True
-  return chosen
-
-
-def _numpy_or_jax(*arrays: Any) -> Any:
-  """The module that handles these arrays: NumPy if all are its own."""
-  return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
-
-
-def _neighbors(spec: Spec, name: str) -> set[int]:
-  """The ranks that a dict of weights may name; on a mesh those of any rank."""
-  topology = spec.topology
-  ends = (
-    topology.out_neighbors if name == "dst_weights" else topology.in_neighbors
-  )
-  if spec.comm.backend == "mesh":
-    return {r for rank in range(topology.size) for r in ends(rank)}
-  return set(ends(spec.comm.rank))
-
-
-def _own_edges(
-  neighbors: Sequence[int], weights: EdgeWeights
-) -> tuple[tuple[int, ...], Any]:
-  """The neighbors that take part, ascending, and their weights."""
-  peers = tuple(
-    int(r) for r in neighbors if weights.chosen is None or weights.chosen[r]
-  )
-  return peers, weights.values[np.array(peers, np.int32)]
-
-
-# Between processes: the rules of the primitives. The number of the window is
-# an operand, so a program finds at run time which window it is about, and a
-# result, so that a handle of an operation gives it back.
-
-_NUMBER = jax.ShapeDtypeStruct((), jnp.uint32)
-
-
-def _number_abstract_eval(*operands, **params):
-  del operands, params
-  return [jax.core.ShapedArray((), jnp.uint32)]
-
-
-def _update_abstract_eval(*operands, fixed, **params):
-  leaves = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
-  return [*leaves, *_number_abstract_eval(**params)]
-
-
-def _no_derivative(primitive, primals, results, tangents, **params):
-  raise TypeError(
-    f"{primitive.name} has no derivative: what lies in a window comes from other "
-    f"ranks' past; use jax.lax.stop_gradient on what goes in."
-  )
-
-
-class _Associated(enum.IntEnum):
-  """The dtype of a window's p; numbered as in window.h."""
-
-  NONE = 0
-  FLOAT32 = 1
-  FLOAT64 = 2
-
-
-def _create_attributes(mode, *leaves, spec):
-  del mode, leaves
-  topology, rank = spec.topology, spec.comm.rank
-  out = topology.out_neighbors(rank)
-  associated = _Associated.NONE
-  if spec.associated_p:
-    associated = _Associated[spec.p_dtype.name.upper()]
-  return {
-    "context": np.int64(spec.comm.context),
-    "graph": np.int64(_ffi_attributes.fingerprint(topology)),
-    "structure": np.int64(_fingerprint(str(spec.structure))),
-    # An attribute may not be empty: one more element, which is never read.
-    "sources": np.array([*topology.in_neighbors(rank), -1], np.int32),
-    "destinations": np.array([*out, -1], np.int32),
-    # Which slot of an out-neighbor is this rank's.
-    "slots": np.array(
-      [*(topology.in_neighbors(d).index(rank) for d in out), -1], np.int32
-    ),
-    "zero_init": np.int64(spec.zero_init),
-    "associated": np.int64(associated),
-  }
-
-
-def _fingerprint(text: str) -> int:
-  digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-  return int.from_bytes(digest, "little", signed=True)
-
-
-def _attributes(mode, *leaves, comm, peers=None, **flags):
-  del mode, leaves
-  attributes: dict[str, Any] = {"context": np.int64(comm.context)}
-  if peers is not None:
-    attributes["peers"] = np.array([*peers, -1], np.int32)
-  return {**attributes, **{k: np.int64(v) for k, v in flags.items()}}
-
-
-def _define(name, abstract_eval=_number_abstract_eval, **rules):
-  return _primitive.define(
-    name,
-    abstract_eval=abstract_eval,
-    tangents=_no_derivative,
-    batch_axis=None,
-    **{"attributes": _attributes, **rules},
-  )
-
-
-win_create_p = _define("win_create", attributes=_create_attributes)
-win_put_p = _define("win_put")
-win_accumulate_p = _define("win_accumulate")
-win_get_p = _define("win_get")
-win_update_p = _define(
-  "win_update", abstract_eval=_update_abstract_eval, in_place=True
-)
-win_version_p = _define(
-  "win_version",
-  abstract_eval=lambda number, fixed, comm: [
-    jax.core.ShapedArray((comm.size,), jnp.int32)
-  ],
-)
-win_associated_p_p = _define(
-  "win_associated_p",
-  abstract_eval=lambda number, fixed, dtype, comm: [
-    jax.core.ShapedArray((), dtype)
-  ],
-  attributes=lambda mode, dtype, comm: {"context": np.int64(comm.context)},
-)
-win_free_p = _define("win_free")
