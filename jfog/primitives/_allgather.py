@@ -1,5 +1,6 @@
 """Concatenation of the values of all ranks."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +10,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.interpreters import ad
 
 from jfog import _compat
-from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
+from jfog.primitives import _mesh, _operation, _primitive, _pytree, nccl
 from jfog.primitives._allreduce import allreduce_p
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.runtime import Communicator, resolve
 
 
@@ -28,7 +28,8 @@ def allgather(
   """Concatenates the values of all ranks along axis 0, in the order of ranks.
 
   Every rank gets `y = concatenate([x[0], ..., x[n-1]])`; a scalar leaf counts as
-  one of shape (1,). All ranks take part and wait for each other. The transpose
+  one of shape (1,). All ranks send to
+  all others and wait for each other. The transpose
   gives each rank the sum over ranks of the cotangents of its own part.
 
   Args:
@@ -37,7 +38,7 @@ def allgather(
     axis_sizes: the length of axis 0 on every rank, one int for each, where they
       differ; the same for all leaves. On a mesh all ranks have one shape, so
       there they must be equal.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator; by default the current one, see `jfog.init`.
 
   Returns:
     A pytree like `x` whose leaves have the total length along axis 0.
@@ -63,16 +64,13 @@ def allgather(
     _pytree.axis_sizes(leaf, name, axis_sizes, comm, "allgather")
     for leaf, name in zip(leaves, names, strict=True)
   ]
-  if not leaves or comm.backend == "single":
-    return Call(leaves, structure, leaves)
-  if comm.backend == "mesh":
-    results = [_mesh_allgather(leaf, comm) for leaf in leaves]
-    return Call(leaves, structure, results)
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: [_mesh_allgather(x, comm) for x in leaves],
     primitive=allgather_p,
-    operands=_pytree.to_native(leaves, names, "allgather"),
+    operands=lambda: _pytree.to_native(leaves, names, "allgather"),
     params={"axis_sizes": tuple(sizes), "comm": comm},
   )
 
@@ -86,18 +84,22 @@ allgather_start = _operation.start_of(
 )
 
 
-# The mesh.
+# Mesh rendition.
 
 
-def _mesh_allgather(x, comm):
+def _mesh_allgather(x: jax.Array, comm: Any) -> jax.Array:
+  if comm.backend == "single":
+    return x
   gathered = _mesh.gather(_compat.varying(x, comm.axes), comm.axes)
   return gathered.reshape(len(gathered) * len(x), *x.shape[1:])
 
 
-# Between processes: the rules of the primitive.
+# Native rendition: rules of the primitive.
 
 
-def _allgather_abstract_eval(*operands, fixed, axis_sizes, comm):
+def _abstract_eval(
+  *operands: Any, fixed: int, axis_sizes: tuple[tuple[int, ...], ...], comm: Any
+) -> list[jax.core.ShapedArray]:
   del fixed, comm
   return [
     jax.core.ShapedArray((sum(sizes), *x.shape[1:]), x.dtype)
@@ -105,27 +107,15 @@ def _allgather_abstract_eval(*operands, fixed, axis_sizes, comm):
   ]
 
 
-def _allgather_tangents(
-  primitive, primals, results, tangents, *, fixed, axis_sizes, comm
-):
-  """Linear, but each leaf comes with its own lengths."""
-  del primals
-  out: list[Any] = [_primitive.zero_tangent(y) for y in results]
-  moving = [i for i, dx in enumerate(tangents) if type(dx) is not ad.Zero]
-  if moving:
-    dy = primitive.bind(
-      *(tangents[i] for i in moving),
-      axis_sizes=tuple(axis_sizes[i] for i in moving),
-      fixed=fixed,
-      comm=comm,
-    )
-    for i, tangent in zip(moving, dy, strict=True):
-      out[i] = tangent
-  return out
-
-
-def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
-  # Rank i's part went to everybody: the cotangents of it are summed.
+def _transpose(
+  cotangents: Sequence[Any],
+  *,
+  fixed: int,
+  axis_sizes: tuple[tuple[int, ...], ...],
+  comm: Any,
+) -> list[Any]:
+  # Every rank has a copy of rank i's part: its cotangent is the sum over ranks of
+  # theirs, of which rank i keeps its own rows.
   totals = allreduce_p.bind(*cotangents, fixed=fixed, op="sum", comm=comm)
   own = []
   for total, sizes in zip(totals, axis_sizes, strict=True):
@@ -134,7 +124,9 @@ def _allgather_transpose(cotangents, *, fixed, axis_sizes, comm):
   return own
 
 
-def _allgather_attributes(mode, *leaves, axis_sizes, comm):
+def _attributes(
+  mode: Any, *leaves: Any, axis_sizes: tuple[tuple[int, ...], ...], comm: Any
+) -> dict[str, Any]:
   del mode
   return {
     "context": np.int64(comm.context),
@@ -143,50 +135,69 @@ def _allgather_attributes(mode, *leaves, axis_sizes, comm):
   }
 
 
-# On GPUs all ranks bring what the longest brings, padded, for NCCL gathers equal
-# parts.
+class _OnGpus(nccl.Rendition):
+  """One ncclAllGather for each leaf.
 
+  NCCL gathers equal parts, so every rank pads its part to the longest one.
+  """
 
-def _send_allgather(mode, fixed, leaves, *, axis_sizes, comm):
-  del fixed
-  padded = []
-  for x, sizes in zip(leaves, axis_sizes, strict=True):
-    behind = max(sizes) - len(x)
-    padded.append(jnp.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)))
-  told = _nccl.told(mode, comm, "allgather", axis_sizes, padded)
-  return _nccl.Send("allgather", told, padded)
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Any,
+    *,
+    axis_sizes: tuple[tuple[int, ...], ...],
+    comm: Any,
+  ) -> nccl.Send:
+    """The call that gathers the padded leaves."""
+    del scalars
+    padded = []
+    for x, sizes in zip(leaves, axis_sizes, strict=True):
+      behind = max(sizes) - len(x)
+      padded.append(jnp.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)))
+    attributes = nccl.common_attributes(
+      mode, comm, "allgather", axis_sizes, padded
+    )
+    return nccl.Send("allgather", attributes, padded)
 
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the padded parts of all ranks."""
+    return [
+      jax.ShapeDtypeStruct((len(sizes) * max(sizes), *y.shape[1:]), y.dtype)
+      for y, sizes in zip(results, static, strict=True)
+    ]
 
-def _received_allgather(results, static):
-  return [
-    jax.ShapeDtypeStruct((len(sizes) * max(sizes), *y.shape[1:]), y.dtype)
-    for y, sizes in zip(results, static, strict=True)
-  ]
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The parts without their padding, concatenated."""
+    del own, weights
+    results = []
+    for y, sizes in zip(received, static, strict=True):
+      if len(set(sizes)) > 1:
+        longest = max(sizes)
+        parts = [y[i * longest :][:size] for i, size in enumerate(sizes)]
+        y = jnp.concatenate(parts)
+      results.append(y)
+    return results
 
-
-def _finish_allgather(own, weights, received, static):
-  del own, weights
-  results = []
-  for y, sizes in zip(received, static, strict=True):
-    if len(set(sizes)) > 1:
-      longest = max(sizes)
-      parts = [y[i * longest :][:size] for i, size in enumerate(sizes)]
-      y = jnp.concatenate(parts)
-    results.append(y)
-  return results
+  def static(
+    self, *, axis_sizes: tuple[tuple[int, ...], ...], **params: Any
+  ) -> tuple[tuple[int, ...], ...]:
+    """Lengths of axis 0, by leaf and rank."""
+    del params
+    return axis_sizes
 
 
 allgather_p = _primitive.define(
   "allgather",
-  abstract_eval=_allgather_abstract_eval,
-  attributes=_allgather_attributes,
-  tangents=_allgather_tangents,
-  transpose=_allgather_transpose,
-  batch_axis=-1,  # axis 0 is concatenated
-  on_gpus=_nccl.OnGpus(
-    send=_send_allgather,
-    received=_received_allgather,
-    finish=_finish_allgather,
-    static=lambda *, axis_sizes, comm: axis_sizes,
+  abstract_eval=_abstract_eval,
+  attributes=_attributes,
+  tangents=functools.partial(
+    _primitive.linear_tangents, per_leaf=("axis_sizes",)
   ),
+  transpose=_transpose,
+  batch_axis=-1,  # axis 0 is concatenated
+  on_gpus=_OnGpus(),
 )

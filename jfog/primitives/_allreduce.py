@@ -1,6 +1,7 @@
 """Reduction of every element over all ranks."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ from jax import lax
 from jax.interpreters import ad
 
 from jfog import _compat, _dtypes
-from jfog.primitives import _mesh, _nccl, _operation, _primitive, _pytree
-from jfog.primitives._nccl import Reduction
-from jfog.primitives._operation import Call
+from jfog.primitives import _mesh, _operation, _primitive, _pytree, nccl
+from jfog.primitives._operation import Operation
+from jfog.primitives.nccl import Reduction
 from jfog.runtime import Communicator, resolve
 
-# In the order in which collectives.cc numbers them.
+# Numbered as `Reduction` in collectives.cc.
 _REDUCTIONS = ("sum", "mean", "min", "max", "prod")
 
 
@@ -27,8 +28,8 @@ def allreduce(
   """Reduces every element over all ranks; all get the result.
 
   Computes `y[i] = (x[0] + ... + x[n-1]) / n` for `op="mean"`, and the sum,
-  minimum, maximum or product for the others. All ranks take part and wait for
-  each other. A NaN makes the minimum and the maximum NaN. Sums of integers wrap
+  minimum, maximum or product for the others. All ranks communicate and wait
+  for each other. A NaN makes the minimum and the maximum NaN. Sums of integers wrap
   around; the sum of bools is their "or", the product their "and".
 
   `"sum"` and `"mean"` are differentiable: the transpose of a sum over ranks is
@@ -37,7 +38,7 @@ def allreduce(
   Args:
     x: a pytree of arrays, of equal shapes and dtypes on all ranks.
     op: `"mean"`, `"sum"`, `"min"`, `"max"` or `"prod"`; equal on all ranks.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator; by default the current one, see `jfog.init`.
       `comm.local` reduces inside each machine.
 
   Returns:
@@ -45,7 +46,7 @@ def allreduce(
     float32.
 
   Raises:
-    ValueError: if `op` is none of the five.
+    ValueError: if `op` is another string.
     TypeError: for the mean of integer or bool leaves, for the minimum or
       maximum of complex ones, and for a derivative of min, max or prod.
     NotInitializedError: if there is no communicator.
@@ -60,7 +61,9 @@ def allreduce(
   """
   comm = resolve(comm)
   if op not in _REDUCTIONS:
-    raise ValueError(f"allreduce: op={op!r} is none of {_REDUCTIONS}.")
+    raise ValueError(
+      f"allreduce: op={op!r} is unknown; use one of {_REDUCTIONS}."
+    )
   leaves, names, structure = _pytree.flatten(x, "allreduce")
   if op == "mean":
     _pytree.require_inexact(leaves, names, "allreduce")
@@ -68,17 +71,17 @@ def allreduce(
     for leaf, name in zip(leaves, names, strict=True):
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(
-          f"allreduce: the leaf {name} is complex and has no {op}; reduce its "
-          f"absolute value or its parts."
+          f"allreduce: op={op!r} is undefined for the complex leaf {name}; reduce "
+          f"its absolute value, or its real and imaginary parts."
         )
-  if not leaves or comm.backend in ("mesh", "single"):
-    reduce = _mesh_allreduce if op in ("sum", "mean") else _mesh_extremum
-    return Call(leaves, structure, [reduce(leaf, op, comm) for leaf in leaves])
-  return Call(
+  reduce = _mesh_allreduce if op in ("sum", "mean") else _mesh_extremum
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: [reduce(leaf, op, comm) for leaf in leaves],
     primitive=allreduce_p,
-    operands=_pytree.to_native(leaves, names, "allreduce"),
+    operands=lambda: _pytree.to_native(leaves, names, "allreduce"),
     params={"op": op, "comm": comm},
   )
 
@@ -91,10 +94,10 @@ allreduce_start = _operation.start_of(
 )
 
 
-# The mesh: lax's collectives, which differentiate and batch by themselves.
+# Mesh rendition: collectives of `jax.lax`, which have rules for AD and batching.
 
 
-def _mesh_allreduce(x, op, comm):
+def _mesh_allreduce(x: jax.Array, op: str, comm: Any) -> jax.Array:
   if comm.backend == "single":
     return x
   if x.dtype == jnp.bool_:
@@ -105,7 +108,7 @@ def _mesh_allreduce(x, op, comm):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _mesh_extremum(x, op, comm):
+def _mesh_extremum(x: jax.Array, op: str, comm: Any) -> jax.Array:
   if comm.backend == "single":
     return x
   if x.dtype == jnp.bool_:
@@ -128,27 +131,30 @@ def _mesh_extremum(x, op, comm):
 
 
 @_mesh_extremum.defjvp
-def _mesh_extremum_jvp(op, comm, primals, tangents):
+def _mesh_extremum_jvp(op: str, comm: Any, primals: Any, tangents: Any) -> Any:
   del comm, primals, tangents
   raise _no_derivative(op)
 
 
-def _no_derivative(op):
+def _no_derivative(op: str) -> TypeError:
   return TypeError(
     f'allreduce: op="{op}" has no derivative; use "sum" or "mean", or '
     f"jax.lax.stop_gradient on its argument."
   )
 
 
-# Between processes: the rules of the primitives.
+# Native rendition: rules of the primitive.
 
 
-def _like_operands(*operands, fixed, **params):
-  del fixed, params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
-
-
-def _allreduce_tangents(primitive, primals, results, tangents, *, op, **params):
+def _tangents(
+  primitive: Any,
+  primals: Sequence[Any],
+  results: Sequence[Any],
+  tangents: Sequence[Any],
+  *,
+  op: str,
+  **params: Any,
+) -> list[Any]:
   if op not in ("sum", "mean") and any(
     type(dx) is not ad.Zero for dx in tangents
   ):
@@ -158,133 +164,171 @@ def _allreduce_tangents(primitive, primals, results, tangents, *, op, **params):
   )
 
 
-def _allreduce_transpose(cotangents, *, fixed, op, comm):
-  return allreduce_p.bind(*cotangents, fixed=fixed, op=op, comm=comm)
+def _transpose(cotangents: Sequence[Any], **params: Any) -> Any:
+  # y_i = sum_j x_j on every rank i, so ct_x_j = sum_i ct_y_i: the same operation.
+  return allreduce_p.bind(*cotangents, **params)
 
 
-# On GPUs NCCL reduces in the types that it has, here called wires: bools are
-# bytes, integers and floats of 16 bits have 32, and the parts of a complex number
-# are two numbers. Products of complex numbers it has not: those are gathered.
+# On GPUs.
 
 
-def _wires(leaves, op):
-  """What NCCL reduces: one array for each leaf, and then flags of NaN."""
-  wires = []
-  for x in leaves:
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-      wires.append(jnp.stack([x.real, x.imag]))
-    elif x.dtype == jnp.bool_:
-      wires.append(x.astype(jnp.uint8))
-    elif x.dtype in (jnp.int16, jnp.uint16):
-      wires.append(x.astype(x.dtype.name.replace("16", "32")))
-    else:
-      wires.append(x.astype(_dtypes.accumulation(x.dtype)))
-  flags = [jnp.isnan(x).astype(jnp.uint8) for x in leaves if _flags(x, op)]
-  return [*wires, *flags]
+class WirePlan:
+  """Buffers in which NCCL reduces leaves, and the reduction of each buffer.
 
+  NCCL lacks bools, 16-bit integers and complex numbers, so every leaf has a wire
+  type: bools are uint8, 16-bit integers and floats have 32 bits, and a complex
+  leaf is a real array of its real and imaginary parts. NCCL does not specify how
+  min and max treat NaN, so a uint8 flag per element travels along, reduced by
+  max. Products of complex numbers cannot be reduced by parts: those leaves are
+  gathered, and every rank multiplies.
+  """
 
-def _flags(x, op):
-  """Whether NaN travels beside: NCCL promises nothing of it."""
-  return op in ("min", "max") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _reductions(leaves, op):
-  """How each of the wires is reduced."""
-  usual = Reduction.SUM if op == "mean" else Reduction[op.upper()]
-  every = op in ("min", "prod")
-  of_bools = Reduction.MIN if every else Reduction.MAX
-  return [
-    *(of_bools if x.dtype == jnp.bool_ else usual for x in leaves),
-    *(Reduction.MAX for x in leaves if _flags(x, op)),
-  ]
-
-
-def _gathers(leaves, op):
-  return op == "prod" and any(
-    jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves
-  )
-
-
-def _wire_groups(leaves, op):
-  """For each reduction the wires of its vectors: `(reduction, places, packing)`."""
-  wires = jax.eval_shape(lambda *leaves: _wires(leaves, op), *leaves)
-  reductions = _reductions(leaves, op)
-  groups = []
-  for reduction in sorted(set(reductions)):
-    places = [i for i, r in enumerate(reductions) if r == reduction]
-    packing = _nccl.Packing([wires[i] for i in places])
-    groups.append((reduction, places, packing))
-  return groups
-
-
-def send_allreduce(mode, fixed, leaves, *, op, comm, operation="allreduce"):
-  """The call that reduces leaves on GPUs."""
-  del fixed
-  attributes = _nccl.told(mode, comm, operation, op, leaves)
-  if _gathers(leaves, op):
-    return _nccl.Send("allgather", attributes, leaves)
-  wires, operands, reductions = _wires(leaves, op), [], []
-  for reduction, places, packing in _wire_groups(leaves, op):
-    packed = packing.pack([wires[i] for i in places])
-    operands.extend(packed)
-    reductions.extend([reduction] * len(packed))
-  attributes["reductions"] = np.array(reductions, np.int64)
-  return _nccl.Send("allreduce", attributes, operands)
-
-
-def received_allreduce(results, static):
-  """What comes in of it."""
-  op, size = static
-  if _gathers(results, op):
-    return [jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in results]
-  return [
-    aval
-    for *_, packing in _wire_groups(results, op)
-    for aval in packing.avals()
-  ]
-
-
-def finish_allreduce(own, weights, received, static):
-  """The results of what has come in."""
-  del weights
-  op, size = static
-  if _gathers(own, op):
-    return [
-      jnp.prod(x.astype(_dtypes.accumulation(x.dtype)), axis=0).astype(x.dtype)
-      for x in received
+  def __init__(self, leaves: Sequence[Any], op: str):
+    self._op = op
+    self._dtypes = [jnp.dtype(x.dtype) for x in leaves]
+    self._flagged = [
+      i
+      for i, dtype in enumerate(self._dtypes)
+      if op in ("min", "max") and jnp.issubdtype(dtype, jnp.floating)
     ]
-  wires: dict[int, jax.Array] = {}
-  received = list(received)
-  for _, places, packing in _wire_groups(own, op):
-    packed = [received.pop(0) for _ in packing.sizes]
-    wires.update(zip(places, packing.unpack(packed), strict=True))
-  flags = iter(range(len(own), len(wires)))
-  results = []
-  for i, x in enumerate(own):
-    y = wires[i] / size if op == "mean" else wires[i]
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-      y = lax.complex(y[0], y[1])
-    if _flags(x, op):
-      y = jnp.where(wires[next(flags)] > 0, jnp.nan, y)
-    results.append(y.astype(x.dtype))
-  return results
+    self.gathers = op == "prod" and any(
+      jnp.issubdtype(dtype, jnp.complexfloating) for dtype in self._dtypes
+    )
+    self._leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    # One packing for each reduction, over the places of its wires.
+    self._groups: list[tuple[Reduction, list[int], nccl.Packing]] = []
+    if self.gathers:
+      return
+    wires = jax.eval_shape(lambda *leaves: self._wires(leaves), *self._leaves)
+    reductions = self._reductions()
+    for reduction in sorted(set(reductions)):
+      places = [i for i, r in enumerate(reductions) if r == reduction]
+      packing = nccl.Packing.of([wires[i] for i in places])
+      self._groups.append((reduction, places, packing))
 
+  def _wires(self, leaves: Sequence[Any]) -> list[jax.Array]:
+    """One array in its wire type for each leaf, then the flags of NaN."""
+    wires = []
+    for x, dtype in zip(leaves, self._dtypes, strict=True):
+      if jnp.issubdtype(dtype, jnp.complexfloating):
+        wires.append(jnp.stack([x.real, x.imag]))
+      elif dtype == jnp.bool_:
+        wires.append(x.astype(jnp.uint8))
+      elif dtype in (jnp.int16, jnp.uint16):
+        wires.append(x.astype(dtype.name.replace("16", "32")))
+      else:
+        wires.append(x.astype(_dtypes.accumulation(dtype)))
+    flags = [jnp.isnan(leaves[i]).astype(jnp.uint8) for i in self._flagged]
+    return [*wires, *flags]
+
+  def _reductions(self) -> list[Reduction]:
+    """The reduction of every wire."""
+    usual = Reduction.SUM if self._op == "mean" else Reduction[self._op.upper()]
+    # On bytes of 0 and 1, "and" is the minimum and "or" the maximum.
+    conjunction = self._op in ("min", "prod")
+    of_bools = Reduction.MIN if conjunction else Reduction.MAX
+    return [
+      *(of_bools if dtype == jnp.bool_ else usual for dtype in self._dtypes),
+      *(Reduction.MAX for _ in self._flagged),
+    ]
+
+  def encode(
+    self, leaves: Sequence[jax.Array], attributes: dict[str, Any]
+  ) -> nccl.Send:
+    """The call that reduces the leaves."""
+    if self.gathers:
+      return nccl.Send("allgather", attributes, leaves)
+    wires, operands, reductions = self._wires(leaves), [], []
+    for reduction, places, packing in self._groups:
+      packed = packing.pack([wires[i] for i in places])
+      operands.extend(packed)
+      reductions.extend([reduction] * len(packed))
+    attributes = {**attributes, "reductions": np.array(reductions, np.int64)}
+    return nccl.Send("allreduce", attributes, operands)
+
+  def avals(self, size: int) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the buffers that NCCL fills, for `size` ranks."""
+    if self.gathers:
+      return [
+        jax.ShapeDtypeStruct((size, *x.shape), x.dtype) for x in self._leaves
+      ]
+    return [aval for *_, packing in self._groups for aval in packing.avals()]
+
+  def decode(self, received: Sequence[Any], size: int) -> list[jax.Array]:
+    """The results from these buffers, for `size` ranks."""
+    if self.gathers:
+      return [
+        jnp.prod(x.astype(_dtypes.accumulation(x.dtype)), axis=0).astype(
+          x.dtype
+        )
+        for x in received
+      ]
+    buffers = iter(received)
+    wires: dict[int, jax.Array] = {}
+    for _, places, packing in self._groups:
+      packed = [next(buffers) for _ in packing.sizes]
+      wires.update(zip(places, packing.unpack(packed), strict=True))
+    flags = {i: len(self._dtypes) + k for k, i in enumerate(self._flagged)}
+    results = []
+    for i, dtype in enumerate(self._dtypes):
+      y = wires[i] / size if self._op == "mean" else wires[i]
+      if jnp.issubdtype(dtype, jnp.complexfloating):
+        y = lax.complex(y[0], y[1])
+      if i in flags:
+        y = jnp.where(wires[flags[i]] > 0, jnp.nan, y)
+      results.append(y.astype(dtype))
+    return results
+
+
+class OnGpus(nccl.Rendition):
+  """One reduction for each buffer of a `WirePlan`."""
+
+  in_place = True
+
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Any,
+    *,
+    op: str,
+    comm: Any,
+    operation: str = "allreduce",
+  ) -> nccl.Send:
+    """The call that reduces the leaves."""
+    del scalars
+    attributes = nccl.common_attributes(mode, comm, operation, op, leaves)
+    return WirePlan(leaves, op).encode(leaves, attributes)
+
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the buffers of the plan."""
+    op, size = static
+    return WirePlan(results, op).avals(size)
+
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The leaves in the buffers of the plan."""
+    del weights
+    op, size = static
+    return WirePlan(own, op).decode(received, size)
+
+  def static(self, *, op: str, comm: Any, **params: Any) -> tuple[str, int]:
+    """The operation and the number of ranks."""
+    del params
+    return op, comm.size
+
+
+on_gpus = OnGpus()
 
 allreduce_p = _primitive.define(
   "allreduce",
-  abstract_eval=_like_operands,
   attributes=lambda mode, *leaves, op, comm: {
     "context": np.int64(comm.context),
     "reduction": np.int64(_REDUCTIONS.index(op)),
   },
-  tangents=_allreduce_tangents,
-  transpose=_allreduce_transpose,
+  tangents=_tangents,
+  transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    send=send_allreduce,
-    received=received_allreduce,
-    finish=finish_allreduce,
-    static=lambda *, op, comm: (op, comm.size),
-    in_place=True,
-  ),
+  on_gpus=on_gpus,
 )

@@ -1,6 +1,7 @@
 """Broadcast of one rank's value to all ranks."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 from jax import lax
 
 from jfog import _compat
-from jfog.primitives import _nccl, _operation, _primitive, _pytree
+from jfog.primitives import _operation, _primitive, _pytree, nccl
 from jfog.primitives._allreduce import allreduce_p
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.runtime import Communicator, resolve
 
 
@@ -20,9 +21,9 @@ from jfog.runtime import Communicator, resolve
 def broadcast(
   x: Any, root: int = 0, *, comm: Communicator | None = None
 ) -> Any:
-  """Gives every rank the value of one.
+  """Copies the value of one rank to all ranks.
 
-  Computes `y[i] = x[root]`. All ranks take part and wait for the root. The
+  Computes `y[i] = x[root]`. The root sends to all other ranks, which wait for it. The
   derivative is that of a copy: the root's cotangent is the sum of the
   cotangents over all ranks, the others' are zero. `broadcast(params)` and
   `broadcast(opt_state)` start a run from equal values.
@@ -30,14 +31,14 @@ def broadcast(
   Args:
     x: a pytree of arrays, of equal shapes and dtypes on all ranks.
     root: the rank whose value is taken, an int, equal on all ranks.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator; by default the current one, see `jfog.init`.
 
   Returns:
     A pytree like `x`, bit for bit that of the root.
 
   Raises:
-    ValueError: if there is no such rank.
-    TypeError: if `root` is no int.
+    ValueError: if `root` is out of range.
+    TypeError: if `root` is not an int.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
 
@@ -50,23 +51,20 @@ def broadcast(
   """
   comm = resolve(comm)
   if isinstance(root, bool) or not isinstance(root, (int, np.integer)):
-    raise TypeError(f"broadcast: root={root!r} must be an int, not traced.")
+    raise TypeError(f"broadcast: root={root!r} must be a static int.")
   if not 0 <= root < comm.size:
     raise ValueError(
-      f"broadcast: root={root} is no rank of a communicator of {comm.size}; "
-      f"take one from 0 to {comm.size - 1}."
+      f"broadcast: root={root} is out of range for a communicator of size "
+      f"{comm.size}; use a rank from 0 to {comm.size - 1}."
     )
   leaves, names, structure = _pytree.flatten(x, "broadcast")
-  if not leaves or comm.backend == "single":
-    return Call(leaves, structure, leaves)
-  if comm.backend == "mesh":
-    results = [_mesh_broadcast(leaf, root, comm) for leaf in leaves]
-    return Call(leaves, structure, results)
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=lambda leaves: [_mesh_broadcast(x, root, comm) for x in leaves],
     primitive=broadcast_p,
-    operands=_pytree.to_native(leaves, names, "broadcast"),
+    operands=lambda: _pytree.to_native(leaves, names, "broadcast"),
     params={"root": int(root), "comm": comm},
   )
 
@@ -79,12 +77,14 @@ broadcast_start = _operation.start_of(
 )
 
 
-# The mesh.
+# Mesh rendition.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _mesh_broadcast(x, root, comm):
+def _mesh_broadcast(x: jax.Array, root: int, comm: Any) -> jax.Array:
   """The sum of the root's bits and zeros; a sum of floats would lose a -0."""
+  if comm.backend == "single":
+    return x
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     parts = (_mesh_broadcast(part, root, comm) for part in (x.real, x.imag))
     return lax.complex(*parts)
@@ -97,26 +97,27 @@ def _mesh_broadcast(x, root, comm):
 
 
 @_mesh_broadcast.defjvp
-def _mesh_broadcast_jvp(root, comm, primals, tangents):
+def _mesh_broadcast_jvp(
+  root: int, comm: Any, primals: Any, tangents: Any
+) -> Any:
   (x,), (dx,) = primals, tangents
+  if comm.backend == "single":
+    return x, dx
   return _mesh_broadcast(x, root, comm), _from_root(dx, root, comm)
 
 
-def _from_root(x, root, comm):
+def _from_root(x: jax.Array, root: int, comm: Any) -> jax.Array:
   x = _compat.varying(x, comm.axes)
   own = jnp.where(comm.rank == root, x, jnp.zeros_like(x))
   return lax.psum(own, comm.axes)
 
 
-# Between processes: the rules of the primitive.
+# Native rendition: rules of the primitive.
 
 
-def _like_operands(*operands, fixed, **params):
-  del fixed, params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
-
-
-def _broadcast_transpose(cotangents, *, fixed, root, comm):
+def _transpose(
+  cotangents: Sequence[Any], *, fixed: int, root: int, comm: Any
+) -> Any:
   # y[i] = x[root] for all i, so ct_x[root] = sum_i ct_y[i].
   totals = allreduce_p.bind(*cotangents, fixed=fixed, op="sum", comm=comm)
   if comm.rank == root:
@@ -124,33 +125,49 @@ def _broadcast_transpose(cotangents, *, fixed, root, comm):
   return [jnp.zeros_like(ct) for ct in totals]
 
 
-def _send_broadcast(mode, fixed, leaves, *, root, comm):
-  del fixed
-  return _nccl.Send(
-    "broadcast",
-    {
-      **_nccl.told(mode, comm, "broadcast", root, leaves),
+class _OnGpus(nccl.Rendition):
+  """One broadcast for each buffer of the packing."""
+
+  in_place = True
+
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Any,
+    *,
+    root: int,
+    comm: Any,
+  ) -> nccl.Send:
+    """The call that broadcasts the packed leaves."""
+    del scalars
+    attributes = {
+      **nccl.common_attributes(mode, comm, "broadcast", root, leaves),
       "root": np.int64(root),
-    },
-    _nccl.Packing(leaves).pack(leaves),
-  )
+    }
+    packed = nccl.Packing.of(leaves).pack(leaves)
+    return nccl.Send("broadcast", attributes, packed)
+
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the packed leaves."""
+    del static
+    return nccl.Packing.of(results).avals()
+
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The leaves in the received buffers."""
+    del weights, static
+    return nccl.Packing.of(own).unpack(received)
 
 
 broadcast_p = _primitive.define(
   "broadcast",
-  abstract_eval=_like_operands,
   attributes=lambda mode, *leaves, root, comm: {
     "context": np.int64(comm.context),
     "root": np.int64(root),
   },
-  transpose=_broadcast_transpose,
+  transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    send=_send_broadcast,
-    received=lambda results, static: _nccl.Packing(results).avals(),
-    finish=lambda own, weights, received, static: _nccl.Packing(own).unpack(
-      received
-    ),
-    in_place=True,
-  ),
+  on_gpus=_OnGpus(),
 )

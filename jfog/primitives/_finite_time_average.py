@@ -301,19 +301,19 @@ class _OnGpus(nccl.Rendition):
   ) -> nccl.Send:
     """The allreduce of the split form."""
     del graph
-    return _allreduce.send_allreduce(
+    return _allreduce.on_gpus.encode(
       mode, scalars, leaves, op="mean", comm=comm, operation=_NAME
     )
 
   def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
     """Those of the allreduce."""
-    return _allreduce.received_allreduce(results, static)
+    return _allreduce.on_gpus.received(results, static)
 
   def decode(
     self, own: Any, weights: Any, received: Any, static: Any
   ) -> Sequence[Any]:
     """The results of the allreduce."""
-    return _allreduce.finish_allreduce(own, weights, received, static)
+    return _allreduce.on_gpus.decode(own, weights, received, static)
 
   def static(self, *, comm: Any, **params: Any) -> tuple[str, int]:
     """Operation and number of ranks of the allreduce."""

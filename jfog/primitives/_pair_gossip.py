@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jfog import _dtypes
 from jfog.primitives import _mesh, _operation, _pytree
-from jfog.primitives._operation import Call
+from jfog.primitives._operation import Operation
 from jfog.primitives._peers import (
   as_weights,
   peer_allreduce_p,
@@ -32,7 +33,9 @@ def pair_gossip(
   Computes `y[i] = self_weight x[i] + pair_weight x[peer[i]]`. The two ranks name
   each other, send each other their leaves in one message and wait for each
   other. A rank that names itself uses its own value twice. Weights that sum to 1
-  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`.
+  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`. On a mesh, where the
+  peer may be traced, the operation gathers the values of all ranks and selects
+  one.
 
   Linear in `x`, with itself as transpose (each rank then weights what it sends
   with its own `pair_weight`).
@@ -44,19 +47,19 @@ def pair_gossip(
       neither traced nor compiled again if it is traced.
     self_weight: the weight of the own value, a number, which may be traced.
     pair_weight: the weight of the peer's value, likewise.
-    check: whether to ask a peer that is new to this rank whether it names this
-      rank, before anything else is sent; see `Peers`. On MPI only.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    check: whether to check with a peer that is new to this rank that it names
+      this rank, before the payload is sent; see `Peers`. On MPI only.
+    comm: the communicator; by default the current one, see `jfog.init`.
 
   Returns:
     A pytree like `x`, in shapes and dtypes.
 
   Raises:
-    ValueError: if `peer` is an int and no rank.
-    TypeError: for integer or bool leaves, or a `peer` that is no integer.
+    ValueError: if `peer` is an int that is out of range.
+    TypeError: for integer or bool leaves, or a `peer` of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
-      traced peer is no rank (`INVALID_ARGUMENT`).
+      traced peer is out of range (`INVALID_ARGUMENT`).
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -74,27 +77,19 @@ def pair_gossip(
   weights = [self_weight, pair_weight]
   difference = sum_to_one(weights)
   own, other, *_ = pair = as_weights([*weights, 1.0], "a weight")
-  if not leaves or comm.backend in ("mesh", "single"):
 
-    def mix(x):
-      value = x
-      if isinstance(comm, Axis):
-        value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
-      if not difference:
-        return (scaled(own, x) + scaled(other, value)).astype(x.dtype)
-      wide = x.astype(_dtypes.accumulation(x.dtype))
-      return (wide + scaled(other, value.astype(wide.dtype) - wide)).astype(
-        x.dtype
-      )
+  def on_mesh(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_mix_on_mesh(x, peer, own, other, difference, comm) for x in leaves]
 
-    return Call(leaves, structure, [mix(leaf) for leaf in leaves])
-  peer = jnp.asarray(peer, jnp.int32)
-  return Call(
+  return Operation(
     leaves,
     structure,
+    comm=comm,
+    mesh=on_mesh,
     primitive=peer_allreduce_p,
-    fixed=(jnp.stack([peer, peer]), pair),
-    operands=_pytree.to_native(leaves, names, "pair_gossip"),
+    # The peer is the only source and the only destination.
+    fixed=(jnp.stack([jnp.asarray(peer, jnp.int32)] * 2), pair),
+    operands=lambda: _pytree.to_native(leaves, names, "pair_gossip"),
     params={
       "sources": 1,
       "scales": False,
@@ -115,11 +110,12 @@ pair_gossip_start = _operation.start_of(
 
 
 def _checked_peer(peer: Any, comm: Communicator) -> Any:
+  """A rank, as an int, or a traced integer scalar."""
   if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
     if not 0 <= peer < comm.size:
       raise ValueError(
-        f"pair_gossip: peer={peer} is no rank of a communicator of "
-        f"{comm.size}; take one from 0 to {comm.size - 1}."
+        f"pair_gossip: peer={peer} is out of range for a communicator of size "
+        f"{comm.size}; use a rank from 0 to {comm.size - 1}."
       )
     return int(peer)
   peer = jnp.asarray(peer)
@@ -129,3 +125,21 @@ def _checked_peer(peer: Any, comm: Communicator) -> Any:
       f"an integer scalar."
     )
   return peer
+
+
+def _mix_on_mesh(
+  x: jax.Array,
+  peer: Any,
+  own: Any,
+  other: Any,
+  difference: bool,
+  comm: Communicator,
+) -> jax.Array:
+  """Mesh rendition: gathers all ranks and selects the peer, which is traced."""
+  value = x
+  if isinstance(comm, Axis):
+    value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
+  if not difference:
+    return (scaled(own, x) + scaled(other, value)).astype(x.dtype)
+  wide = x.astype(_dtypes.accumulation(x.dtype))
+  return (wide + scaled(other, value.astype(wide.dtype) - wide)).astype(x.dtype)

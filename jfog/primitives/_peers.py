@@ -1,8 +1,8 @@
-"""Averages with peers that each rank names for itself, at run time if need be."""
+"""Averages over peers that each rank chooses, possibly at run time."""
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ import numpy as np
 from jax.interpreters import ad
 
 from jfog import _dtypes
-from jfog.primitives import _nccl, _primitive, _pytree
-from jfog.primitives._operation import Call
+from jfog.primitives import _primitive, _pytree, nccl
+from jfog.primitives._operation import Operation
 from jfog.runtime import Communicator
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
 class Peers:
-  """What one rank alone decides to send and to receive in one average.
+  """Sources and destinations of one rank in one average, with their weights.
 
   `jfog.neighbor_allreduce(x, Peers(...))` computes on rank i
 
@@ -35,23 +35,23 @@ class Peers:
 
   A pytree: the ranks are static, the weights may be traced.
 
-  The first time that a rank uses peers it has not used before, it asks each of
-  them whether they name it in the same places, and sends nothing else before all
-  have answered, which they do when they come to the operation. Where two ranks
-  differ, both get an error that names them, and the other ranks get one at the
-  latest in their next operation. Peers that this rank has used before are not
-  asked again, unless nothing comes from them for long.
+  Peers that this rank has not used before are checked first: it exchanges one
+  control message with each of them, which the peer answers in its own call of the
+  operation, and sends the payload once all have answered. Where two ranks differ,
+  both raise an error that names them, and the other ranks raise one at the latest
+  in their next operation. Peers that this rank has used before are checked again
+  only if no message arrives from them for long.
 
   Args:
     self_weight: the weight of this rank's own value.
     src_weights: from each rank to receive from to the weight it gets here.
     dst_weights: from each rank to send to to the weight to scale with before;
       or the ranks alone, for weights of 1.
-    check: whether to ask; static.
+    check: whether to check new peers; static.
 
   Raises:
-    TypeError: for a rank that is no int.
-    ValueError: for a negative rank or one that is named twice.
+    TypeError: for a rank that is not an int.
+    ValueError: for a negative or a duplicate rank.
 
   Example:
     >>> import jfog
@@ -85,7 +85,7 @@ class Peers:
     )
     object.__setattr__(self, "check", bool(check))
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The weights and the ranks, for JAX."""
     weights = (
       self.self_weight,
@@ -96,7 +96,9 @@ class Peers:
     return weights, static
 
   @classmethod
-  def tree_unflatten(cls, static, weights):
+  def tree_unflatten(
+    cls, static: tuple[Any, ...], weights: tuple[Any, ...]
+  ) -> "Peers":
     """Peers of those ranks and weights, for JAX."""
     *ranks, check = static
     peers = object.__new__(cls)
@@ -114,7 +116,10 @@ class Peers:
     return peers
 
 
-def _checked_ranks(weights, name) -> dict[int, Any]:
+def _checked_ranks(
+  weights: Mapping[int, Any] | Iterable[int], name: str
+) -> dict[int, Any]:
+  """Weights by rank, the ranks checked."""
   pairs = (
     list(weights.items())
     if isinstance(weights, Mapping)
@@ -123,20 +128,20 @@ def _checked_ranks(weights, name) -> dict[int, Any]:
   checked: dict[int, Any] = {}
   for rank, weight in pairs:
     if isinstance(rank, (bool, np.bool_)):
-      raise TypeError(f"Peers: {name} names the rank {rank!r}; name ints.")
+      raise TypeError(f"Peers: rank keys of {name} must be ints, got {rank!r}.")
     try:
       rank = operator.index(rank)
     except TypeError as error:
       raise TypeError(
-        f"Peers: {name} names the rank {rank!r}, which is "
-        f"{type(rank).__name__}; name ints, not traced."
+        f"Peers: rank keys of {name} must be ints and not traced, got "
+        f"{rank!r} of type {type(rank).__name__}."
       ) from error
     if rank < 0:
       raise ValueError(
-        f"Peers: {name} names the rank {rank}; name ranks from 0."
+        f"Peers: {name} has the negative rank {rank}; ranks start at 0."
       )
     if rank in checked:
-      raise ValueError(f"Peers: {name} names the rank {rank} twice.")
+      raise ValueError(f"Peers: {name} has the rank {rank} twice.")
     checked[rank] = weight
   return checked
 
@@ -145,23 +150,27 @@ def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
   """Checks that peers are other ranks of a communicator of processes."""
   if comm.backend == "mesh":
     raise ValueError(
-      f"{operation}: Peers say what one rank does, and on a mesh all ranks run "
-      f"one program; pass a Topology or a Schedule."
+      f"{operation}: Peers describe one rank, and on a mesh all ranks run one "
+      f"program; pass a Topology or a Schedule."
     )
   for name in ("src_weights", "dst_weights"):
     for rank in getattr(peers, name):
       if rank >= comm.size or rank == comm.rank:
         raise ValueError(
-          f"{operation}: {name} names the rank {rank} on rank {comm.rank} of "
-          f"{comm.size}; name other ranks, from 0 to {comm.size - 1}. The own "
-          f"weight is self_weight."
+          f"{operation}: {name} has the rank {rank} on rank {comm.rank} of "
+          f"{comm.size}; use other ranks from 0 to {comm.size - 1}, and "
+          f"self_weight for this rank."
         )
 
 
 def peers_call(
-  leaves, names, structure, peers: Peers, comm: Communicator
-) -> Call:
-  """The call of `neighbor_allreduce` with `Peers`."""
+  leaves: Sequence[jax.Array],
+  names: Sequence[str],
+  structure: Any,
+  peers: Peers,
+  comm: Communicator,
+) -> Operation:
+  """The operation of `neighbor_allreduce` with `Peers`."""
   check_ranks(peers, comm, "neighbor_allreduce")
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
@@ -171,8 +180,8 @@ def peers_call(
   )
   if not leaves or comm.backend == "single":
     (own,) = as_weights([peers.self_weight], "self_weight")
-    return Call(leaves, structure, [scaled(own, x) for x in leaves])
-  return Call(
+    return Operation(leaves, structure, [scaled(own, x) for x in leaves])
+  return Operation(
     leaves,
     structure,
     primitive=peer_allreduce_p,
@@ -193,6 +202,7 @@ def peers_call(
 
 
 def is_static(weight: Any) -> bool:
+  """Whether the value of a weight is known while tracing."""
   return isinstance(weight, (int, float, np.number, np.ndarray))
 
 
@@ -204,11 +214,11 @@ def sum_to_one(weights: list[Any]) -> bool:
 
 
 def as_weights(weights: list[Any], name: str) -> Any:
-  """Weights as one vector, in the widest float that JAX has."""
+  """Weights as one vector, in the widest float dtype that JAX has enabled."""
   for weight in weights:
     if jnp.shape(weight) != ():
       raise ValueError(
-        f"{name} has shape {jnp.shape(weight)}; every weight is a scalar."
+        f"{name} has shape {jnp.shape(weight)}; pass a scalar for every weight."
       )
     if not jnp.isrealobj(weight):
       raise TypeError(f"{name} is complex; pass real weights.")
@@ -219,21 +229,23 @@ def as_weights(weights: list[Any], name: str) -> Any:
 
 
 def scaled(weight: jax.Array, x: jax.Array) -> jax.Array:
+  """`weight * x`, multiplied in the accumulation dtype."""
   wide = x.astype(_dtypes.accumulation(x.dtype))
   scaled = weight.astype(jnp.finfo(wide.dtype).dtype) * wide
   return scaled.astype(x.dtype)
 
 
-# Between processes: the rules of the primitive. Its fixed operands are the ranks
-# of the sources and the destinations, and the weights of self and of those.
+# Native rendition: rules of the primitive. Its scalar operands are the ranks of
+# the sources and the destinations, and the weights of self, sources, destinations.
 
 
-def _abstract_eval(*operands, fixed, **params):
-  del params
-  return [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
-
-
-def _tangents(primitive, primals, results, tangents, **params):
+def _tangents(
+  primitive: Any,
+  primals: Sequence[Any],
+  results: Sequence[Any],
+  tangents: Sequence[Any],
+  **params: Any,
+) -> list[Any]:
   if type(tangents[1]) is not ad.Zero:
     raise TypeError(
       "neighbor_allreduce with Peers, and pair_gossip, have no derivative with "
@@ -245,9 +257,18 @@ def _tangents(primitive, primals, results, tangents, **params):
   )
 
 
-def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
-  # y_i = s_i x_i + sum_j r_ij d_ji x_j: the sources become destinations, and
-  # whoever weighted what it got weights what it sends.
+def _transpose(
+  cotangents: Sequence[Any],
+  ranks: Any,
+  weights: Any,
+  *,
+  sources: int,
+  scales: bool,
+  **params: Any,
+) -> Any:
+  # y_i = s_i x_i + sum_j r_ij d_ji x_j, so ct_x_j = s_j ct_y_j + sum_i d_ji r_ij
+  # ct_y_i: sources and destinations change places, and so do the weights of the
+  # two ends of an edge.
   del scales
   own, received, sent = jnp.split(weights, [1, 1 + sources])
   return peer_allreduce_p.bind(
@@ -260,7 +281,16 @@ def _transpose(cotangents, ranks, weights, *, sources, scales, **params):
   )
 
 
-def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
+def _attributes(
+  mode: Any,
+  *leaves: Any,
+  sources: int,
+  scales: bool,
+  difference: bool,
+  pair: bool,
+  check: bool,
+  comm: Any,
+) -> dict[str, Any]:
   del mode, leaves
   return {
     "context": np.int64(comm.context),
@@ -272,55 +302,82 @@ def _attributes(mode, *leaves, sources, scales, difference, pair, check, comm):
   }
 
 
-# On GPUs: one exchange into slots, and their weighted sum.
+class _OnGpus(nccl.Rendition):
+  """One exchange into slots, and their weighted sum."""
 
+  def encode(
+    self,
+    mode: nccl.Mode,
+    scalars: Sequence[Any],
+    leaves: Any,
+    *,
+    sources: int,
+    scales: bool,
+    pair: bool,
+    comm: Any,
+    **params: Any,
+  ) -> nccl.Send:
+    """The exchange; `scales` weights the copy for each destination."""
+    del params
+    ranks, weights = scalars
+    packed = nccl.Packing.of(leaves).pack(leaves)
+    if scales:
+      packed = nccl.scaled(packed, weights[1 + sources :])
+    return nccl.exchange(
+      "peer_allreduce",
+      mode,
+      comm,
+      ranks,
+      packed,
+      [([-1] * sources, [-1] * (len(ranks) - sources))],
+      variant="peers",
+      like=leaves,
+      operation="pair_gossip" if pair else "neighbor_allreduce",
+      sources=sources,
+      apart=scales,
+    )
 
-def _send(mode, fixed, leaves, *, sources, scales, pair, comm, **params):
-  del params
-  ranks, weights = fixed
-  packed = _nccl.Packing(leaves).pack(leaves)
-  if scales:
-    packed = _nccl.scaled(packed, weights[1 + sources :])
-  return _nccl.exchange(
-    "peer_allreduce",
-    mode,
-    comm,
-    ranks,
-    packed,
-    [([-1] * sources, [-1] * (len(ranks) - sources))],
-    variant="peers",
-    like=leaves,
-    operation="pair_gossip" if pair else "neighbor_allreduce",
-    sources=sources,
-    apart=scales,
-  )
+  def received(self, results: Sequence[Any], static: Any) -> Sequence[Any]:
+    """Avals of the slots: one buffer of the packing for each source."""
+    return nccl.Packing.of(results).avals(static)
 
+  def decode(
+    self, own: Any, weights: Any, received: Any, static: Any
+  ) -> Sequence[Any]:
+    """The weighted sum over the slots."""
+    return nccl.average(own, weights, received, static)
 
-def _weigh(fixed, *, sources, difference, **params):
-  del params
-  weights = jnp.asarray(fixed[1])
-  return jnp.concatenate(
-    [
-      weights[:1],
-      jnp.full(1, difference, weights.dtype),
-      weights[1 : 1 + sources],
-      jnp.ones(sources, weights.dtype),
-    ]
-  )
+  def weights(
+    self,
+    scalars: Sequence[Any],
+    *,
+    sources: int,
+    difference: bool,
+    **params: Any,
+  ) -> jax.Array:
+    """The array `[self_weight, difference, *weights, *reads]` of a `Row`."""
+    del params
+    weights = jnp.asarray(scalars[1])
+    return jnp.concatenate(
+      [
+        weights[:1],
+        jnp.full(1, difference, weights.dtype),
+        weights[1 : 1 + sources],
+        jnp.ones(sources, weights.dtype),
+      ]
+    )
+
+  def static(self, *, sources: int, **params: Any) -> int:
+    """The number of slots."""
+    del params
+    return sources
 
 
 peer_allreduce_p = _primitive.define(
   "peer_allreduce",
-  abstract_eval=_abstract_eval,
   attributes=_attributes,
   tangents=_tangents,
   transpose=_transpose,
   in_place=True,
-  on_gpus=_nccl.OnGpus(
-    send=_send,
-    received=lambda results, slots: _nccl.Packing(results).avals(slots),
-    finish=_nccl.average,
-    weigh=_weigh,
-    static=lambda *, sources, **params: sources,
-  ),
+  on_gpus=_OnGpus(),
 )

@@ -58,7 +58,10 @@ class Window:
   `Window` is a number that stands for them: all copies of it are one window, and
   it means nothing in another process, nor after `jfog.win_free`. On a mesh and
   in simulation the values are part of the pytree, and the operations return
-  changed copies, so go on with what the last one has returned.
+  changed copies, so use the window that the last one returned.
+
+  The check that a window was freed is a courtesy: flattening, as `jax.jit` does,
+  loses its flag. On MPI the native core refuses a freed window in any copy.
 
   Attributes:
     topology: the graph that it was made for.
