@@ -212,7 +212,7 @@ def test_bad_simulations(arguments, error, text):
 
 
 def test_bad_meshes():
-  with pytest.raises(ValueError, match="none named 'jfog'"):
+  with pytest.raises(ValueError, match="none of them named 'jfog'"):
     jfog.spmd(lambda x: x, Mesh(np.array(jax.devices()), ("data",)))
   with pytest.raises(ValueError, match="not stacked over 4 ranks"):
     jfog.spmd(lambda x: x)(jnp.arange(3.0))
