@@ -14,6 +14,7 @@ from jax.interpreters import ad
 from jfog import _dtypes
 from jfog.primitives import _primitive, _pytree, nccl
 from jfog.primitives._operation import Operation
+from jfog.primitives._weighted_sum import Row
 from jfog.runtime import Communicator
 
 _TOLERANCE = 1e-9  # of the sum of weights, for the difference form
@@ -354,17 +355,15 @@ class _OnGpus(nccl.Rendition):
     sources: int,
     difference: bool,
     **params: Any,
-  ) -> jax.Array:
-    """The array `[self_weight, difference, *weights, *reads]` of a `Row`."""
+  ) -> Row:
+    """The weights of the sum: every slot holds the value of one source."""
     del params
     weights = jnp.asarray(scalars[1])
-    return jnp.concatenate(
-      [
-        weights[:1],
-        jnp.full(1, difference, weights.dtype),
-        weights[1 : 1 + sources],
-        jnp.ones(sources, weights.dtype),
-      ]
+    return Row(
+      weights[0],
+      weights[1 : 1 + sources],
+      np.ones(sources, np.bool_),
+      np.bool_(difference),
     )
 
   def static(self, *, sources: int, **params: Any) -> int:
