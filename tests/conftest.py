@@ -53,7 +53,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 # Importing them starts JAX, which reads XLA_FLAGS.
-from support import compilation, emulated, jobs, suite  # noqa: E402
+from support import compilation, emulated, freshness, jobs, suite  # noqa: E402
 from support.places import Place  # noqa: E402
 
 import jfog  # noqa: E402
@@ -70,6 +70,8 @@ def pytest_configure(config):
   """Declares the markers, and shares compiled programs with the jobs."""
   global _PROGRAMS
   if not _RANKS:
+    if difference := freshness.difference():
+      raise pytest.UsageError(f"{difference}; {freshness.REMEDY}.")
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
     _PROGRAMS = folder.name
