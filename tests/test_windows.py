@@ -678,7 +678,7 @@ def test_bad_arguments(place, rng):
       )
 
   for error, text, weights in (
-    (ValueError, "no out-neighbor", {n: 1.0}),
+    (ValueError, "not an out-neighbor", {n: 1.0}),
     (TypeError, "keys are ranks", {0.5: 1.0}),
     (TypeError, "keys are ranks", {True: 1.0}),
     (ValueError, "shape", np.ones(n + 1)),
@@ -726,7 +726,7 @@ def test_bad_arguments(place, rng):
     lambda win, x: jfog.win_get(win, src_weights=np.full(n, 0.5)),
     jfog.win_update,
   ):
-    raises(TypeError, "holds no fractions", whole(operation))
+    raises(TypeError, "truncates fractions", whole(operation))
 
   for error, text, wrong in (
     (TypeError, "Schedule", schedule),
@@ -773,7 +773,7 @@ def test_a_mutex(place):
     (TypeError, [0.5]),
   ]
   for error, ranks in wrong:
-    with pytest.raises(error, match="is no rank"), jfog.win_mutex(win, ranks):
+    with pytest.raises(error, match="mutex: rank"), jfog.win_mutex(win, ranks):
       pass
 
   @jax.jit

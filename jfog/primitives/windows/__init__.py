@@ -1,5 +1,6 @@
-"""Windows: slots that in-neighbors write, each at a pace of its own."""
+"""Windows: slots that in-neighbors write asynchronously."""
 
+from jfog.primitives.windows._free import win_free as win_free
 from jfog.primitives.windows._interface import win_accumulate as win_accumulate
 from jfog.primitives.windows._interface import (
   win_accumulate_start as win_accumulate_start,
@@ -8,7 +9,6 @@ from jfog.primitives.windows._interface import (
   win_associated_p as win_associated_p,
 )
 from jfog.primitives.windows._interface import win_create as win_create
-from jfog.primitives.windows._interface import win_free as win_free
 from jfog.primitives.windows._interface import win_get as win_get
 from jfog.primitives.windows._interface import win_get_start as win_get_start
 from jfog.primitives.windows._interface import win_put as win_put

@@ -12,6 +12,7 @@ from jfog.primitives.windows._window import EdgeWeights, Spec, Window
 
 
 def require_window(win: Any, operation: str) -> Spec:
+  """The static description of a window that was not freed."""
   if not isinstance(win, Window):
     raise TypeError(
       f"{operation}: win={win!r} is {type(win).__name__}, not a window; pass what "
@@ -45,9 +46,9 @@ def require_like(spec: Spec, x: Any, operation: str) -> list[jax.Array]:
 
 
 def real_weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
-  """A weight, or several, in a dtype that suits the window's leaves.
+  """A weight, or several, in a dtype that fits the window's leaves.
 
-  An array of NumPy's where there is nothing to trace, which costs no dispatch.
+  Static weights stay NumPy arrays, which saves JAX dispatches.
   """
   if isinstance(weight, (int, float, np.number, np.ndarray)):
     weight = np.asarray(weight)
@@ -70,7 +71,7 @@ def real_weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise TypeError(
         f"{operation}: {name} has dtype {weight.dtype}, but the leaf {leaf} has "
-        f"dtype {dtype}, which holds no fractions; pass integer weights, or cast "
+        f"dtype {dtype}, which truncates fractions; pass integer weights, or cast "
         f"the leaf to a float dtype."
       )
   wide = weight.dtype == np.float64 == jnp.result_type(float)
@@ -105,8 +106,10 @@ def edge_weights(
   return EdgeWeights(values, chosen)
 
 
-def _chosen(spec: Spec, weights: Mapping, name: str, operation: str):
-  """Which ranks a dict of weights names, checked; shape (size,), bool."""
+def _chosen(
+  spec: Spec, weights: Mapping, name: str, operation: str
+) -> np.ndarray:
+  """Mask of the ranks that a dict of weights has; shape=(size,), dtype=bool."""
   chosen = np.zeros(spec.comm.size, bool)
   neighbors = _neighbors(spec, name)
   for rank, weight in weights.items():
@@ -116,8 +119,8 @@ def _chosen(spec: Spec, weights: Mapping, name: str, operation: str):
       )
     if rank not in neighbors:
       raise ValueError(
-        f"{operation}: {name} names rank {rank}, which is no "
-        f"{'out' if name == 'dst_weights' else 'in'}-neighbor; those are "
+        f"{operation}: {name} has the rank {rank}, which is not an "
+        f"{'out' if name == 'dst_weights' else 'in'}-neighbor; these are "
         f"{sorted(neighbors)}."
       )
     if jnp.shape(weight) != ():
@@ -148,7 +151,7 @@ def _neighbors(spec: Spec, name: str) -> set[int]:
 def own_edges(
   neighbors: Sequence[int], weights: EdgeWeights
 ) -> tuple[tuple[int, ...], Any]:
-  """The neighbors that take part, ascending, and their weights."""
+  """The neighbors to communicate with, ascending, and their weights."""
   peers = tuple(
     int(r) for r in neighbors if weights.chosen is None or weights.chosen[r]
   )

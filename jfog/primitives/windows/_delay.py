@@ -11,10 +11,10 @@ from jfog.runtime import Communicator
 
 
 class Pending(NamedTuple):
-  """Messages on their way, by the number of updates until they arrive.
+  """Messages in flight, by the number of updates until they arrive.
 
-  What arrives in one slot at one time is merged, in the order in which it was
-  sent. Nothing stays at place 0, where a message arrives.
+  Messages that arrive in one slot at one time are merged in the order of sending.
+  Position 0, of messages that have arrived, is empty between operations.
   """
 
   messages: list[jax.Array]  # shape=(ahead, slots, ...), one for each leaf
@@ -28,15 +28,15 @@ def check(delay: Any, comm: Communicator) -> Any:
   """A delay as tuples `[t][dst][src]`; None if there is none.
 
   Raises:
-    TypeError: if it is no integer.
-    ValueError: if it is negative, of another shape, or meant for processes.
+    TypeError: if it is not an integer.
+    ValueError: if it is negative, of another shape, or for a communicator of processes.
   """
   if delay is None:
     return None
   if comm.backend in ("mpi", "nccl"):
     raise ValueError(
-      "win_create: delay is for a mesh and for simulation; between processes a "
-      "message takes the time that it takes, so leave it out."
+      "win_create: delay applies to a mesh and to simulation only; omit it "
+      "between processes, where messages have real delays."
     )
   if isinstance(delay, jax.core.Tracer):
     raise TypeError(
@@ -70,7 +70,7 @@ def check(delay: Any, comm: Communicator) -> Any:
 def advance(pending: Pending, period: int) -> Pending:
   """Brings all messages one update nearer."""
 
-  def shifted(x):
+  def shifted(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
 
   return Pending(

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jfog import _compat
 from jfog.primitives import _ffi_attributes, _operation, _pytree
 from jfog.primitives._operation import Operation
 from jfog.primitives.windows import _arguments, _delay, _mesh, _native
@@ -48,14 +47,13 @@ def win_create(
       read a slot. An int for all edges,
       or an array `delay[dst, src]`, or `delay[t, dst, src]` for the t-th update,
       taken modulo its length. What a rank sends to another one arrives in order.
-    comm: the communicator; by default the one in reach, see `jfog.init`.
+    comm: the communicator; by default the current one, see `jfog.init`.
 
   Returns:
     The window.
 
   Raises:
-    TypeError: for a `Schedule` or another graph, for leaves that hold no
-      numbers, or a delay that is no integer.
+    TypeError: for a `Schedule` or another graph, for leaves of other dtypes, or a delay that is not an integer.
     ValueError: if the topology and the communicator have different sizes, for a
       negative delay or one of another shape, or a delay on MPI.
     NotInitializedError: if there is no communicator.
@@ -88,7 +86,7 @@ def win_create(
   for leaf, name in zip(leaves, names, strict=True):
     if leaf.dtype == jnp.bool_:
       raise TypeError(
-        f"win_create: the leaf {name} has dtype bool, which holds no sums; cast "
+        f"win_create: the leaf {name} has dtype bool, which has no sum; cast "
         f"it to int8."
       )
   native = _pytree.to_native(leaves, names, "win_create")
@@ -121,8 +119,8 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
 
   With `w[j]` the weight for rank `j`, `slot[j] = w[j] x` there, and that slot's
   version is one more. An associated p is put like the value: the slot's is
-  `w[j]` times this rank's. When it returns, the value is in the slot. Nobody
-  waits for the other rank's program.
+  `w[j]` times this rank's. When it returns, the value is in the slot. The
+  operation does not wait for the other rank's program.
 
   Args:
     win: the window.
@@ -136,10 +134,10 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
     The window.
 
   Raises:
-    TypeError: if `win` is no window, or for a weight that is no real number, or
+    TypeError: if `win` is not a window, or for a weight that is not a real number, or
       one with fractions on an integer leaf.
     ValueError: if `x` has another structure, other shapes or dtypes than the
-      window, for a weight of a rank that is no out-neighbor, or if this very
+      window, for a weight of a rank that is not an out-neighbor, or if this very
       window was freed.
     jax.errors.JaxRuntimeError: on MPI, if a copy of it was freed here or the
       window on a rank that is put to (`FAILED_PRECONDITION`), that has ended
@@ -222,7 +220,9 @@ win_accumulate_start = _operation.start_of(
 )
 
 
-def _send(win, x, dst_weights, operation, *, accumulate) -> Any:
+def _send(
+  win: Window, x: Any, dst_weights: Any, operation: str, *, accumulate: bool
+) -> Any:
   """The call of a put or an accumulate."""
   spec = _arguments.require_window(win, operation)
   leaves = _arguments.require_like(spec, x, operation)
@@ -250,7 +250,8 @@ def win_get(win: Window, *, src_weights: Any = None) -> Window:
   With `w[j]` the weight for rank `j`, `slot[j] = w[j] exposed[j]`, where rank `j`
   exposes the result of its last `jfog.win_update`, or the `x` of
   `jfog.win_create`. The slot's version is one more. An associated p comes with
-  the value. Nobody waits for the other rank's program.
+  the value. The operation does not wait for the
+  other rank's program.
 
   Args:
     win: the window.
@@ -263,9 +264,9 @@ def win_get(win: Window, *, src_weights: Any = None) -> Window:
     The window.
 
   Raises:
-    TypeError: if `win` is no window, or for a weight that is no real number, or
+    TypeError: if `win` is not a window, or for a weight that is not a real number, or
       one with fractions on an integer leaf.
-    ValueError: for a weight of a rank that is no in-neighbor.
+    ValueError: for a weight of a rank that is not an in-neighbor.
     jax.errors.JaxRuntimeError: as in `jfog.win_put`.
 
   Example:
@@ -317,7 +318,7 @@ def win_update(
   reset: bool = False,
   expose: bool = True,
 ) -> tuple[Any, Window]:
-  """Combines `x` with what lies in the slots, and exposes the result.
+  """Combines `x` with the slots, and exposes the result.
 
   Computes `y = self_weight x + sum_j w[j] slot[j]` over the in-neighbors `j`,
   clears the versions of the slots it has read, and only those, and with `reset`
@@ -347,10 +348,10 @@ def win_update(
     this rank first and then the in-neighbors in ascending order.
 
   Raises:
-    TypeError: if `win` is no window, or for a weight that is no real number, or
+    TypeError: if `win` is not a window, or for a weight that is not a real number, or
       one with fractions on an integer leaf, as those of most topologies are.
     ValueError: if `x` has another structure, other shapes or dtypes than the
-      window, or for a weight of a rank that is no in-neighbor.
+      window, or for a weight of a rank that is not an in-neighbor.
     jax.errors.JaxRuntimeError: on MPI, if the window was freed
       (`FAILED_PRECONDITION`).
 
@@ -372,7 +373,7 @@ def win_update(
 
 @_operation.operation
 def win_update_then_collect(win: Window, x: Any) -> tuple[Any, Window]:
-  """Adds to `x` all that lies in the slots, and leaves them empty.
+  """Adds all slots to `x`, and sets them to zero.
 
   Computes `y = x + sum_j slot[j]` over the in-neighbors `j`, sets the slots to
   zero, clears their versions and exposes the result: the collect of push-sum. It
@@ -406,7 +407,14 @@ def win_update_then_collect(win: Window, x: Any) -> tuple[Any, Window]:
 
 
 def _update(
-  win, x, self_weight, src_weights, operation, *, reset, expose
+  win: Window,
+  x: Any,
+  self_weight: Any,
+  src_weights: Any,
+  operation: str,
+  *,
+  reset: bool,
+  expose: bool,
 ) -> Any:
   """The call of an update."""
   spec = _arguments.require_window(win, operation)
@@ -460,7 +468,7 @@ def _update(
 
 @_operation.operation
 def win_version(win: Window) -> jax.Array:
-  """How often each slot was written since it was last read.
+  """Number of writes to each slot since its last read.
 
   Puts, accumulates and gets count one each; `jfog.win_update` clears the counts
   of the slots that it reads. Nothing is communicated.
@@ -469,11 +477,11 @@ def win_version(win: Window) -> jax.Array:
     win: the window.
 
   Returns:
-    An int32 array of shape `(size,)`, by rank; 0 for ranks that are no
+    An int32 array of shape `(size,)`, by rank; 0 for ranks that are not
     in-neighbors.
 
   Raises:
-    TypeError: if `win` is no window.
+    TypeError: if `win` is not a window.
     jax.errors.JaxRuntimeError: on MPI, if the window was freed
       (`FAILED_PRECONDITION`).
 
@@ -519,7 +527,7 @@ def win_associated_p(win: Window) -> jax.Array:
     A float scalar.
 
   Raises:
-    TypeError: if `win` is no window.
+    TypeError: if `win` is not a window.
     ValueError: if the window has no associated p.
     jax.errors.JaxRuntimeError: on MPI, if the window was freed
       (`FAILED_PRECONDITION`).
@@ -553,40 +561,6 @@ def win_associated_p(win: Window) -> jax.Array:
     fixed=(win._state,),
     params={"dtype": spec.p_dtype, "comm": spec.comm},
   )
-
-
-def win_free(win: Window) -> None:
-  """Frees a window. Collective on MPI; elsewhere there is nothing to free.
-
-  From its start on other ranks' operations that would reach this rank's part are
-  errors, so where ranks are at different places call `jfog.barrier` first. The
-  memory is given back when all ranks have come.
-
-  Args:
-    win: the window.
-
-  Raises:
-    TypeError: if `win` is no window.
-    ValueError: if this very window was freed before.
-    jax.errors.JaxRuntimeError: on MPI, if a copy of it was freed before
-      (`FAILED_PRECONDITION`), or another rank does not come in time
-      (`DEADLINE_EXCEEDED`).
-
-  Example:
-    >>> import jax.numpy as jnp, jfog
-    >>> world = jfog.init()
-    >>> win = jfog.win_create(jnp.ones(2), jfog.topology.ring(1))
-    >>> jfog.win_free(win)
-
-  Source: `win_free` of BlueFog; MPI 4.0, section 12.2.5.
-  """
-  spec = _arguments.require_window(win, "win_free")
-  win._freed = True
-  if spec.comm.backend in ("mesh", "single"):
-    return
-  ended = _native.win_free_p.bind(win._state, fixed=1, comm=spec.comm)
-  if _compat.at_top_level():
-    jax.block_until_ready(ended)  # which raises what went wrong
 
 
 def _call(*args: Any, **kwargs: Any) -> Any:

@@ -137,8 +137,14 @@ def associated_p(spec: Spec, state: State) -> Any:
   return _slots.unpack(spec, state.exposed)[1]
 
 
-def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
-  """What the source of each slot has for this rank, stacked, in these dtypes.
+def _fetch(
+  spec: Spec,
+  edges: np.ndarray,
+  leaves: list[jax.Array],
+  dtypes: list[Any],
+  row: jax.Array | None = None,
+) -> list[jax.Array]:
+  """The values of the sources of all slots, stacked, in these dtypes.
 
   With a `row` of weights for its destinations each source sends its weight times
   its leaves. Where there is no edge it is unspecified.
@@ -146,7 +152,7 @@ def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
   topology, comm = spec.topology, spec.comm
   axes = comm.axes if comm.backend == "mesh" else ()
 
-  def scaled(weight, leaves):
+  def scaled(weight: Any, leaves: list[jax.Array]) -> list[jax.Array]:
     if row is None:
       return leaves
     return [
@@ -160,7 +166,7 @@ def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
     fetched = [_mesh.gather(x, axes)[sources] for x in leaves]
     return scaled(weights if weights is None else weights[sources], fetched)
   count = len(_slots.sources_of(topology))
-  fetched = [  # with one more place, for what a rank without a source gets
+  fetched = [  # the last slot discards what a rank without a source receives
     _mesh.varying(jnp.zeros((count + 1, *x.shape), dtype), comm)
     for x, dtype in zip(leaves, dtypes, strict=True)
   ]
@@ -185,8 +191,14 @@ def _fetch(spec, edges, leaves, dtypes, row=None) -> list[jax.Array]:
   return [x[:count] for x in fetched]
 
 
-def _arrive(spec, state, messages, edges, accumulate) -> State:
-  """Lets one message for each of the `edges` arrive, now or later."""
+def _arrive(
+  spec: Spec,
+  state: State,
+  messages: list[jax.Array],
+  edges: np.ndarray,
+  accumulate: bool,
+) -> State:
+  """Delivers one message over each of the `edges`, now or after its delay."""
   rank, sources = spec.comm.rank, _slots.own_sources(spec)
   sent = jnp.asarray(edges)[rank, sources]
   pending = state.pending

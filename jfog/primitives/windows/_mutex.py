@@ -16,25 +16,24 @@ from jfog.runtime import mpi
 def win_mutex(
   win: Window, ranks: Sequence[int] | None = None
 ) -> Iterator[None]:
-  """Excludes all others that take the mutex of one of the same ranks.
+  """Holds the mutexes of ranks, each of which one rank at a time can hold.
 
-  Every rank has one mutex in a window. They are taken in ascending order, so two
-  who take several do not block each other, and are given back at the end, also
-  after an exception. They do not change what the operations do: each of those is
-  atomic by itself.
+  Every rank has one mutex in a window. They are locked in ascending order, so two
+  ranks that lock several do not deadlock, and are unlocked at the end, also after
+  an exception. The operations themselves do not lock them: each is atomic.
 
-  Operations inside are complete when the mutexes are given back.
+  Operations inside are complete when the mutexes are unlocked.
 
   Args:
     win: the window.
-    ranks: whose mutexes to take; by default those of all ranks.
+    ranks: the owners of the mutexes; by default all ranks.
 
   Raises:
-    TypeError: if `win` is no window, or a rank is no int.
-    ValueError: for a rank that is none, or inside of a transformation such as
-      `jax.jit`, which would take the mutex while it traces.
+    TypeError: if `win` is not a window, or a rank is not an int.
+    ValueError: for a rank out of range, or inside of a transformation such as
+      `jax.jit`, which would lock the mutex while tracing.
     jax.errors.JaxRuntimeError: on MPI, if the window was freed
-      (`FAILED_PRECONDITION`), or a mutex is not given back in time
+      (`FAILED_PRECONDITION`), or a mutex is not unlocked in time
       (`DEADLINE_EXCEEDED`).
 
   Example:
@@ -49,21 +48,23 @@ def win_mutex(
   spec = _arguments.require_window(win, "win_mutex")
   if not _compat.at_top_level():
     raise ValueError(
-      "win_mutex is taken where Python runs, and this is traced; call it around "
-      "the jitted function."
+      "win_mutex cannot be traced: it locks when Python runs; use it around the "
+      "jitted function."
     )
   size = spec.comm.size
   for rank in () if ranks is None else ranks:
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-      raise TypeError(f"win_mutex: {rank!r} in ranks is no rank; pass ints.")
+      raise TypeError(f"win_mutex: ranks must be ints, got {rank!r}.")
     if not 0 <= rank < size:
-      raise ValueError(f"win_mutex: {rank} in ranks is no rank of {size}.")
+      raise ValueError(
+        f"win_mutex: rank {rank} is out of range for a communicator of size {size}."
+      )
   if spec.comm.backend not in ("mpi", "nccl"):
     yield
     return
   taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})
   number = int(win._state)
-  jax.effects_barrier()  # what was called before is done before
+  jax.effects_barrier()  # earlier operations complete outside of the lock
   _native_mutex(mpi().lock_window, number, taken)
   try:
     yield
@@ -75,7 +76,7 @@ def win_mutex(
 
 
 def _native_mutex(change: Callable, number: int, ranks: list[int]) -> None:
-  """Takes or gives back mutexes, with errors like those of operations."""
+  """Locks or unlocks mutexes, with the error class of operations."""
   try:
     change(number, ranks)
   except RuntimeError as error:

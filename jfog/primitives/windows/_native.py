@@ -1,7 +1,7 @@
 """Windows between processes: the rules of the primitives.
 
-The number of the window is an operand, so a program finds at run time which
-window it is about, and a result, so that a handle of an operation gives it back.
+The number of the window is an operand, so a program selects its window
+at run time, and a result, so that the handle of a split operation returns it.
 """
 
 import enum
@@ -18,20 +18,26 @@ from jfog.primitives import _ffi_attributes, _primitive
 NUMBER = jax.ShapeDtypeStruct((), jnp.uint32)
 
 
-def _number_abstract_eval(*operands, **params):
+def _number_abstract_eval(
+  *operands: Any, **params: Any
+) -> list[jax.core.ShapedArray]:
   del operands, params
   return [jax.core.ShapedArray((), jnp.uint32)]
 
 
-def _update_abstract_eval(*operands, fixed, **params):
+def _update_abstract_eval(
+  *operands: Any, fixed: int, **params: Any
+) -> list[jax.core.ShapedArray]:
   leaves = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands[fixed:]]
   return [*leaves, *_number_abstract_eval(**params)]
 
 
-def _no_derivative(primitive, primals, results, tangents, **params):
+def _no_derivative(
+  primitive: Any, primals: Any, results: Any, tangents: Any, **params: Any
+) -> list[Any]:
   raise TypeError(
-    f"{primitive.name} has no derivative: what lies in a window comes from other "
-    f"ranks' past; use jax.lax.stop_gradient on what goes in."
+    f"{primitive.name} has no derivative: the contents of a window come from "
+    f"earlier operations of other ranks; use jax.lax.stop_gradient on its input."
   )
 
 
@@ -43,7 +49,7 @@ class _Associated(enum.IntEnum):
   FLOAT64 = 2
 
 
-def _create_attributes(mode, *leaves, spec):
+def _create_attributes(mode: Any, *leaves: Any, spec: Any) -> dict[str, Any]:
   del mode, leaves
   topology, rank = spec.topology, spec.comm.rank
   out = topology.out_neighbors(rank)
@@ -57,7 +63,7 @@ def _create_attributes(mode, *leaves, spec):
     # An attribute may not be empty: one more element, which is never read.
     "sources": np.array([*topology.in_neighbors(rank), -1], np.int32),
     "destinations": np.array([*out, -1], np.int32),
-    # Which slot of an out-neighbor is this rank's.
+    # The slot of this rank at each out-neighbor.
     "slots": np.array(
       [*(topology.in_neighbors(d).index(rank) for d in out), -1], np.int32
     ),
@@ -71,7 +77,9 @@ def _fingerprint(text: str) -> int:
   return int.from_bytes(digest, "little", signed=True)
 
 
-def _attributes(mode, *leaves, comm, peers=None, **flags):
+def _attributes(
+  mode: Any, *leaves: Any, comm: Any, peers: Any = None, **flags: Any
+) -> dict[str, Any]:
   del mode, leaves
   attributes: dict[str, Any] = {"context": np.int64(comm.context)}
   if peers is not None:
@@ -79,7 +87,9 @@ def _attributes(mode, *leaves, comm, peers=None, **flags):
   return {**attributes, **{k: np.int64(v) for k, v in flags.items()}}
 
 
-def _define(name, abstract_eval=_number_abstract_eval, **rules):
+def _define(
+  name: str, abstract_eval: Any = _number_abstract_eval, **rules: Any
+) -> Any:
   return _primitive.define(
     name,
     abstract_eval=abstract_eval,

@@ -49,14 +49,14 @@ def unpack(spec: Spec, arrays: list[jax.Array]) -> tuple[list[jax.Array], Any]:
 
 
 def edges_of(topology: Topology) -> np.ndarray:
-  """Which `[dst, src]` are neighbors."""
+  """Adjacency matrix `[dst, src]`, without self-loops."""
   edges = topology.mixing_matrix != 0
   np.fill_diagonal(edges, False)
   return edges
 
 
 def sources_of(topology: Topology) -> np.ndarray:
-  """The rank that writes slot k of rank i, at `[k, i]`; i itself if nobody."""
+  """The rank that writes slot k of rank i, at `[k, i]`; i itself for an unused slot."""
   neighbors = [topology.in_neighbors(i) for i in range(topology.size)]
   sources = np.tile(np.arange(topology.size), (max(map(len, neighbors)), 1))
   for i, ranks in enumerate(neighbors):
@@ -69,8 +69,10 @@ def own_sources(spec: Spec) -> jax.Array:
   return jnp.asarray(sources_of(spec.topology))[:, spec.comm.rank]
 
 
-def write(old, message, there, adds) -> jax.Array:
-  """`old` with the message written, or where it `adds` added, `there`."""
+def write(
+  old: jax.Array, message: jax.Array, there: Any, adds: Any
+) -> jax.Array:
+  """`old` with the message written `there`, or added to it where it `adds`."""
   total = old.astype(message.dtype) + message
   new = jnp.where(_weighted_sum.along(adds, total), total, message).astype(
     old.dtype

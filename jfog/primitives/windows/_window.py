@@ -13,7 +13,7 @@ from jfog.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What is fixed about a window; hashable."""
+  """Static description of a window; hashable."""
 
   structure: Any
   names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Spec:
     return dtype
 
   def describe(self) -> str:
-    """What values it holds, for people."""
+    """The number of leaves, for `repr`."""
     leaves = len(self.shapes)
     return f"{leaves} {'leaf' if leaves == 1 else 'leaves'}"
 
@@ -49,14 +49,14 @@ class EdgeWeights(NamedTuple):
 
 @jax.tree_util.register_pytree_node_class
 class Window:
-  """What `jfog.win_create` returns: a pytree, which may cross `jax.jit`.
+  """Handle of a window, from `jfog.win_create`; a pytree that may cross `jax.jit`.
 
   Every rank exposes one value, and owns one slot for each of its in-neighbors,
   which that neighbor alone writes.
 
-  On MPI the values lie outside of JAX, where other ranks reach them, and a
-  `Window` is a number that stands for them: all copies of it are one window, and
-  it means nothing in another process, nor after `jfog.win_free`. On a mesh and
+  On MPI the values lie outside of JAX, in memory that other ranks access, and a
+  `Window` holds their number: all copies of it are one window, valid in this
+  process until `jfog.win_free`. On a mesh and
   in simulation the values are part of the pytree, and the operations return
   changed copies, so use the window that the last one returned.
 
@@ -100,11 +100,11 @@ class Window:
     """Its communicator."""
     return self._spec.comm
 
-  def tree_flatten(self):
+  def tree_flatten(self) -> tuple[tuple[Any], Spec]:
     """The arrays of the window, for JAX."""
     return (self._state,), self._spec
 
   @classmethod
-  def tree_unflatten(cls, spec, children):
+  def tree_unflatten(cls, spec: Spec, children: tuple[Any]) -> "Window":
     """A window of those arrays, for JAX."""
     return cls(spec, *children)
