@@ -83,16 +83,16 @@ TESTED_BY = {
 
 # p90 and the longest file; to be lowered to 400 and 600 where they are above.
 LENGTHS = {
-  ("jfog", measure.PYTHON): (430, 983),
+  ("jfog", measure.PYTHON): (400, 983),
   ("xla_ops", measure.CPP): (400, 741),
-  ("tests", measure.PYTHON): (540, 801),
+  ("tests", measure.PYTHON): (500, 801),
   ("tests", measure.CPP): (400, 600),
 }
-ANNOTATED = 0.75  # of the arguments in jfog; to be raised to 0.9
+ANNOTATED = 0.9  # of the arguments in jfog
 
 # Includes and copies that are not yet right; to become 0.
 INCLUDE_CIRCLES = 1
-INCLUDES_UPWARD = 8
+INCLUDES_UPWARD = 7
 EQUAL_RUNS = 6
 
 # The rooms without a banned word, and those of their files that still hold some: the
@@ -102,20 +102,16 @@ ROOMS = (
   *("README.md", "CONTRIBUTING.md"),
 )
 UNCLEAN = (
-  "README.md",
-  "jfog/_compat.py",
-  "jfog/diagnostics",
-  "jfog/launch",
   "jfog/primitives/",
-  "jfog/runtime/",
-  "jfog/topology/",
+  "jfog/topology/_matchings.py",
+  "jfog/topology/_time_varying.py",
   *(
     "tests/test_asynchrony",
     "tests/test_collectives",
     "tests/test_diagnostics",
   ),
   *("tests/test_launch", "tests/test_peers", "tests/test_runtime"),
-  *("tests/test_schedule", "tests/test_topology", "tests/test_windows"),
+  *("tests/test_schedule", "tests/test_windows"),
   "xla_ops/",
 )
 # Files that hold the banned words themselves.
