@@ -236,7 +236,7 @@ print("GREW", after[0] - before[0], after[1] - before[1], flush=True)
   ],
 )
 def test_windows_at_work(transport, soak, tmp_path):
-  """No reader sees half a write; nobody waits for a rank that is at long work.
+  """No reader sees half a write; no rank waits for one that computes.
 
   Writers put and expose constant vectors of 4 MB without a pause, readers get
   and look at them. Push-sum on a directed graph, with ranks at different paces,

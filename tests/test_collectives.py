@@ -253,7 +253,7 @@ def test_sub_communicators(place, x):
     jfog.init(timeout=60)
 
 
-# What is wrong is refused before anything is sent, on every rank alike.
+# Bad input is refused before anything is sent, on every rank.
 
 
 @pytest.mark.mpi(2)

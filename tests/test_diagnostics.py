@@ -54,7 +54,7 @@ def test_trace_is_that_of_the_dense_recursion(place, rng, x64):
   solution = problem.minimizer()
   formula = bytes_per_step(graph, problem.start[0])
   train = place.map(program(graph, formula), in_axes=(0, 0, 0, 0, None))
-  if place.kind != "mpi":  # under jit nobody counts
+  if place.kind != "mpi":  # under jit nothing is counted
     train = jax.jit(train)
   x, seen = train(
     *(problem.hessian, problem.linear, problem.start, shifts, solution)

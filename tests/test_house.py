@@ -83,36 +83,20 @@ TESTED_BY = {
 
 # p90 and the longest file; to be lowered to 400 and 600 where they are above.
 LENGTHS = {
-  ("jfog", measure.PYTHON): (400, 983),
-  ("xla_ops", measure.CPP): (400, 741),
+  ("jfog", measure.PYTHON): (400, 600),
+  ("xla_ops", measure.CPP): (400, 600),
   ("tests", measure.PYTHON): (500, 801),
   ("tests", measure.CPP): (400, 600),
 }
 ANNOTATED = 0.9  # of the arguments in jfog
 
-# Includes and copies that are not yet right; to become 0.
-INCLUDE_CIRCLES = 1
-INCLUDES_UPWARD = 7
-EQUAL_RUNS = 6
+# To be opened by a queue of the operations in flight between the two.
+CIRCLES_THAT_STAY = ("nccl/operation -> nccl/communicator -> nccl/operation",)
 
-# The rooms without a banned word, and those of their files that still hold some: the
-# beginnings of names. The second list is to become empty.
+# The rooms without a banned word.
 ROOMS = (
   *("jfog/", "xla_ops/", "tests/", "docs/", "benchmarks/", "examples/", ".ci/"),
   *("README.md", "CONTRIBUTING.md"),
-)
-UNCLEAN = (
-  "jfog/primitives/",
-  "jfog/topology/_matchings.py",
-  "jfog/topology/_time_varying.py",
-  *(
-    "tests/test_asynchrony",
-    "tests/test_collectives",
-    "tests/test_diagnostics",
-  ),
-  *("tests/test_launch", "tests/test_peers", "tests/test_runtime"),
-  *("tests/test_schedule", "tests/test_windows"),
-  "xla_ops/",
 )
 # Files that hold the banned words themselves.
 WORD_LISTS = (
@@ -121,7 +105,7 @@ WORD_LISTS = (
   "tests/test_house_checks.py",
 )
 # Texts with a banned word that stay, with the reason.
-WORDS_THAT_STAY: dict[str, str] = {}
+WORDS_THAT_STAY = {"CANCELLED": "the name of a status code of XLA"}
 
 
 def tracked():
@@ -184,13 +168,11 @@ def test_the_stub_describes_the_native_module(backend):
 
 def test_includes_have_no_cycle():
   offenses = house.include_circles(ROOT)
-  assert len(offenses) <= INCLUDE_CIRCLES, offenses
+  require([o for o in offenses if o not in CIRCLES_THAT_STAY])
 
 
 def test_includes_go_downward_only():
-  offenses = house.includes_upward(ROOT, TRANSPORT)
-  require([o for o in offenses if o.endswith("another backend")])
-  assert len(offenses) <= INCLUDES_UPWARD, offenses
+  require(house.includes_upward(ROOT, TRANSPORT))
 
 
 def test_each_feature_has_a_source_and_a_test_of_its_name():
@@ -211,15 +193,13 @@ def test_banned_words_stay_out():
     path
     for path in tracked()
     if (name := str(path.relative_to(ROOT))).startswith(ROOMS)
-    and not name.startswith(UNCLEAN)
     and name not in WORD_LISTS
   ]
   require(house.words(ROOT, paths, WORDS_THAT_STAY))
 
 
 def test_both_backends_share_code_instead_of_copies():
-  offenses = house.equal_runs(ROOT, 6)
-  assert len(offenses) <= EQUAL_RUNS, offenses
+  require(house.equal_runs(ROOT, 6))
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():

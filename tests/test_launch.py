@@ -19,7 +19,7 @@ from jfog.runtime import _gpu_placement
 DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
 ENDS_WITHIN = 10.0  # the promise about a job in which a rank died
 
-# What a test program needs of MPI: `rank`, `size`, `barrier()`, and an uncaught
+# The part of MPI that a test program needs: `rank`, `size`, `barrier()`, and an uncaught
 # exception that does not wait for others in MPI_Finalize.
 MPI = """
 import os, signal, sys, time

@@ -321,7 +321,7 @@ def test_importing_starts_nothing():
 
 
 def test_simulation_and_mesh_work_without_mpi():
-  """What an installation without MPI has: no `_build`, no `_mpi`."""
+  """An installation without MPI: no `_build`, no `_mpi`."""
   done = python(
     "import sys; sys.modules['jfog._build'] = sys.modules['jfog._mpi'] = None\n"
     "import jax, jax.numpy as jnp, jfog\n"

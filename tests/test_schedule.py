@@ -299,7 +299,7 @@ def test_hierarchical_of_a_topology():
 @pytest.mark.parametrize(
   ("make", "size", "local_size", "table"),
   [
-    # table[t][rank]: whom the rank receives from; itself: nobody.
+    # table[t][rank]: the source of the rank; the rank itself: none.
     (jt.inner_outer_ring, 3, 3, [[0, 2, 1], [2, 1, 0], [1, 0, 2]]),
     (jt.inner_outer_exponential, 3, 3, [[0, 2, 1], [2, 1, 0], [1, 0, 2]]),
     (

@@ -15,7 +15,7 @@ def flatten(x: Any, operation: str) -> tuple[list[jax.Array], list[str], Any]:
   """Leaves as arrays, their names for error texts, and the tree's structure.
 
   Raises:
-    TypeError: for a leaf that is no array of numbers.
+    TypeError: for a leaf other than an array of numbers.
   """
   paths, structure = jax.tree_util.tree_flatten_with_path(x)
   names = ["x" + jax.tree_util.keystr(path) for path, _ in paths]
@@ -63,7 +63,7 @@ def axis_sizes(
   """The length of axis 0 of a leaf on every rank, checked.
 
   Raises:
-    TypeError: for a length that is no int.
+    TypeError: for a length other than an int.
     ValueError: for another number of lengths than ranks, a negative one, or one
       that is not this rank's own.
   """

@@ -30,7 +30,7 @@ def matchings(topology: Topology) -> Schedule:
 
   Raises:
     ValueError: if an edge has no reverse edge.
-    TypeError: if `topology` is no `Topology`.
+    TypeError: if `topology` is not a `Topology`.
 
   Example:
     >>> from ._static import chain
@@ -106,7 +106,7 @@ def matcha(
   Raises:
     ValueError: if an edge has no reverse edge, if `budget` is outside (0, 1],
       or if the rounds drawn do not connect all ranks: draw a longer period.
-    TypeError: if `topology` is no `Topology`.
+    TypeError: if `topology` is not a `Topology`.
 
   Example:
     >>> from ._static import ring

@@ -112,7 +112,7 @@ def one_peer(topology: Topology) -> Schedule:
   Raises:
     ValueError: if the period is so long that its weights would not fit into
       1 GiB.
-    TypeError: if `topology` is no `Topology`.
+    TypeError: if `topology` is not a `Topology`.
 
   Example:
     >>> from ._static import exponential

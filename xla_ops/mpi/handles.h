@@ -1,4 +1,4 @@
-// Started operations: their handles, wait and poll.
+// Handles of the split operations in flight.
 #ifndef JFOG_XLA_OPS_MPI_HANDLES_H_
 #define JFOG_XLA_OPS_MPI_HANDLES_H_
 
@@ -11,9 +11,6 @@ HandleTable<Operation>& Handles();
 
 // Closes the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);
-
-XLA_FFI_DECLARE_HANDLER_SYMBOL(Wait);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(Poll);
 
 }  // namespace jfog::mpi
 

@@ -6,11 +6,11 @@
 
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
-#include "mpi/handles.h"
 #include "mpi/hierarchical.h"
 #include "mpi/lifecycle.h"
 #include "mpi/neighbor_allgather.h"
 #include "mpi/neighbor_allreduce.h"
+#include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
 #include "mpi/windows/mutex.h"
 #include "xla/ffi/api/ffi.h"

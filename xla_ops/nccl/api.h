@@ -1,5 +1,6 @@
-// What jfog calls of NCCL and of the CUDA driver: types, values, and two lists
-// of functions with their prototypes. Nothing of either is needed to build.
+// The part of NCCL and of the CUDA driver that jfog uses: types, values, and
+// two lists of functions with their prototypes. Nothing of either is needed to
+// build.
 //
 // Sources: NCCL's and the CUDA driver's reference manuals; the values are part
 // of their binary interfaces since NCCL 2.18 and CUDA 12.

@@ -15,7 +15,7 @@ ffi::Error Malformed(const Plan& plan) {
                    "malformed call of " + plan.operation);
 }
 
-// What this rank contributes of a leaf and gets.
+// Send and receive buffers of this rank for one leaf.
 struct Share {
   std::size_t sent;
   std::size_t received;

@@ -70,7 +70,7 @@ class Buffer {
 
   // Its last use ends with this event: who gets the memory next waits for it.
   void UsedUntil(std::shared_ptr<Event> event) { until_ = std::move(event); }
-  // It may be in use for ever: nobody gets the memory again.
+  // The memory may be in use for ever: it is not reused.
   void Leak() { pool_ = nullptr; }
   void Release();
 
@@ -108,7 +108,7 @@ class Pool {
   int Allocate(std::size_t bytes, DevicePointer* address);
   int Grow(std::size_t bytes);
   void Free(DevicePointer address);
-  // Gives back to the driver what nobody uses.
+  // Returns unused memory to the driver.
   void Trim();
 
   const Kind kind_;
@@ -158,7 +158,7 @@ class Device {
   Buffer bits_;
   CudaStream header_stream_ = nullptr;
   std::mutex mutex_;
-  std::vector<CudaEvent> events_;  // that nobody looks at any more
+  std::vector<CudaEvent> events_;  // to be reused
 };
 
 }  // namespace jfog::nccl

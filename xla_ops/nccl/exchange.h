@@ -11,7 +11,7 @@
 
 namespace jfog::nccl {
 
-// What goes to one rank or comes from it: an edge and its pieces.
+// The message to or from one rank: an edge and its pieces.
 struct PeerMessage {
   struct Piece {
     DevicePointer address;

@@ -1,4 +1,4 @@
-// Started operations: their handles, wait and poll.
+// Handles of the split operations in flight, and their memory.
 #ifndef JFOG_XLA_OPS_NCCL_HANDLES_H_
 #define JFOG_XLA_OPS_NCCL_HANDLES_H_
 
@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
+#include "common/handle_table.h"
 #include "nccl/operation.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace jfog::nccl {
 
@@ -29,14 +29,13 @@ struct Started {
   std::shared_ptr<Event> last_use;  // of the memory; null: unknown
 };
 
+HandleTable<Started>& Handles();
+
 // Opens a handle and returns its number.
 std::uint32_t Insert(std::shared_ptr<Started> started);
 
 // Closes the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);
-
-XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclWait);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclPoll);
 
 }  // namespace jfog::nccl
 

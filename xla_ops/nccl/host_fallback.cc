@@ -161,8 +161,8 @@ class Copies {
   std::size_t bytes_ = 0;
 };
 
-// What the host's handler says of a call with copies; it may end later, for
-// which this waits.
+// Calls the handler of the host with copies of the buffers, and waits for its
+// completion.
 XLA_FFI_Error* CallHost(XLA_FFI_Handler* host, const XLA_FFI_CallFrame& frame,
                         Copies& operands, Copies& results) {
   XLA_FFI_CallFrame call = frame;

@@ -14,8 +14,10 @@
 #include "nccl/handles.h"
 #include "nccl/hierarchical.h"
 #include "nccl/host_fallback.h"
+#include "nccl/instantiate.h"
 #include "nccl/lifecycle.h"
 #include "nccl/plan.h"
+#include "nccl/wait.h"
 #include "nccl/watchdog.h"
 #include "xla/ffi/api/ffi.h"
 

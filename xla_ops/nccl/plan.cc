@@ -8,7 +8,6 @@ namespace jfog::nccl {
 namespace {
 
 using Longs = ffi::Span<const std::int64_t>;
-using MadePlan = ffi::ErrorOr<std::unique_ptr<Plan>>;
 
 // An attribute, or its default.
 std::int64_t Read(const ffi::Dictionary& attributes, const char* name,
@@ -107,12 +106,16 @@ ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
   return comm;
 }
 
-#define JFOG_DEFINE_PLAN(symbol, P, read)                    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (MakePlan<P, read>), \
-                                ffi::Ffi::BindInstantiate().Attrs())
+MadePlan MakeExchangePlan(ffi::Dictionary attributes) {
+  return MakePlan<ExchangePlan, ReadExchange>(std::move(attributes));
+}
 
-JFOG_DEFINE_PLAN(NcclMakeExchange, ExchangePlan, ReadExchange);
-JFOG_DEFINE_PLAN(NcclMakeCollective, CollectivePlan, ReadCollective);
-JFOG_DEFINE_PLAN(NcclMakeHierarchical, HierarchicalPlan, ReadHierarchical);
+MadePlan MakeCollectivePlan(ffi::Dictionary attributes) {
+  return MakePlan<CollectivePlan, ReadCollective>(std::move(attributes));
+}
+
+MadePlan MakeHierarchicalPlan(ffi::Dictionary attributes) {
+  return MakePlan<HierarchicalPlan, ReadHierarchical>(std::move(attributes));
+}
 
 }  // namespace jfog::nccl

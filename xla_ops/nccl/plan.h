@@ -69,9 +69,11 @@ struct HierarchicalPlan : Plan {
 ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
                                                   const std::string& name);
 
-XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclMakeExchange);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclMakeCollective);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(NcclMakeHierarchical);
+// Decodes the attributes of a call site.
+using MadePlan = ffi::ErrorOr<std::unique_ptr<Plan>>;
+MadePlan MakeExchangePlan(ffi::Dictionary attributes);
+MadePlan MakeCollectivePlan(ffi::Dictionary attributes);
+MadePlan MakeHierarchicalPlan(ffi::Dictionary attributes);
 
 }  // namespace jfog::nccl
 

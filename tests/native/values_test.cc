@@ -1,0 +1,72 @@
+// The values that both backends share: headers, rounds, handles, registries.
+#include <doctest/doctest.h>
+
+#include <string>
+#include <vector>
+
+#include "common/call_plan.h"
+#include "common/handle_table.h"
+#include "common/operation_header.h"
+#include "common/registry.h"
+
+namespace jfog {
+
+TEST_CASE("headers of one operation match, and others say how they differ") {
+  const auto mine = MakeHeader("neighbor_allreduce", 41, 7, 9, 1200);
+  CHECK(IsValid(mine));
+  CHECK(NameOf(mine) == "neighbor_allreduce");
+  CHECK(Difference(mine, mine).empty());
+  const auto differs = [&](const OperationHeader& theirs, const char* text) {
+    return Difference(mine, theirs).find(text) != std::string::npos;
+  };
+  CHECK(differs(MakeHeader("allreduce", 41, 7, 9, 1200), "allreduce #41"));
+  CHECK(differs(MakeHeader("neighbor_allreduce", 42, 7, 9, 1200), "#42"));
+  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 8, 9, 4), "4 bytes"));
+  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 7, 8, 1200), "graph"));
+  CHECK(differs(OperationHeader{}, "not a message of jfog"));
+}
+
+TEST_CASE("a long or unterminated name stays within the header") {
+  const std::string name(100, 'x');
+  auto header = MakeHeader(name, 0, 0, 0, 0);
+  CHECK(NameOf(header) == name.substr(0, sizeof(header.operation) - 1));
+  for (char& c : header.operation) c = 'y';
+  CHECK(NameOf(header) == std::string(sizeof(header.operation), 'y'));
+}
+
+TEST_CASE("a step selects its round, and one out of range is an error") {
+  const std::vector<Round> rounds(3);
+  for (int step = 0; step < 3; ++step) {
+    const auto round = FindRound(rounds, step);
+    REQUIRE(round.has_value());
+    CHECK(*round == &rounds[step]);
+  }
+  CHECK_FALSE(FindRound(rounds, 3).has_value());
+  CHECK_FALSE(FindRound(rounds, -1).has_value());
+}
+
+TEST_CASE("a handle is taken once") {
+  HandleTable<int> handles;
+  std::uint32_t first, second;
+  handles.Insert(std::make_shared<int>(1), &first);
+  handles.Insert(std::make_shared<int>(2), &second);
+  CHECK(first != second);
+  CHECK(**handles.Find(&second, false, "poll") == 2);
+  CHECK(**handles.Find(&second, true, "wait") == 2);
+  CHECK_FALSE(handles.Find(&second, true, "wait").has_value());
+  CHECK(handles.Forget([](int value) { return value == 1; }) == 1);
+  CHECK_FALSE(handles.Find(&first, false, "poll").has_value());
+}
+
+TEST_CASE("a registry never reuses a number") {
+  Registry<int> registry;
+  const auto first = registry.Add(std::make_shared<int>(1));
+  registry.Remove(first);
+  const auto second = registry.Add(std::make_shared<int>(2));
+  CHECK(first != second);
+  CHECK(registry.Find(first) == nullptr);
+  CHECK(*registry.Find(second) == 2);
+  CHECK(registry.All().size() == 1);
+}
+
+}  // namespace jfog
