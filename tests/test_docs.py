@@ -28,7 +28,8 @@ PAGES = sorted(
 MAPS = [
   page
   for page in PAGES
-  if page.name in ("CONTRIBUTING.md",) or page.parent.name == "decisions"
+  if page.name in ("architecture.md", "CONTRIBUTING.md")
+  or page.parent.name == "decisions"
 ]
 # The operation that CONTRIBUTING.md adds as its example.
 SKETCH = "neighbor_max"

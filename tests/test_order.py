@@ -98,7 +98,7 @@ def test_operations_of_several_calls_stay_in_order(place):
 
 
 def test_second_call_of_an_ahead_of_time_executable_fails(place):
-  """A sharp bit of JAX's ordered effects, documented in README."""
+  """A sharp bit of JAX's ordered effects, documented in docs/sharp_bits.md."""
   graph = topology.ring(place.size)
   compiled = (
     jax.jit(lambda x: jfog.neighbor_allreduce(x, graph))
