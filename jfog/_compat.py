@@ -141,9 +141,6 @@ def reset_runtime_tokens() -> None:
   dispatch.runtime_tokens.clear()
 
 
-begin_order_anew = reset_runtime_tokens
-
-
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Marks `x` as different along `axes`, where a `shard_map` checks that."""
   tracked = _varying_axes(jax.lax.axis_index(axes))
@@ -153,10 +150,10 @@ def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
   """Zeros of this shape and dtype, different along the same axes of a mesh."""
-  nothing = jnp.zeros(like.shape, like.dtype)
+  zeros = jnp.zeros(like.shape, like.dtype)
   tracked = like.manual_axis_type  # None outside of a shard_map
   axes = tuple(sorted(tracked.varying)) if tracked else ()
-  return jax.lax.pcast(nothing, axes, to="varying") if axes else nothing
+  return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:

@@ -105,12 +105,12 @@ def test_every_size_between_processes(place, rng, soak):
   """16 ranks in all their splits into n and 16 - n, which run side by side."""
   native = jfog.runtime.mpi()
   world = jfog.init()
-  assert isinstance(world, jfog.runtime.MpiCommunicator)
+  assert isinstance(world, jfog.runtime.ProcessCommunicator)
   x = rng.randn(place.size, 3).astype(np.float32)
   for n in range(8, 17):
     first = world.rank < n
     context = native.split(world.context, int(first), world.rank, 60.0)
-    comm = jfog.runtime.MpiCommunicator(
+    comm = jfog.runtime.ProcessCommunicator(
       context, native.size(context), native.rank(context)
     )
     assert comm.size == (n if first else place.size - n)

@@ -171,7 +171,7 @@ def test_every_rank_sends_its_share_to_other_machines(place, rng):
 
 @pytest.mark.places("mpi-3x3", "mpi-4x2")
 def test_many_operations_at_once(place, rng):
-  """More than there are lanes, of several segments, waited for backwards."""
+  """More than there are channels, of several segments, waited for backwards."""
   graph = ring(machines(place))
   xs = [rng.randn(place.size, 200_003).astype(np.float32) for _ in range(5)]
 

@@ -11,7 +11,7 @@ import pytest
 
 import jfog
 from jfog import topology
-from jfog.runtime import MpiCommunicator
+from jfog.runtime import ProcessCommunicator
 
 RANKS, RANK = 6, 4
 STEP = jnp.int32(1)
@@ -28,16 +28,16 @@ PACKED = ["7xf32", "5xbf16", "3xcomplex<f32>"]  # one message for each dtype
 def world(local_size=1):
   """A rank's communicators, in name only: nothing runs here."""
   if local_size == 1:
-    return MpiCommunicator(7, RANKS, RANK, carrier="nccl")
+    return ProcessCommunicator(7, RANKS, RANK, carrier="nccl")
   machines = RANKS // local_size
   machine, place = divmod(RANK, local_size)
-  return MpiCommunicator(
+  return ProcessCommunicator(
     7,
     RANKS,
     RANK,
     tuple(rank // local_size for rank in range(RANKS)),
-    MpiCommunicator(8, local_size, place),
-    MpiCommunicator(9, machines, machine, tuple(range(machines))),
+    ProcessCommunicator(8, local_size, place),
+    ProcessCommunicator(9, machines, machine, tuple(range(machines))),
     "nccl",
   )
 

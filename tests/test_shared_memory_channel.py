@@ -1,4 +1,4 @@
-"""Long exchanges: lanes of shared memory, messages between machines, and both."""
+"""Long exchanges: shared-memory channels, messages between machines, and both."""
 
 import time
 
@@ -21,7 +21,7 @@ GRAPHS = {
 pytestmark = [
   pytest.mark.places("mpi"),
   pytest.mark.mpi(3, 4),
-  pytest.mark.host("lanes are MPI's"),
+  pytest.mark.host("shared-memory channels are MPI's"),
 ]
 
 
@@ -76,7 +76,7 @@ def test_leaves_across_chunks(place, machines):
 
 
 def test_many_at_once(place, machines):
-  """More operations than lanes, and waited for in another order."""
+  """More operations than channels, and waited for in another order."""
   n, rank = place.size, jfog.rank()
   graphs = [make(n) for make in GRAPHS.values()]
   count = 5 * CHUNK + 3

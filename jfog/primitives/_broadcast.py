@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog import _compat
+from jfog import _compat, _validation
 from jfog.primitives import _operation, _primitive, _pytree, nccl
 from jfog.primitives._allreduce import allreduce_p
 from jfog.primitives._operation import Operation
@@ -50,13 +50,7 @@ def broadcast(
   Source: `broadcast` and `broadcast_parameters` of BlueFog.
   """
   comm = resolve(comm)
-  if isinstance(root, bool) or not isinstance(root, (int, np.integer)):
-    raise TypeError(f"broadcast: root={root!r} must be a static int.")
-  if not 0 <= root < comm.size:
-    raise ValueError(
-      f"broadcast: root={root} is out of range for a communicator of size "
-      f"{comm.size}; use a rank from 0 to {comm.size - 1}."
-    )
+  root = _validation.rank_of_comm(root, comm.size, "broadcast: root")
   leaves, names, structure = _pytree.flatten(x, "broadcast")
   return Operation(
     leaves,

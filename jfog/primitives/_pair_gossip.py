@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jfog import _dtypes
+from jfog import _dtypes, _validation
 from jfog.primitives import _mesh, _operation, _pytree
 from jfog.primitives._operation import Operation
 from jfog.primitives._peers import (
@@ -112,12 +112,7 @@ pair_gossip_start = _operation.start_of(
 def _checked_peer(peer: Any, comm: Communicator) -> Any:
   """A rank, as an int, or a traced integer scalar."""
   if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
-    if not 0 <= peer < comm.size:
-      raise ValueError(
-        f"pair_gossip: peer={peer} is out of range for a communicator of size "
-        f"{comm.size}; use a rank from 0 to {comm.size - 1}."
-      )
-    return int(peer)
+    return _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
   peer = jnp.asarray(peer)
   if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
     raise TypeError(

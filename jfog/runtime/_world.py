@@ -139,7 +139,7 @@ def shutdown() -> None:
       jax.effects_barrier()
     except jax.errors.JaxRuntimeError as error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
-      _compat.begin_order_anew()
+      _compat.reset_runtime_tokens()
     open_handles = 0
     for part in parts:
       if isinstance(part, ProcessCommunicator):

@@ -66,12 +66,12 @@ std::string ErrorText(int code) {
 }
 
 Communicator::Communicator(MPI_Comm parent, double timeout,
-                           std::shared_ptr<Lanes> lanes,
+                           std::shared_ptr<Channels> channels,
                            std::shared_ptr<Communicator> root)
     : comm_(Duplicate(parent)),
       control_comm_(Duplicate(parent)),
       timeout_(timeout),
-      lanes_(std::move(lanes)),
+      channels_(std::move(channels)),
       root_(std::move(root)),
       traffic_(SizeOfComm(comm_)) {
   MPI_Comm_rank(comm_, &rank_);
@@ -90,9 +90,9 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
     MPI_Group_free(&own);
     MPI_Group_free(&all);
   }
-  shares_memory_ = lanes_ != nullptr;
+  shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
-    shares_memory_ = lanes_->Reaches(RankInRoot(peer));
+    shares_memory_ = channels_->Reaches(RankInRoot(peer));
   }
 }
 

@@ -64,7 +64,8 @@ class Communicator {
   // Collective over `parent`. A communicator split off another one reads from
   // the control messages of that root which ranks have left, and uses its
   // shared-memory channels.
-  Communicator(MPI_Comm parent, double timeout, std::shared_ptr<Lanes> lanes,
+  Communicator(MPI_Comm parent, double timeout,
+               std::shared_ptr<Channels> channels,
                std::shared_ptr<Communicator> root);
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -77,8 +78,8 @@ class Communicator {
   double timeout() const { return timeout_; }
   // The shared memory of its root, where there is any, which counts ranks in
   // the root.
-  Lanes* lanes() const { return lanes_.get(); }
-  std::shared_ptr<Lanes> shared_lanes() const { return lanes_; }
+  Channels* channels() const { return channels_.get(); }
+  std::shared_ptr<Channels> shared_channels() const { return channels_; }
   // Whether all ranks are on one machine; the same on all of them.
   bool shares_memory() const { return shares_memory_; }
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
@@ -160,7 +161,7 @@ class Communicator {
   int rank_ = 0;
   int size_ = 1;
   double timeout_;
-  std::shared_ptr<Lanes> lanes_;        // null: there are none
+  std::shared_ptr<Channels> channels_;  // null: there are none
   std::shared_ptr<Communicator> root_;  // null for a root itself
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
   bool shares_memory_ = false;

@@ -42,10 +42,10 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   Resize(std::min<std::size_t>(chunks_, kBufferPairs) *
          (sources().size() + destinations().size()));
   if (own_chunks_ > 1 && edges_.same_payload &&
-      this->comm().lanes() != nullptr) {
+      this->comm().channels() != nullptr) {
     for (int destination : destinations()) {
       const int rank = this->comm().RankInRoot(destination);
-      if (this->comm().lanes()->Reaches(rank)) readers_.push_back(rank);
+      if (this->comm().channels()->Reaches(rank)) readers_.push_back(rank);
     }
   }
   ComputeOffsets();
@@ -99,7 +99,7 @@ int Exchange::tag(std::size_t chunk) const {
 Header Exchange::Envelope() const {
   Header header = MakeHeader(payload_);
   if (channel_) {
-    header.lane = channel_->channel;
+    header.channel = channel_->channel;
     header.stamp = channel_->stamp;
   }
   return header;
@@ -120,7 +120,7 @@ ffi::Error Exchange::Post() {
     return Consume(0, payload_, parts_);
   }
   if (!readers_.empty()) {
-    channel_ = comm().lanes()->Acquire(readers_, own_chunks_);
+    channel_ = comm().channels()->Acquire(readers_, own_chunks_);
     if (channel_) published_ = 1;
   }
   JFOG_RETURN_IF_ERROR(PostReceives(0));
@@ -141,7 +141,7 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
     const std::size_t bytes = edges_.destination_bytes[d];
     if (chunk >= ChunksOf(bytes)) continue;
     if (chunk > 0 && channel_ &&
-        comm().lanes()->Reaches(comm().RankInRoot(destinations()[d]))) {
+        comm().channels()->Reaches(comm().RankInRoot(destinations()[d]))) {
       continue;
     }
     const std::size_t begin = Begin(bytes, chunk);
@@ -195,9 +195,9 @@ ffi::Error Exchange::Completed(std::size_t slot) {
   JFOG_RETURN_IF_ERROR(CheckHeader(sources()[edge], theirs));
   comm().CountReceived(sources()[edge], CountOfSource(edge));
   source_channels_[edge].reset();
-  if (theirs.stamp != 0 && comm().lanes() != nullptr &&
-      comm().lanes()->Reaches(comm().RankInRoot(sources()[edge]))) {
-    source_channels_[edge] = Channels::Claim{theirs.lane, theirs.stamp};
+  if (theirs.stamp != 0 && comm().channels() != nullptr &&
+      comm().channels()->Reaches(comm().RankInRoot(sources()[edge]))) {
+    source_channels_[edge] = Channels::Claim{theirs.channel, theirs.stamp};
   }
   if (--unchecked_ > 0 || chunks_ == 1) return ffi::Error::Success();
   return PostReceives(1);
@@ -208,10 +208,10 @@ ffi::Error Exchange::Resume(bool* moved) {
     any = false;
     if (published_ < own_chunks_) {
       // Null until all readers are done with the chunk before in this slot.
-      if (std::byte* to = comm().lanes()->Place(*channel_, published_)) {
+      if (std::byte* to = comm().channels()->Place(*channel_, published_)) {
         Pack(0, Begin(payload_, published_), Begin(payload_, published_ + 1),
              to);
-        comm().lanes()->Publish(*channel_, published_);
+        comm().channels()->Publish(*channel_, published_);
         ++published_;
         any = true;
       }
@@ -241,8 +241,8 @@ bool Exchange::HasArrived(std::size_t chunk) {
     if (chunk >= ChunksOf(bytes)) {
       part.bytes = nullptr;
     } else if (chunk > 0 && source_channels_[s]) {
-      part.bytes = comm().lanes()->Find(comm().RankInRoot(sources()[s]),
-                                        *source_channels_[s], chunk);
+      part.bytes = comm().channels()->Find(comm().RankInRoot(sources()[s]),
+                                           *source_channels_[s], chunk);
       if (part.bytes == nullptr) return false;
     } else {
       part.bytes = pair.received + s * std::max(stride_, kEnvelope) + ahead;
@@ -257,8 +257,8 @@ ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
   // The senders on this machine may reuse the slots that this rank has read.
   for (std::size_t s = 0; chunk > 0 && s < sources().size(); ++s) {
     if (!source_channels_[s] || parts_[s].bytes == nullptr) continue;
-    comm().lanes()->Done(comm().RankInRoot(sources()[s]), *source_channels_[s],
-                         chunk);
+    comm().channels()->Done(comm().RankInRoot(sources()[s]),
+                            *source_channels_[s], chunk);
   }
   consumed_ = chunk + 1;
   // The chunk after next uses the same buffers.
@@ -286,7 +286,7 @@ ffi::Error Exchange::Stalled() {
 // After an error the channel stays claimed: a reader may never read its chunks.
 void Exchange::Ended() {
   if (channel_ && error().success()) {
-    comm().lanes()->Release(*channel_);
+    comm().channels()->Release(*channel_);
     channel_.reset();
   }
 }
@@ -304,15 +304,15 @@ std::vector<int> Exchange::Missing() const {
   if (consumed_ > 0 && consumed_ < chunks_ && unchecked_ == 0) {
     for (std::size_t s = 0; s < sources().size(); ++s) {
       if (source_channels_[s] && consumed_ < ChunksOf(edges_.source_bytes[s]) &&
-          comm().lanes()->Find(comm().RankInRoot(sources()[s]),
-                               *source_channels_[s], consumed_) == nullptr) {
+          comm().channels()->Find(comm().RankInRoot(sources()[s]),
+                                  *source_channels_[s], consumed_) == nullptr) {
         missing.push_back(sources()[s]);
       }
     }
   }
   if (published_ < own_chunks_) {
     const std::vector<int> behind =
-        comm().lanes()->Behind(*channel_, published_);
+        comm().channels()->Behind(*channel_, published_);
     for (int destination : destinations()) {
       const int rank = comm().RankInRoot(destination);
       if (std::count(behind.begin(), behind.end(), rank) > 0) {

@@ -39,7 +39,7 @@ HierarchicalExchange::HierarchicalExchange(std::shared_ptr<Communicator> comm,
     mix_terms_.push_back({nullptr, weight});
   }
   Resize(buffers_.slots());
-  if (!segments_.is_short() && this->comm().lanes() != nullptr) {
+  if (!segments_.is_short() && this->comm().channels() != nullptr) {
     for (const Peer& peer : peers_) {
       const int rank = RankInRoot(peer);
       if (channels().Reaches(rank)) readers_.push_back(rank);
@@ -125,7 +125,7 @@ ffi::Error HierarchicalExchange::SendHeaders() {
   // The header of a peer names the channel of inputs. What follows is the input
   // of a short operation, or the channel of results.
   if (inputs_channel_) {
-    header.lane = inputs_channel_->channel;
+    header.channel = inputs_channel_->channel;
     header.stamp = inputs_channel_->stamp;
   }
   const Channels::Claim results = results_channel_.value_or(Channels::Claim{});
@@ -184,7 +184,7 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
     if (!segments_.is_short() && shares_channels_) {
       // A stamp of 0 stands for no channel.
       if (theirs.stamp != 0) {
-        peer.inputs = Channels::Claim{theirs.lane, theirs.stamp};
+        peer.inputs = Channels::Claim{theirs.channel, theirs.stamp};
       }
       Channels::Claim results;
       std::memcpy(&results, from + sizeof(theirs), sizeof(results));

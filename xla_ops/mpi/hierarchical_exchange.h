@@ -92,7 +92,7 @@ class HierarchicalExchange : public Operation {
   bool IsGathered() const;
   ffi::Error EndSegment();
 
-  Channels& channels() const { return *comm().lanes(); }
+  Channels& channels() const { return *comm().channels(); }
   int RankInRoot(const Peer& peer) const {
     return comm().RankInRoot(peer.rank);
   }

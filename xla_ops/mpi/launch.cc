@@ -76,12 +76,12 @@ ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
   return comm;
 }
 
-ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
-                              ffi::RemainingRets results, std::int64_t mode) {
+ffi::ErrorOr<Payload> ReadCall(ffi::RemainingArgs args, std::size_t first,
+                               ffi::RemainingRets results, std::int64_t mode) {
   return ReadLeaves(args, first, mode == kWhole ? &results : nullptr);
 }
 
-ffi::Error CheckWeighable(const Leaves& leaves, const char* name) {
+ffi::Error CheckWeighable(const Payload& leaves, const char* name) {
   for (const Leaf& leaf : leaves) {
     if (!HasWeightedSum(leaf.type)) {
       return MakeError(

@@ -25,11 +25,11 @@ ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
                                                   const char* name);
 
 // The leaves of a call; staged, unless they are used and filled within it.
-ffi::ErrorOr<Leaves> ReadCall(ffi::RemainingArgs args, std::size_t first,
-                              ffi::RemainingRets results, std::int64_t mode);
+ffi::ErrorOr<Payload> ReadCall(ffi::RemainingArgs args, std::size_t first,
+                               ffi::RemainingRets results, std::int64_t mode);
 
 // An error, if the values of some leaf cannot be weighted and summed.
-ffi::Error CheckWeighable(const Leaves& leaves, const char* name);
+ffi::Error CheckWeighable(const Payload& leaves, const char* name);
 
 // Starts the operation. A blocking call completes it: at once if its messages
 // arrive within the spin time, or else through the progress engine.

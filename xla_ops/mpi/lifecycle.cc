@@ -60,17 +60,18 @@ bool IsOversubscribed(MPI_Comm comm) {
 }
 
 // The channels of MPI_COMM_WORLD are kept from one jfog.init to the next.
-std::shared_ptr<Lanes> LanesOf(MPI_Comm comm, int local_size) {
-  static auto* kept = new std::map<int, std::shared_ptr<Lanes>>;
-  if (comm != MPI_COMM_WORLD) return Lanes::Make(comm, local_size);
+std::shared_ptr<Channels> ChannelsOf(MPI_Comm comm, int local_size) {
+  static auto* kept = new std::map<int, std::shared_ptr<Channels>>;
+  if (comm != MPI_COMM_WORLD) return Channels::Make(comm, local_size);
   const auto found = kept->find(local_size);
   if (found != kept->end()) return found->second;
-  return kept->emplace(local_size, Lanes::Make(comm, local_size)).first->second;
+  return kept->emplace(local_size, Channels::Make(comm, local_size))
+      .first->second;
 }
 
 std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
   auto comm = std::make_shared<Communicator>(
-      parent, timeout, LanesOf(parent, local_size), nullptr);
+      parent, timeout, ChannelsOf(parent, local_size), nullptr);
   SetOversubscribed(IsOversubscribed(comm->comm()));
   {
     std::lock_guard<std::mutex> lock(roots_mutex);
@@ -133,7 +134,7 @@ std::int64_t Split(std::int64_t context, int color, int key) {
     throw std::runtime_error("jfog: MPI_Comm_split failed");
   }
   auto comm = std::make_shared<Communicator>(made, root->timeout(),
-                                             root->shared_lanes(), root);
+                                             root->shared_channels(), root);
   MPI_Comm_free(&made);
   return Communicators().Add(std::move(comm));
 }

@@ -24,7 +24,7 @@ constexpr std::chrono::microseconds kNap{100};
 }  // namespace
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
-                     Leaves leaves, std::uint64_t variant)
+                     Payload leaves, std::uint64_t variant)
     : comm_(std::move(comm)),
       name_(name),
       leaves_(std::move(leaves)),

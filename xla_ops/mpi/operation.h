@@ -25,8 +25,8 @@ namespace jfog::mpi {
 class Operation {
  public:
   // All ranks must bring the same name, leaves and variant.
-  Operation(std::shared_ptr<Communicator> comm, const char* name, Leaves leaves,
-            std::uint64_t variant);
+  Operation(std::shared_ptr<Communicator> comm, const char* name,
+            Payload leaves, std::uint64_t variant);
   // Outside the ordered chain, with a sequence number of the caller.
   Operation(std::shared_ptr<Communicator> comm, const char* name,
             std::uint64_t sequence);
@@ -55,7 +55,7 @@ class Operation {
   // Advances it to its end on the calling thread.
   ffi::Error Complete();
 
-  const Leaves& leaves() const { return leaves_; }
+  const Payload& leaves() const { return leaves_; }
   bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
   // "neighbor_allreduce #41 on rank 0"
   std::string Title() const;
@@ -116,7 +116,7 @@ class Operation {
   // Fails the communicator.
   ffi::Error Fail(ffi::ErrorCode code, const std::string& text);
 
-  Leaves& mutable_leaves() { return leaves_; }
+  Payload& mutable_leaves() { return leaves_; }
   Communicator& comm() const { return *comm_; }
   const std::shared_ptr<Communicator>& shared_comm() const { return comm_; }
 
@@ -130,7 +130,7 @@ class Operation {
 
   std::shared_ptr<Communicator> comm_;
   const char* name_;
-  Leaves leaves_;
+  Payload leaves_;
   std::uint64_t sequence_;
   std::uint64_t signature_;
   std::uint64_t variant_;

@@ -83,8 +83,6 @@ ffi::ErrorOr<Payload> ReadLeaves(ffi::RemainingArgs args, std::size_t first,
 bool FindLeaves(ffi::RemainingArgs args, ffi::RemainingRets results,
                 Payload* leaves);
 
-using Leaves = Payload;
-
 template <typename F>
 void Payload::ForEachRun(std::size_t begin, std::size_t end, F f) const {
   // The last leaf that starts at or before `begin`.

@@ -91,8 +91,6 @@ class Channels {
   std::uint64_t next_ = 1;
 };
 
-using Lanes = Channels;
-
 }  // namespace jfog::mpi
 
 #endif  // JFOG_XLA_OPS_MPI_SHARED_MEMORY_CHANNEL_H_

@@ -13,15 +13,15 @@ namespace jfog::mpi {
 namespace {
 
 // Copies the results of a started operation to those of the call.
-void CopyResults(const Leaves& from, const Leaves& to) {
+void CopyResults(const Payload& from, const Payload& to) {
   for (std::size_t i = 0; i < to.size(); ++i) {
     const std::size_t bytes = to[i].output_bytes();
     if (bytes > 0) std::memcpy(to[i].output, from[i].output, bytes);
   }
 }
 
-ffi::Error CheckResults(const Operation& operation, const Leaves& results) {
-  const Leaves& own = operation.leaves();
+ffi::Error CheckResults(const Operation& operation, const Payload& results) {
+  const Payload& own = operation.leaves();
   bool equal = own.size() == results.size();
   for (std::size_t i = 0; equal && i < own.size(); ++i) {
     equal = own[i].type == results[i].type &&
@@ -34,7 +34,7 @@ ffi::Error CheckResults(const Operation& operation, const Leaves& results) {
                        results.Describe() + ")");
 }
 
-ffi::Error ReadResults(ffi::RemainingRets rets, Leaves* results) {
+ffi::Error ReadResults(ffi::RemainingRets rets, Payload* results) {
   for (std::size_t i = 0; i < rets.size(); ++i) {
     auto y = rets.get<ffi::AnyBuffer>(i);
     if (!y) return y.error();
@@ -51,14 +51,14 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
                     ffi::Result<ffi::Token>, ffi::RemainingRets rets) {
   JFOG_ASSIGN_OR_RETURN(operation,
                         Handles().Find(id.typed_data(), true, "wait"));
-  Leaves results;
+  Payload results;
   JFOG_RETURN_IF_ERROR(ReadResults(rets, &results));
   JFOG_RETURN_IF_ERROR(CheckResults(*operation, results));
   operation->Await();
   if (!EndsSoon(*operation)) {
     ffi::Promise promise;
     ffi::Future future(promise);
-    auto shared = std::make_shared<Leaves>(std::move(results));
+    auto shared = std::make_shared<Payload>(std::move(results));
     Engine::Waiter waiter =
         [operation = operation.get(), shared,
          complete = Completer(std::move(promise))](const ffi::Error& error) {

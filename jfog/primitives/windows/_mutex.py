@@ -4,9 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 
-from jfog import _compat
+from jfog import _compat, _validation
 from jfog.primitives.windows import _arguments
 from jfog.primitives.windows._window import Window
 from jfog.runtime import mpi
@@ -53,13 +52,8 @@ def win_mutex(
     )
   size = spec.comm.size
   for rank in () if ranks is None else ranks:
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
-      raise TypeError(f"win_mutex: ranks must be ints, got {rank!r}.")
-    if not 0 <= rank < size:
-      raise ValueError(
-        f"win_mutex: rank {rank} is out of range for a communicator of size {size}."
-      )
-  if spec.comm.backend not in ("mpi", "nccl"):
+    _validation.rank_of_comm(rank, size, "win_mutex: rank")
+  if not spec.comm.is_native:
     yield
     return
   taken = sorted({int(r) for r in (range(size) if ranks is None else ranks)})

@@ -42,8 +42,8 @@ Registry& TheRegistry() {
 // Collective, for the first window of a communicator.
 Group MakeGroup(const Communicator& comm) {
   int lowest = comm.rank();
-  for (int rank = comm.size() - 1; rank >= 0 && comm.lanes(); --rank) {
-    if (comm.lanes()->Reaches(comm.RankInRoot(rank))) lowest = rank;
+  for (int rank = comm.size() - 1; rank >= 0 && comm.channels(); --rank) {
+    if (comm.channels()->Reaches(comm.RankInRoot(rank))) lowest = rank;
   }
   Group group;
   MPI_Comm_split(comm.comm(), lowest, comm.rank(), &group.machine);
