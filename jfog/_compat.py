@@ -1,14 +1,20 @@
 """Private JAX in one place: the ordered effect and other non-public names."""
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import core, dispatch, effects, xla_bridge
+import numpy as np
+from jax._src import core, dispatch, effects, util, xla_bridge
+from jax._src.interpreters import pxla
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo as hlo
 
 
 class CommunicationEffect(effects.Effect):
@@ -42,6 +48,7 @@ def communication_effect() -> effects.Effect:
     effects.remat_allowed_effects,
   ):
     allowed.add_type(type(effect))
+  _install_program_order()
   return effect
 
 
@@ -106,6 +113,238 @@ def ordered_ffi_lowering(
     return results
 
   return rule
+
+
+# The order between programs. JAX passes the token of an ordered effect from one
+# program to the next in Python: it waits for the earlier program, and compiled
+# programs leave the C++ path of `jax.jit`. Here the effect ends at the border of
+# a program instead. The program makes its token at its start, and XLA keeps the
+# order between programs: a device starts the programs of one thread in the order
+# in which they were dispatched (`TfrtCpuClient::ExecuteHelper` in
+# xla/pjrt/cpu/cpu_client.cc makes each execution depend on the last one that was
+# enqueued on its device and execution stream; a GPU has one compute stream).
+
+_ORDERS = ("device", "strict")
+_program_p = Primitive("jfog_program")
+_program_p.multiple_results = True
+# Set by the first program: whether the effect ends at the border of programs.
+_ends_at_border: bool | None = None
+
+
+def requested_order() -> str:
+  """The value of `JFOG_ORDER`, checked; "" if it is not set."""
+  order = os.environ.get("JFOG_ORDER", "")
+  if order and order not in _ORDERS:
+    raise ValueError(
+      f"JFOG_ORDER={order!r} is not an order of programs; set it to one of "
+      f"{', '.join(_ORDERS)}, or unset it."
+    )
+  return order
+
+
+def order_between_programs() -> str:
+  """`"device"` or `"strict"`: the order between programs that communicate.
+
+  `JFOG_ORDER` chooses. By default it is "device" where JAX runs on CPUs, and
+  "strict" on GPUs.
+
+  Raises:
+    ValueError: if `JFOG_ORDER` is something else.
+  """
+  order = requested_order()
+  if _ends_at_border is False:
+    return "strict"
+  return order or ("device" if jax.default_backend() == "cpu" else "strict")
+
+
+@functools.cache
+def _install_program_order() -> None:
+  """Lets programs that communicate end their effect, from the next one on.
+
+  JAX calls `_discharge_refs_jaxpr` once for each program that it lowers, and
+  `RuntimeTokenSet.block_until_ready` in `jax.effects_barrier` and when Python
+  exits: both still wait for communication.
+  """
+  discharge = getattr(pxla, "_discharge_refs_jaxpr", None)
+  wait = getattr(dispatch.RuntimeTokenSet, "block_until_ready", None)
+  if discharge is None or wait is None:
+    _keep_ordered_effect(
+      "a name is missing: pxla._discharge_refs_jaxpr, or "
+      "dispatch.RuntimeTokenSet.block_until_ready"
+    )
+    return
+
+  @functools.wraps(discharge)
+  def discharge_and_end(*args: Any, **kwargs: Any) -> Any:
+    results = discharge(*args, **kwargs)
+    if _ends_at_border is False:
+      return results
+    try:
+      program, *others = results[0], *results[1:]
+      communicates = communication_effect() in program.effects
+    except Exception as error:  # whatever another JAX returns
+      _keep_ordered_effect(f"{type(error).__name__}: {error}")
+      return results
+    if communicates and _effect_ends():
+      return (_ended(program), *others)
+    return results
+
+  @functools.wraps(wait)
+  def wait_for_effects(tokens: Any) -> None:
+    wait(tokens)
+    if _ends_at_border:
+      _wait_for_programs()
+
+  pxla._discharge_refs_jaxpr = discharge_and_end
+  dispatch.RuntimeTokenSet.block_until_ready = wait_for_effects
+
+
+def _effect_ends() -> bool:
+  """Whether the effect of the program that is being lowered ends at its border."""
+  global _ends_at_border
+  if order_between_programs() == "strict":
+    return False
+  if _ends_at_border is None:
+    _ends_at_border = True  # the test itself lowers a program
+    try:
+      _test_program_order()
+    except Exception as error:  # whatever another JAX does
+      _keep_ordered_effect(f"{type(error).__name__}: {error}")
+  return _ends_at_border
+
+
+def _keep_ordered_effect(reason: str) -> None:
+  global _ends_at_border
+  _ends_at_border = False
+  warnings.warn(
+    f"jfog keeps JAX's order between programs (JFOG_ORDER=strict), with which a "
+    f"call costs more: jax {jax.__version__} is not as expected ({reason}).",
+    RuntimeWarning,
+    stacklevel=2,
+  )
+
+
+def _test_program_order() -> None:
+  """Lowers a program with the effect; raises if it has tokens at its border."""
+  probe = Primitive("jfog_probe")
+
+  @probe.def_effectful_abstract_eval
+  def abstract_eval(x: Any) -> Any:
+    return x, {communication_effect()}
+
+  def lower(ctx: Any, x: Any) -> Any:
+    return ordered_ffi_lowering("jfog_probe", {})(ctx, x)
+
+  mlir.register_lowering(probe, lower)
+  lowered = jax.jit(lambda x: probe.bind(probe.bind(x))).lower(
+    jax.ShapeDtypeStruct((), np.float32)
+  )
+  tokens = lowered._lowering.compile_args["ordered_effects"]
+  if tokens or lowered.as_text().count("jfog_probe") < 2:
+    raise RuntimeError("a program's token does not end at its border")
+
+
+@util.weakref_lru_cache
+def _ended(program: Any) -> Any:
+  """The program, a closed jaxpr, as one that makes the token of its own.
+
+  The cache keeps one result for each program, because JAX caches what it lowers
+  by the identity of the jaxpr.
+  """
+
+  def run(*operands: Any) -> Any:
+    return _program_p.bind(*operands, program=program)
+
+  debug_info = program.jaxpr.debug_info
+  ended = jax.make_jaxpr(run)(*program.in_avals)
+  return ended.replace(jaxpr=ended.jaxpr.replace(debug_info=debug_info))
+
+
+@_program_p.def_effectful_abstract_eval
+def _program_abstract_eval(*operands: Any, program: Any) -> Any:
+  del operands
+  return program.out_avals, program.effects - {communication_effect()}
+
+
+def _lower_program(ctx: Any, *operands: Any, program: Any) -> Any:
+  effect = communication_effect()
+  devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+  if devices > 1:
+    raise ValueError(
+      f"a program over {devices} devices has an operation between processes, "
+      f"which runs on one: use jfog.Axis for the devices of one process."
+    )
+  token = _begin_program(ctx)
+  tokens = {**dict(ctx.tokens_in.items()), effect: token}
+  inside = ctx.replace(tokens_in=mlir.TokenSet(tokens), tokens_out=None)
+  results = mlir.core_call_lowering(
+    inside, *operands, name="jfog_program", call_jaxpr=program
+  )
+  others = [item for item in inside.tokens_out.items() if item[0] != effect]
+  ctx.set_tokens_out(mlir.TokenSet(dict(others)))
+  return results
+
+
+mlir.register_lowering(_program_p, _lower_program, cacheable=False)
+
+
+def _begin_program(ctx: Any) -> Any:
+  """The token of a program, which XLA:CPU takes for one that is not cheap.
+
+  XLA:CPU runs a program of less than 1000 operations on the thread that
+  dispatches it, where it would wait for its peers, and where jaxlib turns its
+  errors into ValueError. XLA counts the larger branch of a conditional, so the
+  branch that is never taken makes the program one that runs on another thread.
+  """
+  effect = communication_effect()
+  start = mlir.TokenSet.create([effect]).get(effect)
+  if ctx.module_context.platforms != ("cpu",):
+    return start
+  pred = core.ShapedArray((), np.bool_)
+  matrix = core.ShapedArray((16, 16), np.float32)
+  token = core.abstract_token
+
+  def call(target: str, avals_in: Any, avals_out: Any, *operands: Any) -> Any:
+    lower = jax.ffi.build_ffi_lowering_function(target, has_side_effect=True)
+    context = ctx.replace(avals_in=avals_in, avals_out=avals_out)
+    return lower(context, *operands).results
+
+  begun, never, x = call(
+    "jfog_mpi_program_begin", [token], [token, pred, matrix], start
+  )
+  choice = hlo.IfOp([x.type], never)
+  for region, costly in (
+    (choice.true_branch, True),
+    (choice.false_branch, False),
+  ):
+    with ir.InsertionPoint(region.blocks.append()):
+      hlo.return_([_product(x) if costly else x])
+  (ready,) = call(
+    "jfog_mpi_program_ready", [token, matrix], [token], begun, choice.results[0]
+  )
+  return ready
+
+
+def _product(x: Any) -> Any:
+  """The matrix product of x and x."""
+  dimensions = hlo.DotDimensionNumbers.get([], [], [1], [0])
+  return hlo.dot_general(x.type, x, x, dimensions)
+
+
+def _wait_for_programs() -> None:
+  """Waits for the programs that this thread has dispatched.
+
+  A device runs the programs of a thread in order, so it is enough to wait for
+  one more on each device. Errors of the programs are not raised here.
+  """
+  for device in jax.local_devices():
+    with jax.default_device(device):
+      jax.block_until_ready(_nothing())
+
+
+@jax.jit
+def _nothing() -> jax.Array:
+  return jnp.zeros((), np.bool_)
 
 
 def axis_is_bound(name: Any) -> bool:

@@ -1,9 +1,11 @@
 """A barrier over all ranks."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jfog import _compat
@@ -35,9 +37,18 @@ def barrier(*, comm: Communicator | None = None) -> None:
   comm = resolve(comm)
   if not comm.is_native:
     return
+  if not _compat.at_top_level():
+    barrier_p.bind(fixed=0, comm=comm)
+    return
+  jax.block_until_ready(_passed(comm))
+  jax.effects_barrier()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _passed(comm: Communicator) -> jax.Array:
+  """A barrier as a program with a result, which carries the barrier's error."""
   barrier_p.bind(fixed=0, comm=comm)
-  if _compat.at_top_level():
-    jax.effects_barrier()
+  return jnp.zeros((), jnp.bool_)
 
 
 class _OnGpus(nccl.Rendition):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jfog import _compat
 from jfog.runtime import _exit, _extensions, _gpu_placement
 from jfog.runtime._communicator import Single
 from jfog.runtime._process_communicator import ProcessCommunicator
@@ -81,6 +82,7 @@ def open_processes(
     local_size: ranks of a pretended machine; None for the real machines.
     timeout: seconds, of every operation.
   """
+  _compat.requested_order()  # refuses a bad JFOG_ORDER before MPI starts
   if backend == "nccl" and launched is None:
     found = _gpu_placement.gpus()  # fails before MPI starts
     _require_gpus([len(found.names)], found.reason)

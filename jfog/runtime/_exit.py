@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jfog import _compat
 from jfog.runtime import _extensions
 
 
@@ -49,6 +50,19 @@ def install_hooks() -> None:
   sys.excepthook = excepthook
 
 
+def wait_for_operations() -> str:
+  """Waits for the operations so far; returns the error of one that failed.
+
+  Its program may have raised it already, or never, if its results were dropped.
+  """
+  try:
+    jax.effects_barrier()
+  except Exception as error:
+    _compat.reset_runtime_tokens()
+    return str(error)
+  return next((text for m in _in_use() for text in m.failures()), "")
+
+
 def _abandon(reason: str) -> None:
   """Fails all operations, and skips every wait for peers at exit."""
   for module in _in_use():
@@ -64,9 +78,8 @@ def _abandon(reason: str) -> None:
 def _finish() -> None:
   """Completes what is in flight, then finalizes the native modules."""
   # Operations in flight need their peers and MPI, so they come first.
-  try:
-    jax.effects_barrier()
-  except Exception as error:
+  error = wait_for_operations()
+  if error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _abandon(f"an operation failed at exit: {error}")
   for module in _in_use():

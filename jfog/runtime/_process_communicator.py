@@ -32,6 +32,10 @@ class ProcessCommunicator(Communicator):
     default=DEFAULT_TIMEOUT, compare=False, repr=False
   )
 
+  def __hash__(self) -> int:
+    # Of the key alone: operations are looked up by their communicator.
+    return hash(self.context)
+
   @property
   def is_native(self) -> bool:
     """`True`: operations are FFI handlers over MPI or NCCL."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jfog import _compat, _validation
-from jfog.runtime import _bootstrap, _extensions
+from jfog import _validation
+from jfog.runtime import _bootstrap, _exit, _extensions
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -135,17 +135,16 @@ def shutdown() -> None:
   world, _world = _world, None
   if isinstance(world, ProcessCommunicator):
     parts = (world, world.local_part, world.machines_part)
-    try:
-      jax.effects_barrier()
-    except jax.errors.JaxRuntimeError as error:
+    error = _exit.wait_for_operations()
+    if error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
-      _compat.reset_runtime_tokens()
     open_handles = 0
     for part in parts:
       if isinstance(part, ProcessCommunicator):
         open_handles += _extensions.mpi().close(part.context)
         if part.backend == "nccl":
           open_handles += _extensions.nccl().close(part.context)
+    _extensions.mpi().reset_program_device()
     if open_handles:
       warnings.warn(
         f"{open_handles} operations were started and never waited on.",

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/status.h"
 
@@ -35,6 +36,17 @@ class FirstFailure {
   std::mutex mutex_;  // guards the failure
   std::optional<std::pair<ffi::ErrorCode, std::string>> failure_;
 };
+
+// The errors with which the failed ones among communicators refuse operations.
+template <typename Comms>
+std::vector<std::string> FailuresOf(const Comms& comms) {
+  std::vector<std::string> texts;
+  for (const auto& comm : comms) {
+    ffi::Error error = comm->Refusal();
+    if (error.failure()) texts.push_back(StatusText(error));
+  }
+  return texts;
+}
 
 // The error of work on a communicator that has been closed.
 inline ffi::Error ShutDownError(const std::string& name) {

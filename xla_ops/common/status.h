@@ -15,6 +15,26 @@ inline ffi::Error MakeError(ffi::ErrorCode code, const std::string& text) {
   return ffi::Error(code, "jfog: " + text);
 }
 
+// The text that a JaxRuntimeError of this error has: its code and its message.
+inline std::string StatusText(const ffi::Error& error) {
+  const char* const codes[] = {"OK",
+                               "CANCELLED",
+                               "UNKNOWN",
+                               "INVALID_ARGUMENT",
+                               "DEADLINE_EXCEEDED",
+                               "NOT_FOUND",
+                               "ALREADY_EXISTS",
+                               "PERMISSION_DENIED",
+                               "RESOURCE_EXHAUSTED",
+                               "FAILED_PRECONDITION",
+                               "ABORTED",
+                               "OUT_OF_RANGE",
+                               "UNIMPLEMENTED",
+                               "INTERNAL"};
+  const auto code = error.errc().value_or(ffi::ErrorCode::kUnknown);
+  return std::string(codes[static_cast<int>(code)]) + ": " + error.message();
+}
+
 // An error on its way out of a function that returns an error, a value or an
 // error, or the completion of a handler.
 struct Failure {

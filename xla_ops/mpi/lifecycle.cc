@@ -217,6 +217,10 @@ int Close(std::int64_t context) {
   return forgotten;
 }
 
+std::vector<std::string> Failures() {
+  return FailuresOf(Communicators().All());
+}
+
 void Abandon(const std::string& reason) {
   abandoned = true;
   for (const auto& comm : Communicators().All()) {

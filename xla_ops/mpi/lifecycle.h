@@ -36,6 +36,9 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text);
 // operations were started and not waited on.
 int Close(std::int64_t context);
 
+// The errors with which the open communicators that failed refuse operations.
+std::vector<std::string> Failures();
+
 // Fails all operations, current and future: the process is going down.
 void Abandon(const std::string& reason);
 

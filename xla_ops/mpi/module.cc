@@ -10,6 +10,7 @@
 #include "mpi/lifecycle.h"
 #include "mpi/neighbor_allgather.h"
 #include "mpi/neighbor_allreduce.h"
+#include "mpi/program.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
 #include "mpi/windows/mutex.h"
@@ -54,6 +55,8 @@ PYBIND11_MODULE(_mpi, m) {
       },
       py::arg("context"), py::arg("text"));
   m.def("close", &Close, py::arg("context"));
+  m.def("failures", &Failures);
+  m.def("reset_program_device", &ResetProgramDevice);
   m.def("abandon", &Abandon, py::arg("reason"));
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
@@ -84,6 +87,8 @@ PYBIND11_MODULE(_mpi, m) {
     targets["jfog_mpi_win_version"] = Capsule(WinVersion);
     targets["jfog_mpi_win_associated_p"] = Capsule(WinAssociatedP);
     targets["jfog_mpi_win_free"] = Capsule(WinFree);
+    targets["jfog_mpi_program_begin"] = Capsule(ProgramBegin);
+    targets["jfog_mpi_program_ready"] = Capsule(ProgramReady);
     targets["jfog_mpi_wait"] = Capsule(Wait);
     targets["jfog_mpi_poll"] = Capsule(Poll);
     return targets;

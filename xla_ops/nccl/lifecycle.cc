@@ -78,6 +78,10 @@ int Close(std::int64_t context) {
   return forgotten;
 }
 
+std::vector<std::string> Failures() {
+  return FailuresOf(Communicators().All());
+}
+
 void Abandon(const std::string& reason) {
   abandoned = true;
   const std::vector<std::shared_ptr<Communicator>> comms =

@@ -29,6 +29,9 @@ void Abandon(const std::string& reason);
 // Waits for operations in flight, and ends all communicators.
 void Finish();
 
+// The errors with which the open communicators that failed refuse operations.
+std::vector<std::string> Failures();
+
 // bytes_sent, bytes_received, messages_sent (one of each for every peer), and
 // the number of operations and of consistency checks, which is 0 on NCCL.
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context);

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_nccl, m) {
         py::arg("rank"), py::arg("size"), py::arg("device"), py::arg("timeout"),
         NoGil());
   m.def("close", &Close, py::arg("context"), NoGil());
+  m.def("failures", &Failures);
   m.def("abandon", &Abandon, py::arg("reason"), NoGil());
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));

@@ -65,24 +65,7 @@ ffi::Error UnlockAll(const std::shared_ptr<Window>& window,
 // An exception with the text of the JaxRuntimeError of a handler's error.
 void ThrowIf(const ffi::Error& error) {
   if (error.success()) return;
-  const char* const codes[] = {"OK",
-                               "CANCELLED",
-                               "UNKNOWN",
-                               "INVALID_ARGUMENT",
-                               "DEADLINE_EXCEEDED",
-                               "NOT_FOUND",
-                               "ALREADY_EXISTS",
-                               "PERMISSION_DENIED",
-                               "RESOURCE_EXHAUSTED",
-                               "FAILED_PRECONDITION",
-                               "ABORTED",
-                               "OUT_OF_RANGE",
-                               "UNIMPLEMENTED",
-                               "INTERNAL"};
-  throw std::runtime_error(
-      std::string(codes[static_cast<int>(
-          error.errc().value_or(ffi::ErrorCode::kUnknown))]) +
-      ": " + error.message());
+  throw std::runtime_error(StatusText(error));
 }
 
 }  // namespace
