@@ -28,6 +28,8 @@ def built_package() -> str:
   That is the parent of this folder, except in an editable installation and for
   Python started in jfog's source tree.
   """
+  # An editable install and Python started in the source tree import the package
+  # from one folder and its build from another.
   folders = [_PACKAGE, *getattr(sys.modules.get("jfog"), "__path__", ())]
   folders += [os.path.join(path, "jfog") for path in sys.path]
   for folder in folders:
@@ -101,6 +103,7 @@ def mpirun_command(
   """
   words = [mpi.launcher, "-np", str(ranks)]
   if mpi.family == "openmpi":
+    # Without binding: progress threads of a rank would share its core.
     words += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     if host:
       words += ["-H", host]
@@ -132,6 +135,7 @@ def job_environment(environ: dict[str, str], run_dir: str) -> dict[str, str]:
   for transport in ("sm", "vader"):  # Open MPI 5, Open MPI 4
     added[f"OMPI_MCA_btl_{transport}_eager_limit"] = str(_EAGER_LIMIT)
   added["OMPI_MCA_osc"] = "^ucx"  # without UCX it prints an error
+  # The user's environment has precedence over the additions.
   return {**added, **environ, "JFOG_RUN_DIR": run_dir}
 
 
@@ -148,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
   except RuntimeError as error:
     processes.say(f"jfog run: {error}\n")
     return 1
+  # On other hosts PATH and files may differ: there the ranks report it.
   if not (options.host or options.hostfile):
     code, problem = _command_problem(options.command)
     if problem:
@@ -249,12 +254,16 @@ def _run_job(
   when mpirun ends, and the signals that it forwards. Between events it looks for
   records of failed ranks; mpirun has `_GRACE` seconds to end after the first one.
   """
+  # Blocked before the fork, so that no signal is lost between the start of
+  # mpirun and the first wait.
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   pid = processes.spawn(command, environ, death_signal=signal.SIGTERM)
   end = None if timeout is None else time.monotonic() + timeout
   requested = 0  # exit code of a signal or a timeout that ended the job
   stops = None  # the times and signals by which mpirun is ended
   while True:
+    # The timeout bounds how late a deadline or a file in run_dir is noticed;
+    # everything else arrives as a signal.
     event = signal.sigtimedwait(processes.WAITED, 0.2)
     code = processes.reaped(pid)
     if code is not None:
@@ -272,6 +281,8 @@ def _run_job(
     if end is not None and now > end and stops is None:
       requested, stops = 124, _stops(now)
       processes.say(f"jfog run: ended after --timeout {timeout:g} s\n")
+    # A rank has recorded a failure. mpirun ends the others by itself; the grace
+    # is for an mpirun that waits for ranks which hang.
     if stops is None and any(os.scandir(run_dir)):
       stops = _stops(now + _GRACE)
     if stops and now >= stops[0][0]:
@@ -280,6 +291,8 @@ def _run_job(
     return requested
   if code == 0:
     return 0
+  # mpirun returns the code of whichever rank it saw first; the records have the
+  # times.
   record = report.first_failure(report.records(run_dir))
   if record is not None:
     processes.say("\n" + report.failure_report(record))

@@ -47,6 +47,7 @@ class Pump:
   def _copy(self) -> None:
     line = b""  # the incomplete last line, if lines are prefixed
     while chunk := os.read(self._source, 65536):
+      # Before the write, which blocks while the terminal is stopped.
       self.tail = (self.tail + chunk)[-_TAIL:]
       if self._prefix:
         *lines, line = (line + chunk).split(b"\n")
@@ -84,6 +85,8 @@ def spawn(
   if pid:
     return pid
   try:
+    # In the child: its output goes into the pipes, whose other ends stay with
+    # the parent's threads.
     for pump in pumps or ():
       os.dup2(pump.sink, pump.target)
     if prctl is not None:
@@ -91,6 +94,7 @@ def spawn(
       # A parent that died before the call above sends no signal any more.
       if os.getppid() != parent:
         os._exit(128 + death_signal)
+    # The mask is inherited through exec; the command expects none.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
     # Python ignores these two, and exec would pass that on to the command.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -67,7 +67,13 @@ def adapt_then_combine(
   def combine(h: Any, state: Any) -> tuple:
     return (
       _averaging.on_schedule(
-        average, lambda h, step: h, h, state.step, every, comm
+        # Between communications h = x + u stays as it is: a plain local step.
+        average,
+        lambda h, step: h,
+        h,
+        state.step,
+        every,
+        comm,
       ),
     )
 

@@ -231,6 +231,8 @@ def slow_momentum(
   def combine(h: Any, state: Any) -> tuple:
     def slow_step(operand: tuple, count: jax.Array) -> tuple:
       h, anchor, momentum = operand
+      # The paper divides this by the step size and multiplies it by that again
+      # later; here the momentum has the unit of the parameters.
       change = _tree.subtract(anchor, exact(h, count))
       momentum = _tree.add(_tree.scale(slow_momentum, momentum), change)
       # All ranks now hold the same `new`, which is also the next anchor.
@@ -239,6 +241,7 @@ def slow_momentum(
 
     def fast_step(operand: tuple, _: jax.Array) -> tuple:
       h, anchor, momentum = operand
+      # Anchor and momentum move in slow steps only.
       return between(h, state.step), anchor, momentum
 
     return _averaging.on_schedule(
@@ -341,6 +344,8 @@ def diloco(
     h, anchor, outer_state = operand
     # The mean change of the round, with the sign of a gradient.
     change = _tree.subtract(anchor, average(h, count))
+    # The outer optimizer sees the anchor as its parameters: the ranks' own h
+    # differ, the anchors are equal where the average is exact.
     change, outer_state = outer.update(change, outer_state, anchor)
     new = _tree.local_step(anchor, change)
     return new, new, outer_state

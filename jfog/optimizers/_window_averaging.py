@@ -91,6 +91,8 @@ def window_put(
   """
 
   def exchange(window: Window, own: Any) -> tuple:
+    # The put does not wait for its receivers: the slots hold what has arrived,
+    # which in simulation is delayed by `delay`.
     return win_update(win_put(window, own), own)
 
   return _averaging_in_window(
@@ -168,7 +170,10 @@ def window_get(
 
   def exchange(window: Window, own: Any) -> tuple:
     # An update with no source only exposes `own`.
+    # Before the get: a neighbor that reads in the meantime finds these
+    # parameters and not those of the last step.
     _, window = win_update(window, own, self_weight=1, src_weights={})
+    # expose=False: others read the parameters, not this average of older ones.
     return win_update(win_get(window), own, expose=False)
 
   return _averaging_in_window(
@@ -307,12 +312,20 @@ def window_push_sum(
       jnp.minimum(1, jnp.asarray(least)[rank] / win_associated_p(window)),
     )
     if topology.size > 1:
+      # The column of A sums to 1. With `kept` in place of `own`, all others shrink
+      # by one factor, and the sum stays 1.
       weights = weights * ((1 - kept) / (1 - own))
     # Values and weights (the associated p) are scaled and added together, so
     # mass moves between ranks and slots without loss.
     window = win_accumulate(window, biased, dst_weights=weights)
     return win_update(
-      window, biased, self_weight=kept, src_weights=1, reset=True
+      # Weight 1 and reset: each message is taken once and as a whole, so
+      # nothing of the mass in the slots is lost or counted twice.
+      window,
+      biased,
+      self_weight=kept,
+      src_weights=1,
+      reset=True,
     )
 
   def update_fn(

@@ -130,6 +130,7 @@ def _attributes(
   del mode
   return {
     "context": np.int64(comm.context),
+    # By leaf and rank, flat: an attribute has one dimension.
     "rows": np.array(axis_sizes, np.int64).ravel(),
     "row_sizes": np.array([math.prod(x.shape[1:]) for x in leaves], np.int64),
   }
@@ -154,6 +155,7 @@ class _OnGpus(nccl.Rendition):
     del scalars
     padded = []
     for x, sizes in zip(leaves, axis_sizes, strict=True):
+      # ncclAllGather takes equal lengths; `decode` removes the padding.
       behind = max(sizes) - len(x)
       padded.append(jnp.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)))
     attributes = nccl.common_attributes(
@@ -195,7 +197,9 @@ allgather_p = _primitive.define(
   abstract_eval=_abstract_eval,
   attributes=_attributes,
   tangents=functools.partial(
-    _primitive.linear_tangents, per_leaf=("axis_sizes",)
+    # A leaf without a tangent is left out, and its lengths with it.
+    _primitive.linear_tangents,
+    per_leaf=("axis_sizes",),
   ),
   transpose=_transpose,
   batch_axis=-1,  # axis 0 is concatenated

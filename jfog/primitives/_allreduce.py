@@ -67,6 +67,7 @@ def allreduce(
   leaves, names, structure = _pytree.flatten(x, "allreduce")
   if op == "mean":
     _pytree.require_inexact(leaves, names, "allreduce")
+  # Complex numbers have no order.
   if op in ("min", "max"):
     for leaf, name in zip(leaves, names, strict=True):
       if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -102,6 +103,8 @@ def _mesh_allreduce(x: jax.Array, op: str, comm: Any) -> jax.Array:
     return x
   if x.dtype == jnp.bool_:
     return _mesh_extremum(x, "max", comm)
+  # In the accumulation dtype: 16-bit sums are rounded once, after the last
+  # summand.
   wide = _compat.varying(x.astype(_dtypes.accumulation(x.dtype)), comm.axes)
   total = lax.psum(wide, comm.axes)
   return (total / comm.size if op == "mean" else total).astype(x.dtype)
@@ -113,7 +116,11 @@ def _mesh_extremum(x: jax.Array, op: str, comm: Any) -> jax.Array:
     return x
   if x.dtype == jnp.bool_:
     number = _mesh_extremum(
-      x.astype(jnp.int32), "min" if op in ("min", "prod") else "max", comm
+      # On 0 and 1 the minimum and the product are "and", the maximum and the
+      # sum "or".
+      x.astype(jnp.int32),
+      "min" if op in ("min", "prod") else "max",
+      comm,
     )
     return number.astype(jnp.bool_)
   x = _compat.varying(x, comm.axes)
@@ -191,6 +198,8 @@ class WirePlan:
       for i, dtype in enumerate(self._dtypes)
       if op in ("min", "max") and jnp.issubdtype(dtype, jnp.floating)
     ]
+    # NCCL multiplies real numbers only, and the product of complex ones is not
+    # one of their parts: the values are gathered and multiplied in XLA.
     self.gathers = op == "prod" and any(
       jnp.issubdtype(dtype, jnp.complexfloating) for dtype in self._dtypes
     )
@@ -211,6 +220,7 @@ class WirePlan:
     wires = []
     for x, dtype in zip(leaves, self._dtypes, strict=True):
       if jnp.issubdtype(dtype, jnp.complexfloating):
+        # Sums of complex numbers are sums of their parts.
         wires.append(jnp.stack([x.real, x.imag]))
       elif dtype == jnp.bool_:
         wires.append(x.astype(jnp.uint8))
@@ -218,6 +228,7 @@ class WirePlan:
         wires.append(x.astype(dtype.name.replace("16", "32")))
       else:
         wires.append(x.astype(_dtypes.accumulation(dtype)))
+    # NCCL's min and max may drop a NaN; a maximum of flags keeps it.
     flags = [jnp.isnan(leaves[i]).astype(jnp.uint8) for i in self._flagged]
     return [*wires, *flags]
 
@@ -263,6 +274,7 @@ class WirePlan:
         )
         for x in received
       ]
+    # In the order of `encode`: group by group, buffer by buffer.
     buffers = iter(received)
     wires: dict[int, jax.Array] = {}
     for _, places, packing in self._groups:

@@ -34,6 +34,7 @@ def check_graph(graph: Any, size: int, operation: str) -> Topology | Schedule:
 def step_index(graph: Topology | Schedule, step: Any, operation: str) -> Any:
   """The round of `graph` at `step`: an int, or a traced int32 scalar."""
   period = len(graph)
+  # Of period 1: every step selects its round, and none has to be given.
   if isinstance(graph, Topology):
     return 0
   if step is None:
@@ -49,8 +50,10 @@ def step_index(graph: Topology | Schedule, step: Any, operation: str) -> Any:
       f"{operation}: step has dtype {step.dtype} and shape {step.shape}; pass "
       f"an integer scalar."
     )
+  # The period has to be representable in the dtype of the remainder.
   if jnp.iinfo(step.dtype).max < period:
     step = step.astype(jnp.int32)
+  # remainder, not rem: a negative step counts from the end, as in Python.
   return jnp.remainder(step, jnp.asarray(period, step.dtype)).astype(jnp.int32)
 
 
@@ -66,6 +69,7 @@ def fingerprint(graph: Topology | Schedule) -> int:
 
 def numbered(name: str, mode: int, attributes: dict[str, Any]):
   """Adds the number by which the native side finds what it has read of them."""
+  # Of all attributes: equal call sites share one decoded plan.
   digest = hashlib.blake2b(digest_size=8)
   for key, value in [("name", name), ("mode", mode), *attributes.items()]:
     digest.update(key.encode() + np.asarray(value).tobytes())

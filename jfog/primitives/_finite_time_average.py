@@ -83,6 +83,7 @@ def finite_time_average(
   rounds = _rounds(graph, comm)
 
   def operands() -> list[jax.Array]:
+    # Once for all rounds: leaves of 16 bits would be rounded in each of them.
     wide = [x.astype(_dtypes.accumulation(x.dtype)) for x in leaves]
     return _pytree.to_native(wide, names, _NAME)
 
@@ -191,10 +192,14 @@ def _attributes(
   del leaves
   is_exact = isinstance(graph, ExactAverage)
   if is_exact:
+    # The protocol has no matrices; its repr holds the size, which determines
+    # it.
     fingerprint = digest(repr(graph).encode())
     table = csr_attributes(
       [
         (
+          # One source and one destination, with weight 1: rounds add, and the
+          # division by the size comes last.
           {(comm.rank - hop.shift) % comm.size: 1.0},
           [(comm.rank + hop.shift) % comm.size],
         )
@@ -207,6 +212,7 @@ def _attributes(
   else:
     fingerprint = _ffi_attributes.fingerprint(graph)
     rounds = graph.rounds_to_exact_average()
+    # Without the rounds behind the exact average, which would change nothing.
     table = neighbor_table(Schedule(graph.rounds[:rounds])).attributes(
       comm.rank
     )
@@ -251,6 +257,8 @@ def _rounds_on_gpus(
       0,
       values,
       rounds,
+      # The round is a part of what ranks compare: a rank in another one fails
+      # here and does not mix in its sums.
       variant=(repr(graph), t),
       like=leaves,
     )

@@ -150,6 +150,8 @@ def _on_mesh(
     )
 
   if isinstance(index, jax.Array):
+    # A switch with collectives in its branches has to take the same branch on
+    # all ranks, which `uniform` shows to XLA.
     branches = [functools.partial(mix, topology) for topology in graph.rounds]
     parts = lax.switch(_mesh.uniform(index, comm), branches, parts)
   else:
@@ -165,8 +167,11 @@ def _mean_part(x: jax.Array, inside: tuple[str, ...], comm: Any) -> jax.Array:
     return x
   size = comm.local.size
   flat = x.ravel()
+  # Zeros up to a multiple of the local size; `_join` cuts them off.
   flat = jnp.pad(flat, (0, -len(flat) % size))
   (axis,) = inside
+  # Rank r of the machine receives the r-th part of all: a reduce-scatter whose
+  # sum has the order of ranks, and so the same bits everywhere.
   return _weighted_sum.mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
 
 
@@ -215,6 +220,8 @@ def _attributes(
       "members": np.array(members, np.int32),
       **neighbor_table(graph).attributes(
         comm.machine_rank,
+        # Between machines each rank talks to those in the same place, so that
+        # no rank carries the traffic of its whole machine.
         lambda machine: comm.ranks_of(machine)[place],
       ),
     },

@@ -15,6 +15,7 @@ from jfog.runtime import Axis, Communicator
 
 def are_virtual(axes: tuple[str, ...]) -> bool:
   """Whether the axes are those of `vmap`, where a gather moves nothing."""
+  # A shard_map makes its axes manual; those of vmap are not.
   manual = jax.sharding.get_abstract_mesh().manual_axes
   return bool(axes) and not set(axes) & set(manual)
 
@@ -27,6 +28,7 @@ def varying(x: jax.Array, comm: Communicator) -> jax.Array:
 def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """The values of all ranks, stacked along a new axis 0."""
   stacked = x
+  # Minor first, so that the major axis ends in front.
   for axis in reversed(axes):  # one at a time: vmap gathers over one axis only
     stacked = lax.all_gather(stacked, axis)
   ranks = math.prod(stacked.shape[: len(axes)])
@@ -57,6 +59,7 @@ def on_nonempty(
     return list(rendition(list(leaves)))
   empty = [i for i, x in enumerate(leaves) if not x.size]
   results: list[Any] = [None] * len(leaves)
+  # Of what the collectives would return: no element, so nothing has to travel.
   shapes = jax.eval_shape(
     lambda *x: rendition(list(x)), *(leaves[i] for i in empty)
   )
@@ -78,6 +81,7 @@ def uniform(value: Any, comm: Communicator) -> Any:
   """
   if not isinstance(comm, Axis) or not isinstance(value, jax.core.Tracer):
     return value
+  # pmax has no derivative; integers and bools need none.
   value = _compat.varying(lax.stop_gradient(value), comm.axes)
   if value.dtype == jnp.bool_:
     return lax.pmax(value.astype(jnp.int32), comm.axes).astype(jnp.bool_)

@@ -106,6 +106,7 @@ def neighbor_allgather(
   if isinstance(graph, Peers):
     check_ranks(graph, comm, _NAME)
     rounds = ((tuple(graph.src_weights), tuple(graph.dst_weights)),)
+    # Peers have one round and no graph: nothing to agree on beyond the edges.
     index, first, fingerprint, table = 0, 0, 0, None
   else:
     graph = _ffi_attributes.check_graph(graph, comm.size, _NAME)
@@ -117,6 +118,8 @@ def neighbor_allgather(
     table = graph.rounds if traced else (graph.rounds[index],)
     index = index if traced else 0
     _check_lengths(table, axis_sizes, pad, comm)
+    # On a mesh the rank is traced; without `pad` all ranks have equally many
+    # in-neighbors, so those of rank 0 give the length.
     rank = 0 if comm.backend == "mesh" else comm.rank
     rounds = tuple((t.in_neighbors(rank), t.out_neighbors(rank)) for t in table)
   totals = tuple(_total(table, rounds, own, pad) for own in sizes)
@@ -167,6 +170,8 @@ def _check_lengths(
         f"pad=True for results of the longest, with zeros behind."
       )
     return
+  # Without axis_sizes all parts have one length, and counts compare as lengths
+  # do.
   ones = (1,) * comm.size if axis_sizes is None else tuple(axis_sizes)
   lengths = {sum(ones[j] for j in t.in_neighbors(comm.rank)) for t in table}
   if len(lengths) > 1:

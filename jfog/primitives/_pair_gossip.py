@@ -134,7 +134,9 @@ def _mix_on_mesh(
   value = x
   if isinstance(comm, Axis):
     value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
+  # own x + other value: the weights do not sum to 1, or are traced.
   if not difference:
     return (scaled(own, x) + scaled(other, value)).astype(x.dtype)
+  # x + other (value - x): equal values come back bit for bit.
   wide = x.astype(_dtypes.accumulation(x.dtype))
   return (wide + scaled(other, value.astype(wide.dtype) - wide)).astype(x.dtype)

@@ -93,6 +93,8 @@ class Peers:
       tuple(self.src_weights.values()),
       tuple(self.dst_weights.values()),
     )
+    # Ranks are part of the structure: they are needed while tracing, weights
+    # may be traced.
     static = tuple(self.src_weights), tuple(self.dst_weights), self.check
     return weights, static
 
@@ -102,6 +104,7 @@ class Peers:
   ) -> "Peers":
     """Peers of those ranks and weights, for JAX."""
     *ranks, check = static
+    # Without the checks: JAX unflattens with placeholders of any type.
     peers = object.__new__(cls)
     object.__setattr__(peers, "check", check)
     for name, value in zip(
@@ -173,9 +176,11 @@ def peers_call(
 ) -> Operation:
   """The operation of `neighbor_allreduce` with `Peers`."""
   check_ranks(peers, comm, "neighbor_allreduce")
+  # Ascending, as in a graph: the sum has one order and the same bits.
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
   weights = [peers.self_weight, *sources.values()]
+  # Weights of 1 at the sender need no copy of the leaves for each destination.
   scales = any(
     not is_static(weight) or weight != 1 for weight in destinations.values()
   )
@@ -209,6 +214,8 @@ def is_static(weight: Any) -> bool:
 
 def sum_to_one(weights: list[Any]) -> bool:
   """Whether known weights, the own first, allow the difference form."""
+  # The form of the sum is a part of the program, so traced values cannot choose
+  # it.
   if not all(is_static(weight) for weight in weights):
     return False
   return bool(abs(sum(weights) - 1) <= _TOLERANCE and weights[0] != 0)
@@ -223,6 +230,7 @@ def as_weights(weights: list[Any], name: str) -> Any:
       )
     if not jnp.isrealobj(weight):
       raise TypeError(f"{name} is complex; pass real weights.")
+  # float32 without 64-bit types.
   dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
   if all(is_static(weight) for weight in weights):
     return np.array(weights, dtype)
@@ -247,6 +255,8 @@ def _tangents(
   tangents: Sequence[Any],
   **params: Any,
 ) -> list[Any]:
+  # Operand 1 holds the weights. The cotangent of a sender's weight would take
+  # the cotangents of its receivers, one more exchange.
   if type(tangents[1]) is not ad.Zero:
     raise TypeError(
       "neighbor_allreduce with Peers, and pair_gossip, have no derivative with "
@@ -273,6 +283,7 @@ def _transpose(
   del scales
   own, received, sent = jnp.split(weights, [1, 1 + sources])
   return peer_allreduce_p.bind(
+    # [sources, destinations] becomes [destinations, sources].
     jnp.roll(ranks, -sources),
     jnp.concatenate([own, sent, received]),
     *cotangents,
@@ -330,6 +341,8 @@ class _OnGpus(nccl.Rendition):
       comm,
       ranks,
       packed,
+      # The ranks are an operand, read when the program runs: -1 holds their
+      # places.
       [([-1] * sources, [-1] * (len(ranks) - sources))],
       variant="peers",
       like=leaves,

@@ -45,6 +45,8 @@ def linear_tangents(
   """
   out: list[Any] = [zero_tangent(y) for y in results]
   leaves = tangents[fixed:]
+  # Leaves without a tangent do not travel. Ranks that trace one program leave
+  # out the same ones, so their headers match.
   moving = [i for i, dx in enumerate(leaves) if type(dx) is not ad.Zero]
   if moving:
     for name in per_leaf:
@@ -138,6 +140,7 @@ class OperationRules:
     if self.on_gpus is None:
       return [], None
     on_gpus = self.on_gpus
+    # Shapes only: the weights are computed in the lowering.
     tree = jax.eval_shape(lambda *s: on_gpus.weights(s, **params), *scalars)
     leaves, structure = jax.tree.flatten(tree)
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in leaves], structure
@@ -169,6 +172,7 @@ class OperationRules:
     start. The placeholders carry them to `wait`, which returns them.
     """
     results = self.start.bind(*primals, **params)
+    # The number and the weights precede the placeholders, one for each leaf.
     count = len(results) - (len(primals) - params["fixed"])
     head, placeholders = results[:count], results[count:]
     moved = self.tangents(
@@ -189,6 +193,8 @@ class OperationRules:
     part: the messages have the same shapes everywhere.
     """
     assert self.transpose is not None
+    # A symbolic zero on one rank may be a value on another: with real zeros
+    # every rank sends the same leaves.
     cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
     results = self.transpose(
       cotangents, *operands[:fixed], fixed=fixed, **params

@@ -18,6 +18,7 @@ def flatten(x: Any, operation: str) -> tuple[list[jax.Array], list[str], Any]:
     TypeError: for a leaf other than an array of numbers.
   """
   paths, structure = jax.tree_util.tree_flatten_with_path(x)
+  # As a user would index the argument: x['layer'][0].
   names = ["x" + jax.tree_util.keystr(path) for path, _ in paths]
   leaves = []
   for name, (_, leaf) in zip(names, paths, strict=True):
@@ -28,6 +29,7 @@ def flatten(x: Any, operation: str) -> tuple[list[jax.Array], list[str], Any]:
         f"{operation}: the leaf {name} is {type(leaf).__name__}, and only "
         f"arrays travel; take it out of the tree."
       ) from error
+    # Keys have no bytes of their own that a message could carry.
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
       raise TypeError(
         f"{operation}: the leaf {name} has dtype {array.dtype}; pass its bits, "
@@ -87,6 +89,7 @@ def axis_sizes(
         f"{operation}: axis_sizes={lengths}, but on a mesh every rank has the "
         f"same shape, here {leaf.shape} of {name}; pad to one length first."
       )
+  # Each rank checks its own entry; together all entries are checked.
   elif lengths[comm.rank] != own:
     raise ValueError(
       f"{operation}: axis_sizes says {lengths[comm.rank]} for rank {comm.rank}, "
@@ -109,6 +112,7 @@ def to_native(
       dtype = _dtypes.wire(leaf.dtype)
     except TypeError as error:
       raise TypeError(f"{operation}: the leaf {name}: {error}") from None
+    # astype outside of the primitive: JAX differentiates and batches it.
     if leaf.dtype != dtype:
       leaf = leaf.astype(dtype)
     out.append(leaf)

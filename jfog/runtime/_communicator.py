@@ -163,11 +163,13 @@ class Axis(Communicator):
   @property
   def size(self) -> int:
     """The product of the sizes of its axes."""
+    # A Python int: the sizes of bound axes are known while tracing.
     return lax.axis_size(self.require_bound())
 
   @property
   def rank(self) -> jax.Array:
     """The index along its axes, a traced int32 scalar."""
+    # Row-major over two axes: machine * local_size + local.
     return lax.axis_index(self.require_bound())
 
   @property
@@ -178,11 +180,14 @@ class Axis(Communicator):
   @property
   def local(self) -> Communicator:
     """The axis of the local ranks; a world of one without a second axis."""
+    # One axis does not say which devices share a machine.
     return Single() if self.local_name is None else LocalAxis(self.local_name)
 
   @property
   def machines(self) -> Communicator:
     """The axis of the machines."""
+    # All ranks of one local rank: the other axis stays bound, so each local
+    # rank has an axis of machines of its own.
     return Axis(self.name)
 
 
@@ -204,5 +209,6 @@ def default_axis() -> Axis | None:
   """The communicator of the bound axis `AXIS_NAME`, if it is bound."""
   if not _compat.axis_is_bound(AXIS_NAME):
     return None
+  # Found by name: `simulate` and `spmd` bind both in their two-axis form.
   local = LOCAL_AXIS_NAME if _compat.axis_is_bound(LOCAL_AXIS_NAME) else None
   return Axis(AXIS_NAME, local)

@@ -79,6 +79,7 @@ def gpus(library: str = _DRIVER, plugins: Sequence[str] | None = None) -> Gpus:
     ()
   """
   platforms = _config.jax_platforms
+  # Decided by the configuration alone, before a library is opened.
   if platforms and not {"cuda", "gpu"} & _words(platforms):
     return Gpus(reason=f"JAX uses other platforms only ({platforms})")
   plugins = _plugins() if plugins is None else plugins
@@ -140,8 +141,12 @@ def chosen(local_rank: int, count: int) -> int:
   """
   if _compat.backends_are_started():
     devices = _started_gpus()
+    # JAX's numbering of started devices may leave out some that the driver
+    # counts.
     if devices:
       return devices[local_rank % len(devices)].local_hardware_id
+  # The option has narrowed the choice already; its first entry is the one that
+  # JAX takes.
   elif (visible := _compat.visible_cuda_devices()) != "all":
     return int(visible.split(",")[0])
   return local_rank % count
@@ -192,6 +197,7 @@ def place(
     )
   index = chosen(local_rank, count)
   if _compat.backends_are_started():
+    # Too late to hide the other GPUs: arrays go to this one by default instead.
     if _config.jax_default_device is None:
       for device in _started_gpus():
         if device.local_hardware_id == index:
@@ -199,8 +205,10 @@ def place(
   elif count > 1 and _compat.visible_cuda_devices() == "all":
     jax.config.update("jax_cuda_visible_devices", str(index))
   if sharing is None:
+    # Ranks of this machine whose local rank is the same modulo count.
     sharing = len(range(local_rank % count, local_size, count))
   if sharing > 1:
+    # setdefault: a value of the user has precedence.
     environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     if not any(name in environ for name in _MEMORY_VARIABLES):
       environ[_MEMORY_VARIABLES[0]] = f"{_MEMORY_SHARE / sharing:.3f}"

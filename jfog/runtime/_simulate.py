@@ -76,6 +76,8 @@ def simulate(
     outer = jax.vmap(
       inner, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=machines
     )
+    # The outer vmap maps the axis in the caller's position and removes it,
+    # after which the inner one finds the local ranks in the same position.
     split = functools.partial(_split_axis, sizes=(machines, local_size))
     args = _map_leaves(split, args, axes)
     kwargs = _map_leaves(split, kwargs, keyword_axes)
@@ -129,6 +131,7 @@ def spmd(
 
   @functools.wraps(fun)
   def mapped(*args: Any, **kwargs: Any) -> Any:
+    # At the call, not before: making a mesh starts JAX's backends.
     over = _default_mesh(names) if mesh is None else mesh
     size = int(np.prod([over.shape[name] for name in names]))
     axes = _leaf_axes(in_axes, args)
@@ -168,6 +171,8 @@ def _check_mesh(mesh: Mesh, names: tuple[str, ...]) -> None:
 def _default_mesh(names: tuple[str, ...]) -> Mesh:
   if len(names) == 1:
     return Mesh(np.array(jax.devices()), names)
+  # Devices come sorted by process, so that one row holds the devices of one
+  # machine.
   machines = {device.process_index for device in jax.devices()}
   devices = np.array(jax.devices()).reshape(len(machines), -1)
   return Mesh(devices, names)
@@ -190,6 +195,7 @@ def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
       )
     flat.extend([axis] * len(jax.tree.leaves(part)))
 
+  # A None in `axes` covers its whole subtree, as a number does.
   jax.tree.map(add, axes, tree, is_leaf=_is_none)
   return flat
 
@@ -223,6 +229,7 @@ def _specs(axes: Any, names: tuple[str, ...]) -> Any:
   def spec(axis: int | None) -> PartitionSpec:
     if axis is None:
       return PartitionSpec()
+    # Both names on one dimension: the ranks are stacked major axis first.
     return PartitionSpec(*[None] * axis, names)
 
   if isinstance(axes, list):

@@ -110,6 +110,9 @@ def base_k(size: int, k: int) -> Schedule:
   the base-(k+1) graph.
   """
   size, k = _sizes(size, k)
+  # Ranks are pairs (a, b) with a < p and b < q: first the mean over b in all p
+  # groups at once, then over a. p has no factor above k + 1, so the second part
+  # is exact with at most k neighbors; only q needs the longer construction.
   p = math.prod(_smooth_factors(size, k + 1))
   q = size // p
   candidate = [
@@ -179,6 +182,9 @@ class ExactAverage:
     hops = []
     covered = 1  # ranks that S sums over
     for target in self._targets():
+      # S covers `covered` ranks from this one backward, T the same without this
+      # one. Sending S from `covered` away doubles what is covered; sending T
+      # from one nearer extends it to 2 * covered - 1, for odd targets.
       inclusive = target == 2 * covered
       hops.append(Hop(covered if inclusive else covered - 1, inclusive))
       covered = target
@@ -220,6 +226,8 @@ class ExactAverage:
     exclusive = np.zeros_like(inclusive)
     for shift, send_inclusive in self.rounds:
       sent = inclusive if send_inclusive else exclusive
+      # Rank i receives from i - shift. Both sums grow by what came, so T stays
+      # S without the own value.
       received = np.roll(sent, shift, axis=0)
       inclusive, exclusive = inclusive + received, exclusive + received
     return inclusive / self.size
@@ -240,6 +248,9 @@ class ExactAverage:
     """`size`, its half rounded up, and so on above 1, in reverse."""
     targets = []
     target = self.size
+    # Halved from the top: ceil(log2(size)) targets, each at most twice and at
+    # least twice less one the target before, which are the two hops of
+    # `rounds`.
     while target > 1:
       targets.append(target)
       target = (target + 1) // 2
@@ -293,6 +304,7 @@ def _smooth_factors(size: int, largest: int) -> list[int]:
 def _radices(size: int, largest: int) -> list[int]:
   """Divides out `largest`, `largest - 1`, .., 2 in turn, nothing is left."""
   radices = []
+  # Large ones first: fewer rounds for the same product.
   for radix in range(largest, 1, -1):
     while size % radix == 0:
       radices.append(radix)
@@ -306,6 +318,8 @@ def _hyper_hypercube(radices: Sequence[int]) -> Matrices:
   matrices = []
   stride = 1
   for radix in radices:
+    # The mean over one digit of the rank in the mixed radix. Means over
+    # different digits commute, and together are the mean over all.
     mean = np.full((radix, radix), 1 / radix)
     inner, outer = np.eye(stride), np.eye(size // (stride * radix))
     matrices.append(np.kron(outer, np.kron(mean, inner)))
@@ -330,9 +344,14 @@ def _simple_base(size: int, k: int) -> Matrices:
   base = k + 1
   if math.prod(_smooth_factors(size, base)) == size:
     return _hyper_hypercube(_radices(size, base))
+  # Phases: every part averages within itself; then part after part exchanges
+  # with all later ones, so that each of its blocks has the mean of all ranks;
+  # its blocks average within themselves, beside the exchanges of later parts.
   parts = _parts(size, base)
   whole = [_hyper_hypercube(_radices(part.size, base)) for part in parts]
   block = [_hyper_hypercube([base] * part.power) for part in parts]
+  # Rounds of the first part within itself: one for each power of the base, and
+  # one over its blocks.
   alone = parts[0].power + (parts[0].blocks > 1)
   matrices = []
   for t in range(alone + 1 + parts[0].power):
@@ -361,6 +380,7 @@ def _parts(size: int, base: int) -> list[_Part]:
     power += 1
   first = 0
   for p in range(power, -1, -1):
+    # The digit of this power; the higher ones are cut off already.
     blocks = (size - first) // base**p
     if blocks:
       parts.append(_Part(first, blocks, base**p, p))
@@ -375,6 +395,9 @@ def _put(matrix: np.ndarray, first: int, block: np.ndarray) -> None:
 
 def _exchange(matrix: np.ndarray, part: _Part) -> None:
   """Moves the mean of every block of `part` to that of it and later parts."""
+  # Rank c of the later parts meets rank c of each block: at most `blocks`
+  # neighbors. There are enough, for the later parts hold fewer ranks than one
+  # block.
   total = len(matrix) - part.first
   weight = part.size / (total * part.blocks)
   for c, i in enumerate(range(part.first + part.size, len(matrix))):

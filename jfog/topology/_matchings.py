@@ -74,6 +74,8 @@ def random_matchings(size: int, seed: int, period: int) -> Schedule:
   stream = _validation.random_state(seed)
   matrices = []
   for _ in range(period):
+    # Neighbors in a random order: all perfect matchings are equally likely. Of
+    # an odd size the last rank stays alone.
     ranks = stream.permutation(size).tolist()
     pairs = zip(ranks[0::2], ranks[1::2], strict=False)
     matrices.append(_pairs_matrix(size, pairs))
@@ -132,6 +134,8 @@ def matcha(
     return Schedule([np.eye(1)] * period)
   laplacians = _laplacians(topology.size, colors)
   plan = matcha_plan(laplacians, budget)
+  # All draws from one stream of one seed: ranks agree on the active matchings
+  # without communication.
   draws = stream.random_sample((period, len(colors))) < plan.probabilities
   active = np.tensordot(draws.astype(np.float64), laplacians, axes=1)
   return Schedule(np.eye(topology.size) - plan.alpha * active, check=False)
@@ -166,9 +170,13 @@ def matcha_plan(laplacians: np.ndarray, budget: float) -> MatchaPlan:
   Source: as `matcha`.
   """
   basis = _orthogonal_to_ones(laplacians.shape[1])
+  # Without the eigenvalue 0 that every Laplacian has for equal values: the
+  # least eigenvalue left is the algebraic connectivity.
   reduced = basis.T @ laplacians @ basis
   probabilities = _most_connected(reduced, budget * len(laplacians))
   mean = np.tensordot(probabilities, reduced, axes=1)
+  # Of the independent draws. L**2 = 2 L for a matching, hence the factor 2
+  # before `spread` in the expected square.
   variances = probabilities * (1 - probabilities)
   spread = np.tensordot(variances, reduced, axes=1)
   alpha = _best_step(mean, spread)
@@ -238,6 +246,7 @@ def _circle_method(size: int, edges: list[Edge]) -> dict[Edge, int]:
   seats = size - 1 + size % 2  # on the circle; of an even size the last stays
   colors = {}
   for low, high in edges:
+    # The last rank of an even size meets the one with low + low = round.
     partner = low if high == seats else high
     colors[low, high] = (low + partner) % seats
   return colors

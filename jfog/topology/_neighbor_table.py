@@ -32,6 +32,8 @@ class NeighborTable:
   def __init__(self, graph: Topology | Schedule):
     rounds, size = graph.rounds, graph.size
     self._rounds = rounds
+    # Padded to the largest in-degree: one shape for all rounds and ranks, so
+    # that a traced step can index the arrays.
     slots = max(len(t.in_neighbors(i)) for t in rounds for i in range(size))
     shape = len(rounds), size, slots
     self.sources = np.zeros(shape, np.int32)
@@ -47,6 +49,8 @@ class NeighborTable:
     diagonals = [topology.mixing_matrix.diagonal() for topology in rounds]
     sums = [topology.mixing_matrix.sum(axis=1) for topology in rounds]
     self.self_weights = np.array(diagonals)
+    # x + sum w (x_j - x) equals the weighted sum only if the row sums to 1; it
+    # returns equal values bit for bit.
     self.difference = (np.abs(np.array(sums) - 1) <= _TOLERANCE) & (
       self.self_weights != 0
     )
@@ -58,6 +62,7 @@ class NeighborTable:
   def fingerprint(self) -> int:
     """Hash of all mixing matrices, equal on all ranks."""
     return digest(
+      # Of the matrices and not of one rank's rows: the ranks compare it.
       *(np.ascontiguousarray(t.mixing_matrix).tobytes() for t in self._rounds)
     )
 
@@ -111,6 +116,7 @@ def csr_attributes(
     if isinstance(row, Mapping):
       source_weights.extend(row.values())
     destinations.extend(to)
+    # Round t lies between the entries t and t + 1.
     source_begin.append(len(sources))
     destination_begin.append(len(destinations))
   attributes: dict[str, Any] = {

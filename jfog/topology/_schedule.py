@@ -48,6 +48,7 @@ class Schedule:
     topologies = tuple(
       graph
       if isinstance(graph, Topology)
+      # A round alone need not be connected; the union has to be, checked below.
       else Topology(graph, check=check, connected=False)
       for graph in rounds
     )
@@ -59,6 +60,7 @@ class Schedule:
         f"the rounds of a Schedule have different sizes {sizes}; make all "
         "graphs over the same ranks."
       )
+    # Frozen for users; the constructor converts first.
     object.__setattr__(self, "rounds", topologies)
     unreached = _topology.first_unreachable(self._union)
     if unreached is not None:
@@ -128,6 +130,7 @@ class Schedule:
   @functools.cached_property
   def eigenvalues(self) -> np.ndarray:
     """The eigenvalues of `average_matrix()`, as those of a `Topology`."""
+    # Of the product of a period: a single round need not contract at all.
     product = self._product
     symmetric = np.abs(product - product.T).max() <= _topology.TOLERANCE
     return _topology.eigenvalues(product, bool(symmetric))
@@ -184,6 +187,8 @@ class Schedule:
       >>> schedule.transpose()[0] == schedule[0].transpose()
       True
     """
+    # In the same order: each step has its adjoint. The product of a period is
+    # transposed only if read backward.
     return Schedule(topology.transpose() for topology in self.rounds)
 
   def lazy(self) -> "Schedule":
@@ -221,6 +226,7 @@ class Schedule:
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Schedule):
       return NotImplemented
+    # Identity first: a static argument of jit is compared in every call.
     return self is other or self.rounds == other.rounds
 
   def __repr__(self) -> str:
@@ -244,6 +250,8 @@ class Schedule:
   def _union(self) -> np.ndarray:
     edges = np.zeros((self.size, self.size), dtype=bool)
     for topology in self.rounds:
+      # A path in the union need not exist in one round: over enough periods its
+      # edges come up one after the other.
       edges |= topology.mixing_matrix != 0
     return edges
 
@@ -287,5 +295,6 @@ def lazy(graph: Any) -> Any:
   """
   if isinstance(graph, (Topology, Schedule)):
     return graph.lazy()
+  # Unchecked: (I + W) / 2 has its use for negative weights too.
   topology = Topology(graph, check=False, connected=False)
   return np.array(topology.lazy().mixing_matrix)

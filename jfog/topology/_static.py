@@ -67,6 +67,7 @@ def symmetric_exponential(size: int, base: int = 4) -> Topology:
   """
   size = _validation.size(size)
   powers = _powers_below(size, base)
+  # d and size - d are one distance, so the matrix is symmetric.
   distances = {d: min(d, size - d) for d in range(1, size)}
   return _uniform_circulant(
     size, [d for d, distance in distances.items() if distance in powers]
@@ -98,6 +99,7 @@ def ring(
   Source: `RingGraph` of BlueFog, `topology_util.py`, styles 0, 1 and 2.
   """
   size = _validation.size(size)
+  # A set: on two ranks 1 and size - 1 are one shift, whose edge counts once.
   shifts = {"both": {1, size - 1}, "left": {-1}, "right": {1}}
   if direction not in shifts:
     raise ValueError(
@@ -215,6 +217,8 @@ def star(size: int, center: int = 0) -> Topology:
     raise ValueError(
       f"center {center} is out of range; pass a rank from 0 to {size - 1}."
     )
+  # Metropolis-Hastings: the center has degree size - 1, so every edge weighs 1
+  # / size, and a leaf keeps the rest.
   matrix = np.eye(size) * (1 - 1 / size)
   matrix[center] = matrix[:, center] = 1 / size
   return Topology(matrix)
@@ -273,6 +277,8 @@ def hypercube(size: int) -> Topology:
   bits = size.bit_length() - 1
   matrix = np.eye(size)
   for bit in range(bits):
+    # An involution of the ranks: its matrix is a symmetric permutation, and a
+    # sum of such is symmetric and doubly stochastic once scaled.
     matrix[np.arange(size), np.arange(size) ^ (1 << bit)] = 1.0
   return Topology(matrix / (1 + bits))
 
@@ -351,6 +357,7 @@ def random_regular(size: int, degree: int, seed: int) -> Topology:
       f"no graph of {size} ranks has degree {degree}; choose a degree below "
       "the size, and one of the two even."
     )
+  # A graph of degree 1 is a set of pairs: connected on two ranks only.
   if size > 1 and degree < min(2, size - 1):
     raise ValueError(
       f"a graph of {size} ranks with degree {degree} is not connected; choose "
@@ -361,6 +368,7 @@ def random_regular(size: int, degree: int, seed: int) -> Topology:
     lambda: nx.random_regular_graph(degree, size, seed=stream),
     f"random_regular with size={size} and degree={degree}; raise the degree",
   )
+  # Regular: the same divisor for all rows makes columns sum to 1 as well.
   edges = _weights.edges_of(graph)
   return Topology((edges + np.eye(size)) / (1 + degree))
 
@@ -413,6 +421,7 @@ def circulant(size: int, shifts: Mapping[int, float]) -> np.ndarray:
   matrix = np.zeros((size, size))
   ranks = np.arange(size)
   for shift, weight in shifts.items():
+    # +=, for shifts that are equal modulo size.
     matrix[ranks, (ranks - shift) % size] += weight
   return matrix
 
@@ -442,6 +451,7 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
   size = _validation.size(size)
   if shape is None:
     rows = math.isqrt(size)
+    # Downward from the root: the first divisor belongs to the closest pair.
     while size % rows:
       rows -= 1
     shape = (rows, size // rows)
@@ -459,6 +469,8 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
   graph = nx.empty_graph(size)
   for row in range(rows):
     for column in range(columns):
+      # The graph is simple, so on a side of 2 the edge around is the direct
+      # one; on a side of 1 it is a self loop, which the weights ignore.
       if periodic or row + 1 < rows:
         below = (row + 1) % rows * columns + column
         graph.add_edge(row * columns + column, below)
@@ -469,6 +481,8 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
 
 
 def _first_connected(draw: Callable[[], nx.Graph], what: str) -> nx.Graph:
+  # All draws come from one stream, so that ranks with one seed reject the same
+  # ones and agree without communication.
   for _ in range(_DRAWS):
     graph = draw()
     if nx.is_connected(graph):

@@ -42,6 +42,8 @@ def one_peer_exponential(size: int) -> Schedule:
   size = _validation.size(size)
   period = max(1, (size - 1).bit_length())
   return Schedule(
+    # For a power of two the product of a period is (1/size) sum of all shifts:
+    # each shift has one binary expansion, so it is the exact average.
     circulant(size, {0: 0.5, 2**t: 0.5}) if size > 1 else np.eye(1)
     for t in range(period)
   )
@@ -87,6 +89,8 @@ def hierarchical(
       f"a machine graph is a Topology or Schedule, got {type(graph).__name__}; "
       "make one with Topology.from_matrix or a generator."
     )
+  # kron(W, J): the mean over the ranks of a machine, then W between machines.
+  # Every rank of a machine then has the same value.
   mean = np.full((local_size, local_size), 1 / local_size)
   matrices = [np.kron(t.mixing_matrix, mean) for t in graph.rounds]
   if isinstance(graph, Schedule):
@@ -128,10 +132,13 @@ def one_peer(topology: Topology) -> Schedule:
     )
   size = topology.size
   outs = [
+    # By distance ahead: on a circulant graph all ranks pick the same shift in a
+    # round, which makes the round a permutation.
     sorted(topology.out_neighbors(i), key=lambda r, i=i: (r - i) % size)
     for i in range(size)
   ]
   degrees = sorted({len(out) for out in outs if out})
+  # After it, every rank is at its first out-neighbor again.
   period = math.lcm(*degrees)
   if period * size**2 > _MOST_ENTRIES:
     raise ValueError(
@@ -175,6 +182,7 @@ def inner_outer_ring(size: int, local_size: int) -> Schedule:
     outgoing = t % local_size
     if local == outgoing:
       return (machine - 1) % machines, local
+    # The ring inside leaves the outgoing rank out: its source is one further.
     behind = (local - 1) % local_size
     if behind == outgoing:
       behind = (behind - 1) % local_size
@@ -219,11 +227,14 @@ def inner_outer_exponential(size: int, local_size: int) -> Schedule:
     outgoing = t % local_size
     if local == outgoing:
       return (machine - 2 ** (t % outer)) % machines, local
+    # Hops count the local_size - 1 ranks that stay inside. One that reaches or
+    # passes the outgoing rank is longer by that rank.
     hop = 2 ** (t % inner)
     if hop >= (local - outgoing) % local_size:
       hop += 1
     return machine, (local - hop) % local_size
 
+  # The outgoing rank and both hops turn at their own paces.
   period = math.lcm(local_size, outer, inner)
   return _from_sources(size, local_size, period, source)
 
@@ -259,6 +270,8 @@ def one_peer_equidyn(size: int, seed: int, period: int) -> Schedule:
   stream = _validation.random_state(seed)
   if size == 1:
     return Schedule([np.eye(1)] * period)
+  # Of the EquiDyn paper: the expected round is then halfway between the
+  # identity and the exact average.
   weight = (size - 1) / (2 * size)
   shifts = stream.randint(1, size, size=period).tolist()
   return Schedule(circulant(size, {0: 1 - weight, a: weight}) for a in shifts)
@@ -270,6 +283,8 @@ def _picks(outs: list[list[int]], t: int) -> np.ndarray:
   for src, out in enumerate(outs):
     if out:
       matrix[out[t % len(out)], src] = 1.0
+  # A rank may receive from several or none in one round, so each row is the
+  # mean over the values that it has.
   return matrix / matrix.sum(axis=1, keepdims=True)
 
 
@@ -301,6 +316,7 @@ def _from_sources(
   for t in range(period):
     for rank in range(size):
       machine, local = source(t, *divmod(rank, local_size))
+      # +=: a machine that is alone is its own source, and keeps all.
       matrices[t, rank, rank] += 0.5
       matrices[t, rank, machine * local_size + local] += 0.5
   return Schedule(matrices)

@@ -62,6 +62,8 @@ class Topology:
     self, mixing_matrix: Any, *, check: bool = True, connected: bool = True
   ) -> None:
     matrix = _checked(mixing_matrix, negative=not check)
+    # Frozen for users; read-only, because the hash and cached properties depend
+    # on the entries.
     object.__setattr__(self, "mixing_matrix", immutable(matrix))
     if connected and not self.is_connected:
       unreached = first_unreachable(self.mixing_matrix != 0)
@@ -161,6 +163,8 @@ class Topology:
       >>> Topology([[0.5, 0.5], [0.25, 0.75]]).src_weights(1)
       {0: 0.25}
     """
+    # Python floats: they go into attributes and traced constants, where the
+    # dtype of the leaf decides.
     row = self.mixing_matrix[_validation.rank(rank, self.size)]
     return {src: float(row[src]) for src in self.in_neighbors(rank)}
 
@@ -183,6 +187,7 @@ class Topology:
   @functools.cached_property
   def is_symmetric(self) -> bool:
     """Whether `W` equals its transpose, up to 1e-9."""
+    # With a tolerance: weights from a quotient may differ in the last bit.
     difference = self.mixing_matrix - self.mixing_matrix.T
     return bool(np.abs(difference).max() <= TOLERANCE)
 
@@ -256,6 +261,8 @@ class Topology:
       >>> Topology([[0.5, 0.5], [0.25, 0.75]]).transpose().src_weights(0)
       {1: 0.25}
     """
+    # Row and column sums change places; neither the sums nor strong
+    # connectivity has to be checked again.
     return _restore(self.mixing_matrix.T)
 
   def lazy(self) -> "Topology":
@@ -268,6 +275,7 @@ class Topology:
       array([[0.5, 0.5],
              [0.5, 0.5]])
     """
+    # The eigenvalues become (1 + lambda) / 2: none of a symmetric W is below 0.
     return _restore((np.eye(self.size) + self.mixing_matrix) / 2)
 
   def to_networkx(self) -> nx.DiGraph:
@@ -283,6 +291,7 @@ class Topology:
     """
     graph = nx.DiGraph()
     graph.add_nodes_from(range(self.size))
+    # argwhere is in receive form [dst, src], an edge in send form.
     for dst, src in np.argwhere(self.mixing_matrix).tolist():
       weight = float(self.mixing_matrix[dst, src])
       graph.add_edge(src, dst, weight=weight)
@@ -315,6 +324,7 @@ class Topology:
     if not isinstance(other, Topology):
       return NotImplemented
     return self is other or (
+      # The hash is cached and settles nearly all unequal pairs.
       hash(self) == hash(other)
       and np.array_equal(self.mixing_matrix, other.mixing_matrix)
     )
@@ -356,6 +366,7 @@ def immutable(array: np.ndarray) -> np.ndarray:
     >>> immutable(np.zeros(2)).flags.writeable
     False
   """
+  # An array that owns its memory could be made writable by its flags.
   return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
@@ -366,6 +377,8 @@ def first_unreachable(edges: np.ndarray) -> int | None:
     >>> first_unreachable(np.array([[True, False], [True, True]]))
     1
   """
+  # Strongly connected: rank 0 reaches all along the edges, and all reach it,
+  # which is the same search on the reversed edges.
   for reads in (edges, edges.T):
     reached = np.arange(len(edges)) == 0
     frontier = reached
@@ -385,6 +398,7 @@ def eigenvalues(matrix: np.ndarray, symmetric: bool) -> np.ndarray:
     array([0.5, 0.5])
   """
   if symmetric:
+    # Real by construction; the general solver may return tiny imaginary parts.
     values = np.linalg.eigvalsh(matrix)
   else:
     values = np.linalg.eigvals(matrix).astype(np.complex128)
@@ -411,8 +425,11 @@ def stationary_distribution(matrix: np.ndarray) -> np.ndarray:
     array([0.333, 0.667])
   """
   size = len(matrix)
+  # 1 W = 1: the mean is preserved, pi is uniform, also where it is not unique.
   if _sums_to_one(matrix, axis=0):
     return immutable(np.full(size, 1.0 / size))
+  # (W.T - I) pi = 0 and sum(pi) = 1: size + 1 equations of rank size, if pi is
+  # unique.
   equations = np.vstack([matrix.T - np.eye(size), np.ones(size)])
   right = np.append(np.zeros(size), 1.0)
   solution, _, rank, _ = np.linalg.lstsq(equations, right, rcond=None)
@@ -431,6 +448,7 @@ def is_exact_average(matrix: np.ndarray) -> bool:
     >>> is_exact_average(np.full((3, 3), 1 / 3))
     True
   """
+  # Relative to 1 / size, which becomes small.
   return bool(np.abs(matrix * len(matrix) - 1.0).max() <= 1e-12)
 
 
@@ -441,6 +459,7 @@ def format_gap(gap: float) -> str:
     >>> format_gap(1 - 1e-16), format_gap(-1e-16), format_gap(0.19526)
     ('1', '0', '0.1953')
   """
+  # + 0.0 turns -0.0 into 0.0.
   return f"{round(gap, 12) + 0.0:.4g}"
 
 
@@ -514,6 +533,7 @@ def _checked(matrix: Any, negative: bool) -> np.ndarray:
         f"the mixing matrix has the {kind} weight W[{dst}, {src}] = {value}; "
         f"{remedy}."
       )
+  # One of them suffices: rows for averaging, columns for push-sum.
   if not (_sums_to_one(matrix, axis=0) or _sums_to_one(matrix, axis=1)):
     rows, columns = matrix.sum(axis=1), matrix.sum(axis=0)
     row = np.argmax(np.abs(rows - 1))

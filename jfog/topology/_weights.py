@@ -36,6 +36,9 @@ def metropolis_hastings(graph: Any) -> np.ndarray:
   averaging", 2004; `GetRecvWeights` of BlueFog, `topology_util.py`.
   """
   edges = undirected_edges(graph, "metropolis_hastings")
+  # The weight of an edge is symmetric in its ends, so W is symmetric; a row has
+  # at most degree entries of at most 1 / (1 + degree), so the remainder is
+  # positive.
   degree = edges.sum(axis=1)
   return _with_remainder(edges / (1 + np.maximum.outer(degree, degree)))
 
@@ -65,6 +68,7 @@ def max_degree(graph: Any) -> np.ndarray:
   averaging", 2004.
   """
   edges = undirected_edges(graph, "max_degree")
+  # One weight for all edges; the rank of the largest degree keeps as much.
   return _with_remainder(edges / (1 + edges.sum(axis=1).max()))
 
 
@@ -94,6 +98,7 @@ def uniform_in(graph: Any) -> np.ndarray:
   Source: the unweighted averaging of BlueFog, `neighbor_allreduce`.
   """
   reads = _with_self(edges_of(graph))
+  # Divides by what each rank receives: rows sum to 1.
   return reads / reads.sum(axis=1, keepdims=True)
 
 
@@ -123,6 +128,7 @@ def uniform_out(graph: Any) -> np.ndarray:
   aggregate information", 2003.
   """
   reads = _with_self(edges_of(graph))
+  # Divides by what each rank sends: columns sum to 1, sums are preserved.
   return reads / reads.sum(axis=0, keepdims=True)
 
 
@@ -152,6 +158,7 @@ def given(graph: nx.Graph) -> np.ndarray:
         f"choose one of the rules {', '.join(RULES)}."
       )
   nodes = range(len(graph))
+  # networkx has [src, dst], W has [dst, src].
   return nx.to_numpy_array(graph, nodelist=nodes).T
 
 
@@ -168,6 +175,7 @@ def edges_of(graph: Any) -> np.ndarray:
     edges = np.zeros((len(graph), len(graph)), dtype=bool)
     for src, dst in graph.edges:
       edges[dst, src] = True
+      # An edge of an undirected graph comes up once, in either order.
       edges[src, dst] |= not graph.is_directed()
   else:
     edges = np.asarray(graph) != 0
@@ -188,6 +196,7 @@ def undirected_edges(graph: Any, name: str) -> np.ndarray:
            [1, 0]])
   """
   edges = edges_of(graph)
+  # The first offending edge, if there is one.
   for dst, src in np.argwhere(edges & ~edges.T)[:1]:
     raise ValueError(
       f"{name} needs an undirected graph, but the edge ({src}, {dst}) has no "

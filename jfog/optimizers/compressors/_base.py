@@ -94,6 +94,7 @@ def message_bytes(compressor: Compressor, tree: Any) -> int:
     state = compressor.init(tree)
     return compressor.encode(threefry(0), tree, state)[0]
 
+  # Shapes depend on the tree alone, so one message stands for all.
   parts = jax.tree.leaves(jax.eval_shape(encode, tree))
   # Keys are not sent.
   return sum(x.size * x.dtype.itemsize for x in parts if not is_key(x))
@@ -123,6 +124,8 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
   A threefry key independently of the default: other generators may draw other
   values under `vmap` than without, and both ends of an edge must draw the same.
   """
+  # A function of seed and step: all ranks have it without communication, and a
+  # restored state continues with the same keys.
   return jax.random.fold_in(threefry(seed), step)
 
 
@@ -141,6 +144,7 @@ def leafwise(
 
   def encode_fn(key: Any, tree: Any, state: Any) -> tuple[Any, Any]:
     leaves, _ = flatten(tree, name, check)
+    # The index distinguishes the keys of leaves of equal shape.
     parts = tuple(encode_leaf(key, i, x) for i, x in enumerate(leaves))
     return parts, state
 
@@ -197,6 +201,7 @@ def require_real(x: jax.Array, leaf: str) -> None:
 def scale_dtype(dtype: Any) -> np.dtype:
   """Dtype of scales: float32, or float64 for float64 and complex128 leaves."""
   real = _dtypes.real(dtype)
+  # A scale in 16 bits would lose more than the quantized values.
   return real if real.itemsize > 4 else jnp.dtype(jnp.float32)
 
 
@@ -207,6 +212,8 @@ def widen(x: jax.Array) -> jax.Array:
 
 def threefry(seed: int) -> jax.Array:
   """A threefry key, whatever the default generator is."""
+  # The bits of other generators depend on the platform; ranks may run on
+  # several.
   return jax.random.key(seed, impl="threefry2x32")
 
 

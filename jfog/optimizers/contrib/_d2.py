@@ -65,6 +65,8 @@ def d2(
     name,
     check,
     comm,
+    # An eigenvalue l of W gives x+ = W (2 x - x_prev) the roots of z**2 - 2 l z
+    # + l, which lie inside the unit circle for l > -1/3.
     _requirements.symmetric_above(-1 / 3, "use topology.lazy()"),
   )
   return diffusion(name, D2State, inner, average)

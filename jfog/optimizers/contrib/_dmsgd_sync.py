@@ -69,6 +69,8 @@ def dmsgd_sync(
   average = _averaging.as_averaging(graph, name, check, comm)
 
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
+    # The momentum of the last update moves x; this gradient enters the
+    # momentum, and x in the next update.
     local = _tree.add(x, _tree.scale(-rate, state.momentum))
     trace = _tree.add(_tree.scale(momentum, state.momentum), gradient)
     # One exchange of the pair: a single message per out-neighbor.

@@ -65,6 +65,7 @@ def nids(
   )
 
   def advance(x: Any, gradient: Any, rate: Any, state: Any) -> tuple:
+    # psi = x - a g, the point that exact diffusion corrects by psi - psi_prev.
     local = _tree.add(x, _tree.scale(-rate, gradient))
     # The first update is a plain local step; its correction stays zero.
     return _averaging.after_first(

@@ -111,6 +111,7 @@ def common_attributes(
 
 def fingerprint(variant: Any) -> int:
   """Hash of the arguments that ranks have to agree on."""
+  # repr of ints, strings and tuples is the same in all processes.
   return digest(repr(variant).encode())
 
 
@@ -136,6 +137,7 @@ def row_of_graph(
       all received values count once.
   """
   table = neighbor_table(graph)
+  # This rank's slots; the table is padded to the slots of all ranks.
   slots = slots_of(rounds_of(graph, rank))
   sources, present = (
     table.sources[:, rank, :slots],
@@ -150,12 +152,14 @@ def row_of_graph(
       at_step(table.difference[:, rank], step),
     )
   own, runtime, senders = weights
+  # A source that weights what it sends has applied its weight already.
   given = jnp.ones(slots) if senders else runtime[at_step(sources, step)]
   return Row(own, given.astype(own.dtype), reads, np.False_)
 
 
 def at_step(table: np.ndarray, step: Any) -> Any:
   """The entry of the round; NumPy's where there is one round only."""
+  # NumPy's entry and the traced one have the same dtype.
   if table.dtype == np.float64:
     table = table.astype(jax.dtypes.canonicalize_dtype(np.float64))
   return table[0] if len(table) == 1 else jnp.asarray(table)[step]

@@ -89,11 +89,15 @@ def _steps(
 ) -> list[jax.Array]:
   packing = Packing.of(leaves)
   vectors = packing.pack(leaves)
+  # Each rank is responsible for one part of the vector: links between machines
+  # carry every element once for each machine, not once for each rank.
   size, place = comm.local_size, comm.local_rank
   parts = vectors
   if size > 1:
     # Reduce-scatter inside the machine: this rank averages its own part.
     split = [_split(x, size) for x in vectors]
+    # Row r of the split goes to rank r; what comes back are the others'
+    # versions of this rank's row.
     others = [r for r in range(size) if r != place]
     theirs = np.array(others, np.int32)
     send = _exchange_parts(
@@ -107,6 +111,7 @@ def _steps(
     )
     received = call(send, _avals(split, size - 1))
     parts = [
+      # In the order of ranks: the same sum, bit for bit, as on a mesh.
       _weighted_sum.mean(jnp.insert(got, place, x[place], axis=0))
       for x, got in zip(split, received, strict=True)
     ]
@@ -123,6 +128,7 @@ def _steps(
     )
     parts = _exchange.average(parts, row, received, slots)
   else:
+    # One machine: no exchange, but its self weight still applies.
     row = _exchange.row_of_graph(graph, 0, scalars[0])
     parts = _exchange.average(parts, row, [x[None][:0] for x in parts], 0)
   if size > 1:
@@ -183,6 +189,7 @@ def _encode_start(
   inside = getattr(comm.local, "context", -1)
   across = getattr(comm.machines, "context", -1)
   if comm.machine_size == 1:
+    # As many rounds as the graph has, all empty: the step still selects one.
     across, rounds = -1, [([], [])] * len(rounds)
   send = _exchange.exchange(
     "hierarchical_start",
@@ -207,6 +214,7 @@ def _wide_split(leaves: Sequence[jax.Array], size: int) -> list[jax.Array]:
   vectors = []
   for x in Packing.of(leaves).pack(leaves):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      # The handler sums on the GPU by NCCL, which has no complex dtypes.
       x = jnp.stack([x.real, x.imag], axis=1).reshape(-1)
     wide = x.astype(_dtypes.accumulation(x.dtype))
     vectors.append(_split(wide, size))

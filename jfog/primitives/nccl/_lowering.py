@@ -165,6 +165,7 @@ def _blocking_call(
   send: Send, received: Sequence[Any], in_place: bool = False
 ) -> list[Any]:
   """One blocking call, whose buffers alias where `in_place` and shapes allow."""
+  # The leaves are the last operands; a selector may precede them.
   shift = len(send.operands) - len(received)
   aliases = {
     i + shift: i
@@ -200,12 +201,15 @@ def start(
   ]
   # FFI attributes may not be empty: one more element, which is never read.
   send.attributes["received_bytes"] = np.array([*sizes, -1], np.int64)
+  # The started call returns at once; the buffers that NCCL fills belong to the
+  # native side until `wait` copies them out.
   (number,) = call(send, [jax.ShapeDtypeStruct((), jnp.uint32)])
   weights = jax.tree.leaves(rendition.weights(scalars, **params))
   if all(
     x.shape == y.shape and x.dtype == y.dtype
     for x, y in zip(leaves, results, strict=True)
   ):
+    # No new arrays: `wait` reads their shapes, and for a sum the own values.
     placeholders = leaves
   else:
     placeholders = [jnp.zeros(y.shape, y.dtype) for y in results]

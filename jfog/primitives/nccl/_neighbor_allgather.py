@@ -73,9 +73,11 @@ class NeighborAllgatherTranspose(Rendition):
       comm,
       scalars[0],
       leaves,
+      # The adjoint sends along every edge backward.
       [(to, sources) for sources, to in rounds],
       variant=(fingerprint, first, "transpose"),
       like=_rows(leaves),
+      # Each destination gets another part of the cotangent.
       apart=True,
       send_counts=_counts(leaves, axis_sizes),
     )
@@ -90,6 +92,7 @@ class NeighborAllgatherTranspose(Rendition):
     """The sum over the slots."""
     del own, static
     return _weighted_sum.combine(
+      # No own value in the sum: its weight is 0.
       [jnp.zeros(x.shape[1:], x.dtype) for x in received],
       received,
       0,
@@ -104,6 +107,7 @@ class NeighborAllgatherTranspose(Rendition):
     """Whether the round fills each slot."""
     del params
     counts = np.array([len(to) for _, to in rounds])
+    # Rounds with fewer destinations leave the last slots as they are.
     table = np.arange(max(counts)) < counts[:, None]
     return _exchange.at_step(table, scalars[0])
 

@@ -51,6 +51,8 @@ class NeighborAllreduce(WeightedExchange):
     if scales:
       step, row = scalars
       slots = max(len(destinations) for _, destinations in rounds)
+      # The rank behind each send slot, by round; row[table[step]] are its
+      # weights.
       table = np.zeros((len(rounds), slots), np.int32)
       for t, (_, destinations) in enumerate(rounds):
         table[t, : len(destinations)] = destinations
@@ -64,6 +66,7 @@ class NeighborAllreduce(WeightedExchange):
       rounds,
       variant=(_ffi_attributes.fingerprint(graph), int(weighting)),
       like=leaves,
+      # Scaled copies differ, one for each destination.
       apart=scales,
     )
 
@@ -79,6 +82,8 @@ class NeighborAllreduce(WeightedExchange):
     given = None
     if weighting is not Weighting.GRAPH:
       row = scalars[1]
+      # Entry j of the row belongs to rank j: the own weight is that of this
+      # rank.
       given = (row[comm.rank], row, weighting is Weighting.SOURCE)
     return _exchange.row_of_graph(graph, comm.rank, scalars[0], given)
 

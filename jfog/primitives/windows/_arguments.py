@@ -50,6 +50,8 @@ def real_weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
 
   Static weights stay NumPy arrays, which saves JAX dispatches.
   """
+  # Known weights stay in NumPy: then the operand is a constant of the program,
+  # also under tracing.
   if isinstance(weight, (int, float, np.number, np.ndarray)):
     weight = np.asarray(weight)
   else:
@@ -65,6 +67,7 @@ def real_weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
     raise ValueError(
       f"{operation}: self_weight has shape {weight.shape}; pass a scalar."
     )
+  # Integers suit leaves of every dtype and stay exact in integer ones.
   if jnp.issubdtype(weight.dtype, np.integer):
     return weight.astype(np.int32)
   for leaf, dtype in zip(spec.names, spec.dtypes, strict=True):
@@ -74,6 +77,8 @@ def real_weight(spec: Spec, weight: Any, name: str, operation: str) -> Any:
         f"dtype {dtype}, which truncates fractions; pass integer weights, or cast "
         f"the leaf to a float dtype."
       )
+  # float64 only where JAX has it enabled; Python floats count as float32
+  # otherwise.
   wide = weight.dtype == np.float64 == jnp.result_type(float)
   return weight if wide else weight.astype(np.float32)
 
@@ -86,6 +91,8 @@ def edge_weights(
   if isinstance(weights, Mapping):
     chosen = _chosen(spec, weights, name, operation)
     given = [
+      # Ranks that are left out have an entry as well, which is not read: the
+      # vector has one shape on all ranks.
       real_weight(spec, weights[r] if chosen[r] else 0, name, operation)
       for r in range(size)
     ]

@@ -84,6 +84,7 @@ def win_create(
   _ffi_attributes.check_graph(topology, comm.size, "win_create")
   leaves, names, structure = _pytree.flatten(x, "win_create")
   for leaf, name in zip(leaves, names, strict=True):
+    # An accumulate adds to slots, whatever the first operation is.
     if leaf.dtype == jnp.bool_:
       raise TypeError(
         f"win_create: the leaf {name} has dtype bool, which has no sum; cast "
@@ -105,6 +106,8 @@ def win_create(
     window = Window(spec, _mesh.create(spec, leaves))
     return _done(window)
   return _call(
+    # Between processes the window lives in C++: the program carries its number,
+    # which orders the operations on it by data flow as well.
     [_native.NUMBER],
     jax.tree.structure(Window(spec, 0)),
     primitive=_native.win_create_p,
@@ -421,6 +424,7 @@ def _update(
   leaves = _arguments.require_like(spec, x, operation)
   defaults = self_weight is None and src_weights is None
   matrix, rank = spec.topology.mixing_matrix, spec.comm.rank
+  # All ranks of a mesh trace one program: the row is selected when it runs.
   if spec.comm.backend == "mesh":  # where the rank is traced
     matrix = jnp.asarray(matrix)
   if self_weight is None:
@@ -442,8 +446,11 @@ def _update(
     )
     return _done((spec.structure.unflatten(results), Window(spec, state)))
   peers, row = _arguments.own_edges(spec.topology.in_neighbors(rank), weights)
+  # One operand for the weights: own first, then those of the peers in their
+  # order.
   dtype = jnp.promote_types(own.dtype, row.dtype)
   structure = jax.tree.structure((spec.structure.unflatten(leaves), win))
+  # Given weights need not sum to 1, and traced ones cannot be checked.
   difference = defaults and _ffi_attributes.difference_rows(spec.topology)[rank]
   return _call(
     [*leaves, win._state],
@@ -501,6 +508,7 @@ def win_version(win: Window) -> jax.Array:
   spec = _arguments.require_window(win, "win_version")
   if spec.comm.backend in ("mesh", "single"):
     return _done(_mesh.versions(spec, win._state))
+  # A stand-in for the aval of the result.
   result = jnp.zeros(spec.comm.size, jnp.int32)
   return _call(
     [result],

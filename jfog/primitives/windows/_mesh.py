@@ -30,12 +30,16 @@ class State(NamedTuple):
 def create(spec: Spec, leaves: list[jax.Array]) -> State:
   """The state of a window that exposes `leaves`."""
   exposed = [jnp.asarray(x, x.dtype) for x in leaves]  # no longer weakly typed
+  # p starts as 1 on every rank, as in push-sum.
   exposed = _slots.pack(spec, exposed, jnp.ones([], spec.p_dtype))
   count = len(_slots.sources_of(spec.topology))
+  # Without zero_init a slot holds this rank's own value until its in-neighbor
+  # writes: an update before that is an average with itself.
   starts = [jnp.zeros_like(x) if spec.zero_init else x for x in exposed]
   slots = [jnp.broadcast_to(x, (count, *x.shape)) for x in starts]
   pending = None
   if spec.delay is not None:
+    # The queue is as long as the longest delay on an edge; entry 0 arrives now.
     ahead = 1 + int(
       (_slots.edges_of(spec.topology) * np.array(spec.delay)).max()
     )
@@ -75,6 +79,8 @@ def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen
+  # The weights of a get belong to the receiver, so they apply after the
+  # exchange; those of a put to the sender, before it.
   row = weights.values[_slots.own_sources(spec)]
   fetched = _fetch(spec, edges, state.exposed, [x.dtype for x in state.exposed])
   messages = [_weighted_sum.times(row, x).astype(x.dtype) for x in fetched]
@@ -100,6 +106,8 @@ def update(
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen
+  # Unused slots have this rank as their source, and no edge to itself: they are
+  # neither read nor reset.
   reads = jnp.asarray(edges)[rank, sources]
   row = weights.values[sources]
   difference = False
@@ -121,6 +129,8 @@ def update(
   versions = jnp.where(reads, 0, state.versions)
   exposed = results if expose else state.exposed
   state = State(exposed, slots, versions, state.pending)
+  # An update is one step of time: it reads the slots before what is due at the
+  # next one arrives.
   if state.pending is not None and edges.any():
     state = _deliver(state, _delay.advance(state.pending, len(spec.delay)))
   return _slots.unpack(spec, results)[0], state
@@ -128,6 +138,8 @@ def update(
 
 def versions(spec: Spec, state: State) -> jax.Array:
   """How often each slot was written since it was last read, by rank."""
+  # A sum over slots instead of a scatter: unused slots, which all name this
+  # rank, hold no writes and add nothing.
   ours = _slots.own_sources(spec)[:, None] == jnp.arange(spec.comm.size)
   return jnp.where(ours, state.versions[:, None], 0).sum(axis=0)
 
@@ -162,6 +174,7 @@ def _fetch(
 
   if _mesh.are_virtual(axes):
     sources = _slots.own_sources(spec)
+    # Column of this rank: the weight that each source gives to it.
     weights = None if row is None else _mesh.gather(row, axes)[:, comm.rank]
     fetched = [_mesh.gather(x, axes)[sources] for x in leaves]
     return scaled(weights if weights is None else weights[sources], fetched)
@@ -170,10 +183,14 @@ def _fetch(
     _mesh.varying(jnp.zeros((count + 1, *x.shape), dtype), comm)
     for x, dtype in zip(leaves, dtypes, strict=True)
   ]
+  # One color of the edge coloring: each rank sends to at most one rank and
+  # receives from at most one, as ppermute requires.
   for group in permutations(topology):
     group = [(src, dst) for src, dst in group if edges[dst, src]]
     if not group:
       continue
+    # By rank: the receiver of its message, and the slot of its own source. Both
+    # are constants, of which a rank selects its entry.
     destinations = np.zeros(topology.size, np.int32)
     slots = np.full(topology.size, count, np.int32)
     for src, dst in group:
@@ -213,12 +230,15 @@ def _arrive(
   delays = jnp.asarray(np.array(spec.delay, np.int32))
   # One edge keeps the order in which it was sent.
   ahead = jnp.maximum(delays[pending.time, rank, sources], pending.latest)
+  # shape=(ahead, slots): the one entry of the queue for each edge.
   there = sent & (jnp.arange(len(pending.counts))[:, None] == ahead)
   pending = Pending(
     messages=[
       _slots.write(old, new, there, accumulate & (pending.counts > 0))
       for old, new in zip(pending.messages, messages, strict=True)
     ],
+    # A put hides what was queued before it in its entry, and accumulates behind
+    # it add to it: the entry stays a put.
     puts=pending.puts if accumulate else pending.puts | there,
     counts=pending.counts + there,
     latest=jnp.where(sent, ahead, pending.latest),
@@ -229,6 +249,7 @@ def _arrive(
 
 def _deliver(state: State, pending: Pending) -> State:
   """Writes what has arrived into the slots."""
+  # An entry without a put is a sum of accumulates, which adds to the slot.
   counts, puts = pending.counts[0], pending.puts[0]
   return state._replace(
     slots=[

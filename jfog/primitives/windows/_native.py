@@ -73,6 +73,7 @@ def _create_attributes(mode: Any, *leaves: Any, spec: Any) -> dict[str, Any]:
 
 
 def _fingerprint(text: str) -> int:
+  # Python's hash of a str differs from process to process.
   digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
   return int.from_bytes(digest, "little", signed=True)
 
@@ -83,6 +84,7 @@ def _attributes(
   del mode, leaves
   attributes: dict[str, Any] = {"context": np.int64(comm.context)}
   if peers is not None:
+    # Not empty, as above: the last element is never read.
     attributes["peers"] = np.array([*peers, -1], np.int32)
   return {**attributes, **{k: np.int64(v) for k, v in flags.items()}}
 
@@ -94,6 +96,7 @@ def _define(
     name,
     abstract_eval=abstract_eval,
     tangents=_no_derivative,
+    # A batch would need a window for each of its elements.
     batch_axis=None,
     **{"attributes": _attributes, **rules},
   )

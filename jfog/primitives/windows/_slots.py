@@ -28,6 +28,7 @@ def pack(spec: Spec, leaves: list[jax.Array], p: Any) -> list[jax.Array]:
     return list(leaves)
   host = _host(spec)
   if host is None:
+    # p is behind the leaves, as an array of its own: no leaf has its dtype.
     return [*leaves, p]
   return [
     jnp.append(x.ravel(), p) if i == host else x for i, x in enumerate(leaves)
@@ -73,6 +74,8 @@ def write(
   old: jax.Array, message: jax.Array, there: Any, adds: Any
 ) -> jax.Array:
   """`old` with the message written `there`, or added to it where it `adds`."""
+  # In the dtype of the message, which for an accumulate is that of sums:
+  # rounded once, after the addition.
   total = old.astype(message.dtype) + message
   new = jnp.where(_weighted_sum.along(adds, total), total, message).astype(
     old.dtype
