@@ -85,7 +85,7 @@ TESTED_BY = {
 LENGTHS = {
   ("jfog", measure.PYTHON): (400, 600),
   ("xla_ops", measure.CPP): (400, 600),
-  ("tests", measure.PYTHON): (500, 801),
+  ("tests", measure.PYTHON): (460, 600),
   ("tests", measure.CPP): (400, 600),
 }
 ANNOTATED = 0.9  # of the arguments in jfog
