@@ -157,6 +157,48 @@ def test_broadcast_gives_the_roots_bits(place, rng, dtype):
   )
 
 
+def test_broadcast_from_a_traced_root(place, x, rng):
+  """Another root compiles nothing; the derivative follows the root."""
+  c = rng.randn(*x.shape).astype(np.float32)
+
+  @jax.jit
+  def both(x, c, root):
+    def loss(x):
+      return jnp.vdot(jfog.broadcast(x, root), c)
+
+    return jfog.broadcast(x, root), jax.grad(loss)(x)
+
+  for root in range(place.size):
+    y, dx = place.run(both, x, c, np.int32(root), in_axes=(0, 0, None))
+    np.testing.assert_array_equal(y, everywhere(place, x[root]))
+    truth = np.zeros_like(x)
+    truth[root] = c.sum(axis=0)
+    np.testing.assert_allclose(dx, place.mine(truth), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.places("mpi-3")
+def test_a_traced_root_that_is_out_of_range(place):
+  step = jax.jit(jfog.broadcast)
+  with pytest.raises(
+    jax.errors.JaxRuntimeError, match=r"root=3 is out of range"
+  ):
+    jax.block_until_ready(step(jnp.ones(2), jnp.int32(3)))
+  np.testing.assert_allclose(step(jnp.ones(2), jnp.int32(2)), np.ones(2))
+
+
+@pytest.mark.places("mpi-3")
+def test_eager_broadcasts_from_all_roots_share_one_program(place):
+  x = jnp.full(3, float(jfog.rank()))
+  jfog.broadcast(x, 0)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event)
+  )
+  for root in range(place.size):
+    np.testing.assert_array_equal(jfog.broadcast(x, root), np.full(3, root))
+  assert not [event for event in compiled if "compile" in event]
+
+
 def test_broadcast_of_a_tree_and_its_derivative(place, x, rng):
   c = rng.randn(*x.shape).astype(np.float32)
   tree = {"w": x, "steps": np.arange(place.size)}

@@ -57,7 +57,9 @@ def calls(fun, *args):
   """The custom calls of a program that is lowered for CUDA, in its order."""
   lowered = jax.jit(fun).trace(*args).lower(lowering_platforms=("cuda",))
   return [
-    _read(line) for line in lowered.as_text().splitlines() if "@jf" in line
+    _read(line)
+    for line in lowered.as_text().splitlines()
+    if "custom_call @jf" in line
   ]
 
 

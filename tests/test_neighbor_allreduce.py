@@ -288,6 +288,41 @@ def test_runtime_weights_replace_the_graphs_on_its_edges(place, x, rng, name):
   np.testing.assert_allclose(y, place.mine(truth), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.mpi(3)
+def test_the_derivative_in_weights_follows_the_step(place, x, rng):
+  n = place.size
+  graph = topology.one_peer_exponential(n)
+  weights = rng.randn(n, n).astype(np.float32)
+  c = rng.randn(*x.shape).astype(np.float32)
+
+  @jax.jit
+  def derivative(x, w, c, step):
+    return jax.grad(lambda w: jnp.vdot(average(x, graph, step, weights=w), c))(
+      w
+    )
+
+  for step in range(len(graph) + 1):
+    dw = place.run(
+      derivative, x, weights, c, np.int32(step), in_axes=(0, None, 0, None)
+    )
+    edges = (dense(graph[step]) != 0) | np.eye(n, dtype=bool)
+    inner = np.einsum("iab,jab->ij", c.astype(float), x.astype(float)) * edges
+    truth = np.eye(n)[:, :, None] * inner[:, None, :]
+    np.testing.assert_allclose(dw, place.mine(truth), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.places("mpi-3", "mpi-4")
+def test_the_derivative_in_weights_takes_one_gather(place):
+  n = place.size
+  graph = topology.fully_connected(n)
+  x = jnp.ones(5)
+  jfog.diagnostics.reset_counters()
+  jax.block_until_ready(
+    jax.grad(lambda w: average(x, graph, weights=w).sum())(jnp.ones((n, n)))
+  )
+  assert jfog.diagnostics.counters()["operations"] == 2
+
+
 @pytest.mark.two_axes
 @pytest.mark.mpi(3)
 @pytest.mark.parametrize("name", ["complete", "uniform_in"])

@@ -19,7 +19,7 @@ from jfog.runtime import Communicator, resolve
 
 @_operation.operation
 def broadcast(
-  x: Any, root: int = 0, *, comm: Communicator | None = None
+  x: Any, root: Any = 0, *, comm: Communicator | None = None
 ) -> Any:
   """Copies the value of one rank to all ranks.
 
@@ -30,17 +30,20 @@ def broadcast(
 
   Args:
     x: a pytree of arrays, of equal shapes and dtypes on all ranks.
-    root: the rank whose value is taken, an int, equal on all ranks.
+    root: the rank whose value is taken, equal on all ranks: an int, or except on
+      NCCL a traced integer scalar, another value of which compiles nothing. On
+      a mesh a traced root that is out of range counts as the nearest rank.
     comm: the communicator; by default the current one, see `jfog.init`.
 
   Returns:
     A pytree like `x`, bit for bit that of the root.
 
   Raises:
-    ValueError: if `root` is out of range.
-    TypeError: if `root` is not an int.
+    ValueError: if `root` is an int that is out of range.
+    TypeError: if `root` is not an integer, or is traced on NCCL.
     NotInitializedError: if there is no communicator.
-    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
+    jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
+      traced root is out of range (`INVALID_ARGUMENT`).
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -50,7 +53,7 @@ def broadcast(
   Source: `broadcast` and `broadcast_parameters` of BlueFog.
   """
   comm = resolve(comm)
-  root = _validation.rank_of_comm(root, comm.size, "broadcast: root")
+  root = _checked_root(root, comm)
   leaves, names, structure = _pytree.flatten(x, "broadcast")
   return Operation(
     leaves,
@@ -59,7 +62,12 @@ def broadcast(
     mesh=lambda leaves: [_mesh_broadcast(x, root, comm) for x in leaves],
     primitive=broadcast_p,
     operands=lambda: _pytree.to_native(leaves, names, "broadcast"),
-    params={"root": int(root), "comm": comm},
+    # NCCL's call has the root as an attribute, MPI's as an operand.
+    fixed=(root,),
+    params={
+      "static_root": root if comm.backend == "nccl" else None,
+      "comm": comm,
+    },
   )
 
 
@@ -71,11 +79,28 @@ broadcast_start = _operation.start_of(
 )
 
 
+def _checked_root(root: Any, comm: Communicator) -> Any:
+  """A rank, as an int, or an integer scalar of JAX."""
+  if not isinstance(root, jax.Array):
+    return _validation.rank_of_comm(root, comm.size, "broadcast: root")
+  if not jnp.issubdtype(root.dtype, jnp.integer) or root.shape != ():
+    raise TypeError(
+      f"broadcast: root has dtype {root.dtype} and shape {root.shape}; pass an "
+      f"integer scalar."
+    )
+  if comm.backend == "nccl":
+    raise TypeError(
+      "broadcast: root is a JAX array, and NCCL needs it when the program is "
+      "compiled; pass an int."
+    )
+  return root.astype(jnp.int32)
+
+
 # Mesh rendition.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _mesh_broadcast(x: jax.Array, root: int, comm: Any) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _mesh_broadcast(x: jax.Array, root: Any, comm: Any) -> jax.Array:
   """The sum of the root's bits and zeros; a sum of floats would lose a -0."""
   if comm.backend == "single":
     return x
@@ -91,17 +116,16 @@ def _mesh_broadcast(x: jax.Array, root: int, comm: Any) -> jax.Array:
 
 
 @_mesh_broadcast.defjvp
-def _mesh_broadcast_jvp(
-  root: int, comm: Any, primals: Any, tangents: Any
-) -> Any:
-  (x,), (dx,) = primals, tangents
+def _mesh_broadcast_jvp(comm: Any, primals: Any, tangents: Any) -> Any:
+  (x, root), (dx, _) = primals, tangents
   if comm.backend == "single":
     return x, dx
   return _mesh_broadcast(x, root, comm), _from_root(dx, root, comm)
 
 
-def _from_root(x: jax.Array, root: int, comm: Any) -> jax.Array:
+def _from_root(x: jax.Array, root: Any, comm: Any) -> jax.Array:
   x = _compat.varying(x, comm.axes)
+  root = jnp.clip(root, 0, comm.size - 1)
   own = jnp.where(comm.rank == root, x, jnp.zeros_like(x))
   return lax.psum(own, comm.axes)
 
@@ -110,13 +134,17 @@ def _from_root(x: jax.Array, root: int, comm: Any) -> jax.Array:
 
 
 def _transpose(
-  cotangents: Sequence[Any], *, fixed: int, root: int, comm: Any
+  cotangents: Sequence[Any],
+  root: Any,
+  *,
+  fixed: int,
+  comm: Any,
+  **params: Any,
 ) -> Any:
+  del fixed, params
   # y[i] = x[root] for all i, so ct_x[root] = sum_i ct_y[i].
-  totals = allreduce_p.bind(*cotangents, fixed=fixed, op="sum", comm=comm)
-  if comm.rank == root:
-    return totals
-  return [jnp.zeros_like(ct) for ct in totals]
+  totals = allreduce_p.bind(*cotangents, fixed=0, op="sum", comm=comm)
+  return [jnp.where(root == comm.rank, ct, jnp.zeros_like(ct)) for ct in totals]
 
 
 class _OnGpus(nccl.Rendition):
@@ -130,14 +158,14 @@ class _OnGpus(nccl.Rendition):
     scalars: Sequence[Any],
     leaves: Any,
     *,
-    root: int,
+    static_root: int,
     comm: Any,
   ) -> nccl.Send:
     """The call that broadcasts the packed leaves."""
     del scalars
     attributes = {
-      **nccl.common_attributes(mode, comm, "broadcast", root, leaves),
-      "root": np.int64(root),
+      **nccl.common_attributes(mode, comm, "broadcast", static_root, leaves),
+      "root": np.int64(static_root),
     }
     packed = nccl.Packing.of(leaves).pack(leaves)
     return nccl.Send("broadcast", attributes, packed)
@@ -157,9 +185,8 @@ class _OnGpus(nccl.Rendition):
 
 broadcast_p = _primitive.define(
   "broadcast",
-  attributes=lambda mode, *leaves, root, comm: {
-    "context": np.int64(comm.context),
-    "root": np.int64(root),
+  attributes=lambda mode, *leaves, static_root, comm: {
+    "context": np.int64(comm.context)
   },
   transpose=_transpose,
   in_place=True,

@@ -21,6 +21,7 @@ from jfog.primitives import (
   _weighted_sum,
   nccl,
 )
+from jfog.primitives._neighbor_allgather import neighbor_allgather
 from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, peers_call
 from jfog.primitives._weighted_sum import Weighting
@@ -53,7 +54,7 @@ def neighbor_allreduce(
 
   The operation is linear in `x`; its transpose is the same operation on the
   transposed graph. It is differentiable in `weights` too: between processes that
-  derivative costs one more exchange for each rank of the communicator.
+  derivative gathers the in-neighbors' values once more.
 
   Args:
     x: a pytree of float or complex arrays, of equal shapes and dtypes on all
@@ -302,9 +303,7 @@ def _tangents(
 
   y = sum_j row[j] x[j], so dy = sum_j row[j] dx[j] + sum_j drow[j] x[j]. The
   second sum needs the neighbors' leaves one by one, for its transpose
-  drow[j] = <dy, x[j]>: an exchange with a row that selects rank j fetches each.
-  All ranks bind the same number of exchanges, one for each rank of the
-  communicator, whichever neighbors they have, so their order agrees.
+  drow[j] = <dy, x[j]>: one gather fetches them all.
   """
   out = _primitive.linear_tangents(
     primitive,
@@ -323,16 +322,38 @@ def _tangents(
       "neighbor_allreduce: a second derivative with respect to weights is not "
       "defined; use jax.lax.stop_gradient on weights in the inner one."
     )
-  step, row, *leaves = primals
-  for j in range(params["comm"].size):
-    select = jnp.zeros_like(row).at[j].set(1)
-    fetched = primitive.bind(
-      step, select, *leaves, fixed=fixed, weighting=weighting, **params
-    )
-    for i, x in enumerate(fetched):
-      term = drow[j].astype(_dtypes.real(x.dtype)) * x
-      out[i] = ad.add_tangents(out[i], term.astype(x.dtype))
-  return out
+  step, _, *leaves = primals
+  terms = _weighted_by(drow, leaves, step, **params)
+  return [ad.add_tangents(*pair) for pair in zip(out, terms, strict=True)]
+
+
+def _weighted_by(
+  drow: jax.Array,
+  leaves: Sequence[jax.Array],
+  step: Any,
+  *,
+  graph: Topology | Schedule,
+  comm: Communicator,
+) -> list[jax.Array]:
+  """sum_j drow[j] x[j] over this rank and its in-neighbors, for all leaves."""
+  step = jnp.asarray(step)
+  gathered = neighbor_allgather(
+    [x[None] for x in leaves], graph, step, pad=True, comm=comm
+  )
+  # Slot k of a gathered leaf is the k-th in-neighbor's; empty ones are zero.
+  table = neighbor_table(graph)
+  step = step % len(graph)
+  sources = jnp.asarray(table.sources[:, comm.rank])[step]
+  present = jnp.asarray(table.present[:, comm.rank])[step]
+  row = jnp.where(present, drow[sources], 0)
+  terms = []
+  for x, received in zip(leaves, gathered, strict=True):
+    wide = _dtypes.accumulation(x.dtype)
+    real = _dtypes.real(wide)
+    term = drow[comm.rank].astype(real) * x.astype(wide)
+    term += jnp.tensordot(row.astype(wide), received.astype(wide), axes=1)
+    terms.append(term.astype(x.dtype))
+  return terms
 
 
 def _transpose(

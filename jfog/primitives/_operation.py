@@ -163,8 +163,8 @@ def _with_eager_form(
   Called eagerly, `run` costs some 0.3 ms of Python: it checks its arguments and
   looks up what they mean. The jitted form does so once for each structure,
   shapes and dtypes of `x` and each graph, and then costs what JAX costs. Its
-  traced arguments are `x` and the step; where another argument is not static,
-  as runtime weights and `Peers`, `run` itself is called.
+  traced arguments are `x`, a step and a root; where another argument is not
+  static, as runtime weights and `Peers`, `run` itself is called.
   """
   names = tuple(inspect.signature(prepare).parameters)[1:]
 
@@ -173,16 +173,15 @@ def _with_eager_form(
     if args and _compat.at_top_level():
       given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
       comm = given.pop("comm", None) or world()
-      step = _traced_step(given)
       if (
         isinstance(comm, ProcessCommunicator)
         and len(args) <= 1 + len(names)
-        and step is not NotImplemented
+        and (traced := _take_traced(given, comm)) is not None
         and _STATIC.issuperset(map(type, given.values()))
       ):
         jitted = _jitted(run, comm, *given.items())
         try:
-          return jitted(args[0], step)
+          return jitted(args[0], traced)
         except (TypeError, ValueError):
           # Raised while it is traced, so nothing is sent. Called eagerly, `run`
           # knows the values, and so the better text of the same error.
@@ -192,17 +191,26 @@ def _with_eager_form(
   return call
 
 
-def _traced_step(given: dict[str, Any]) -> Any:
-  """Takes the step out of the arguments; NotImplemented if it must be checked."""
-  step = given.pop("step", None)
-  if type(step) is not int:
-    return (
-      step if step is None or isinstance(step, jax.Array) else NotImplemented
-    )
-  for graph in given.values():
-    if isinstance(graph, (Topology, Schedule)):
-      return np.int32(step % len(graph))
-  return NotImplemented
+def _take_traced(
+  given: dict[str, Any], comm: ProcessCommunicator
+) -> dict[str, Any] | None:
+  """Takes the step and the root out of the arguments; None if one is refused."""
+  traced = {}
+  if (step := given.pop("step", None)) is not None:
+    if type(step) is int:
+      graph = given.get("graph", given.get("machine_graph"))
+      if not isinstance(graph, (Topology, Schedule)):
+        return None
+      step = np.int32(step % len(graph))
+    elif not isinstance(step, jax.Array):
+      return None
+    traced["step"] = step
+  if "root" in given and comm.backend == "mpi":
+    root = given.pop("root")
+    if type(root) is not int or not 0 <= root < comm.size:
+      return None
+    traced["root"] = np.int32(root)
+  return traced
 
 
 @functools.lru_cache(maxsize=1024)
@@ -212,10 +220,8 @@ def _jitted(
   """The jitted form of `run` for these static arguments."""
   static = dict(given)
 
-  def eager(x: Any, step: Any) -> Any:
-    if step is None:
-      return run(x, comm=comm, **static)
-    return run(x, step=step, comm=comm, **static)
+  def eager(x: Any, traced: dict[str, Any]) -> Any:
+    return run(x, comm=comm, **static, **traced)
 
   return jax.jit(eager)
 

@@ -211,11 +211,18 @@ Completion AllreduceImpl(ffi::Token, ffi::RemainingArgs args,
       results, mode);
 }
 
-Completion BroadcastImpl(ffi::Token, ffi::RemainingArgs args,
-                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                         std::int64_t context, std::int64_t mode,
-                         std::int64_t root) {
+Completion BroadcastImpl(ffi::Token, ffi::BufferR0<ffi::S32> rank,
+                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
+                         ffi::RemainingRets results, std::int64_t context,
+                         std::int64_t mode) {
   JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "broadcast"));
+  const std::int64_t root = *rank.typed_data();
+  if (root < 0 || root >= comm->size()) {
+    return MakeError(ffi::ErrorCode::kInvalidArgument,
+                     "broadcast: root=" + std::to_string(root) +
+                         " is out of range for a communicator of size " +
+                         std::to_string(comm->size()));
+  }
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
   if (mode == kStart) leaves.Stage();
   return Launch(
@@ -272,13 +279,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Allreduce, AllreduceImpl,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Broadcast, BroadcastImpl,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // leaves
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, or handle
+                                  .Arg<ffi::Token>()               // order in
+                                  .Arg<ffi::BufferR0<ffi::S32>>()  // root
+                                  .RemainingArgs()                 // leaves
+                                  .Ret<ffi::Token>()               // order out
+                                  .RemainingRets()  // leaves, or handle
                                   .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<std::int64_t>("root"));
+                                  .Attr<std::int64_t>("mode"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Allgather, AllgatherImpl,
                               ffi::Ffi::Bind()
