@@ -4,7 +4,8 @@ A test that takes the fixture `place` runs in simulation, on a mesh of CPU
 devices, in a world of one, and on MPI with several numbers of ranks. Its MPI
 forms, `[mpi-3]` and so on, are run by one job for each number of ranks; every
 form is reported by its own name. The jobs run one after the other, beside the
-tests that need this process only. Tests that start jobs of their own come last.
+tests that need this process only; then a second process takes its share of those
+(support/second.py). Tests that start jobs of their own come last.
 
 Without options the quick suite runs: each operation, place and optimizer once
 (support/suite.py has the rules). `--full` runs every test but the stress tests,
@@ -53,7 +54,14 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 # Importing them starts JAX, which reads XLA_FLAGS.
-from support import compilation, emulated, freshness, jobs, suite  # noqa: E402
+from support import (  # noqa: E402
+  compilation,
+  emulated,
+  freshness,
+  jobs,
+  second,
+  suite,
+)
 from support.places import Place  # noqa: E402
 
 import jfog  # noqa: E402
@@ -69,7 +77,9 @@ MPI_SIZES_OF_SOAK = (5,)  # as well with --soak
 def pytest_configure(config):
   """Declares the markers, and shares compiled programs with the jobs."""
   global _PROGRAMS
-  if not _RANKS:
+  if second.FOLDER:
+    config.pluginmanager.register(second.Second(config))
+  elif not _RANKS:
     if difference := freshness.difference():
       raise pytest.UsageError(f"{difference}; {freshness.REMEDY}.")
     folder = tempfile.TemporaryDirectory()
@@ -77,6 +87,7 @@ def pytest_configure(config):
     _PROGRAMS = folder.name
     if config.getoption("--backend") == "emulated":
       emulated.build(_PROGRAMS)
+    config.pluginmanager.register(second.First(config, _PROGRAMS), "first")
   elif _BACKEND == "emulated":
     emulated.carry_jfog(emulated.build(_PROGRAMS))
   compilation.share(_PROGRAMS)
@@ -130,6 +141,11 @@ def pytest_addoption(parser):
     choices=("mpi", "nccl", "emulated"),
     default="mpi",
     help="transport of the ranked tests: MPI, NCCL, or the emulation of NCCL",
+  )
+  parser.addoption(
+    "--one-process",
+    action="store_true",
+    help="run all tests but ranked ones in this process, for profiles of it",
   )
   parser.addoption(
     "--job-deadline",
@@ -223,11 +239,9 @@ def rng():
 _nodeids: dict[int, list[str]] = {}
 _jobs: dict[int, concurrent.futures.Future[jobs.Job]] = {}
 
-# Their tests start jobs of their own, with deadlines that need a quiet machine.
+# Their tests start jobs of their own, which need cores.
 _STARTING_JOBS = {
-  "test_asynchrony.py",
   "test_examples.py",
-  "test_failures.py",
   "test_gpu_benchmark.py",
   "test_hierarchical.py",
   "test_launch.py",
@@ -235,6 +249,8 @@ _STARTING_JOBS = {
   "test_nccl.py",
   "test_runtime.py",
 }
+# Their jobs have deadlines that need a quiet machine.
+_ALONE = {"test_asynchrony.py", "test_failures.py"}
 
 
 def _mpi_size(item) -> int | None:
@@ -266,7 +282,7 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if item.get_closest_marker("soak") and not config.getoption("--soak"):
       item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
-  if not _RANKS:
+  if not (_RANKS or second.FOLDER):
     items.sort(key=_turn)
 
 
@@ -285,14 +301,25 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _turn(item) -> int:
-  """This process alone, the common jobs, and then jobs of a test's own."""
+  """No job, the common jobs, jobs of a test's own, and such that are alone."""
   if _mpi_size(item) is not None:
     return 1
+  if item.path.name in _ALONE:
+    return 3
   return 2 if item.path.name in _STARTING_JOBS else 0
 
 
+def _first(config) -> second.First:
+  """The plugin that shares tests with a second process."""
+  return config.pluginmanager.get_plugin("first")
+
+
 def pytest_collection_finish(session):
-  """Collects the tests of every job."""
+  """Collects the tests of every job, and those of two processes."""
+  if not (_RANKS or second.FOLDER):
+    _first(session.config).share(
+      [i for i in session.items if _turn(i) in (0, 2)]
+    )
   for item in session.items:
     size = _mpi_size(item)
     if size is not None and not item.get_closest_marker("skip"):
@@ -301,7 +328,7 @@ def pytest_collection_finish(session):
 
 def pytest_runtestloop(session):
   """Starts the jobs, one after the other, beside this process's own tests."""
-  if session.config.option.collectonly or not jfog.runtime.build().MPI_FAMILY:
+  if _RANKS or second.FOLDER or session.config.option.collectonly:
     return
   options = {
     "soak": session.config.getoption("--soak"),
@@ -309,8 +336,9 @@ def pytest_runtestloop(session):
     "deadline": session.config.getoption("--job-deadline"),
     "programs": _PROGRAMS,
   }
-  for size in sorted(_nodeids):
-    _jobs[size] = concurrent.futures.Future()
+  if jfog.runtime.build().MPI_FAMILY:
+    for size in sorted(_nodeids):
+      _jobs[size] = concurrent.futures.Future()
 
   def run():
     for size, job in _jobs.items():
@@ -318,14 +346,23 @@ def pytest_runtestloop(session):
         job.set_result(jobs.run(size, _nodeids[size], **options))
       except BaseException as error:  # raised by the tests of this job
         job.set_exception(error)
+    # With fewer ranks beside them, the two processes get a core each.
+    _first(session.config).start(
+      ["--full", *(["--soak"] if options["soak"] else [])],
+      {**os.environ, "XLA_FLAGS": "", "JFOG_TEST_PROGRAMS": _PROGRAMS},
+    )
 
   threading.Thread(target=run, daemon=True).start()
 
 
 def pytest_runtest_setup(item):
   """Waits for the common jobs before a test starts a job of its own."""
-  if not _RANKS and _turn(item) == 2:
+  if _RANKS or second.FOLDER:
+    return
+  if _turn(item) >= 2:
     concurrent.futures.wait(_jobs.values())
+  if _turn(item) == 3:
+    _first(item.config).wait()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -40,9 +40,21 @@ def emulation(tmp_path_factory):
   return emulated.build(tmp_path_factory.mktemp("emulation"))
 
 
-def opened(path):
+def extension():
+  """Loads `jfog._nccl` without jfog and JAX, whose import takes long."""
+  from jfog import _nccl
+
   return f"""
-    from jfog import _nccl
+    import importlib.machinery, importlib.util
+    loader = importlib.machinery.ExtensionFileLoader("_nccl", {_nccl.__file__!r})
+    spec = importlib.util.spec_from_loader("_nccl", loader)
+    _nccl = importlib.util.module_from_spec(spec)
+    loader.exec_module(_nccl)
+    """
+
+
+def opened(path):
+  return f"""{extension()}
     try:
       _nccl.open_nccl({str(path)!r})
       print("opened", _nccl.version(), _nccl.path())
@@ -91,8 +103,7 @@ def test_an_old_library_is_refused_with_both_versions(emulation):
 def test_a_missing_library_is_named(tmp_path):
   output, _ = run(opened(tmp_path / "libnccl.so.2"))
   assert "refused jfog:" in output and str(tmp_path) in output
-  output, _ = run("""
-    from jfog import _nccl
+  output, _ = run(f"""{extension()}
     try:
       _nccl.open_cuda("no-such-driver.so")
     except RuntimeError as error:
@@ -133,8 +144,7 @@ def test_missing_functions_are_named(tmp_path):
 def test_another_library_later_is_an_error(emulation, tmp_path):
   other = tmp_path / "libnccl.so.2"
   other.write_bytes(emulation.read_bytes())
-  output, _ = run(f"""
-    from jfog import _nccl
+  output, _ = run(f"""{extension()}
     _nccl.open_nccl({str(emulation)!r})
     _nccl.open_nccl({str(emulation)!r})  # the same is free
     try:

@@ -55,7 +55,40 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_constant_values_are_averaged_after_diameter_steps": (),
   "test_push_sum_at_random_paces_reaches_the_average": ("mpi",),
   "test_training_at_random_paces_comes_close": ("mpi",),
+  "test_without_gradients_the_mean_stays": (),
+  "test_in_program_order_it_is_adapt_with_combine": (
+    *("adamw-directed ring-3-window_get", "mesh-4-momentum", "mesh-4-adamw"),
+    *("single-momentum", "single-adamw"),
+  ),
+  "test_in_program_order_it_is_push_sum": (
+    *("mesh-4-momentum", "mesh-4-adamw", "sgd-exponential"),
+    *("single-momentum", "single-adamw", "simulate-5-adamw"),
+  ),
+  "test_push_sum_with_delays": ("uneven",),
+  "test_an_axis_of_the_users_own": (
+    *("shard_map-2", "shard_map-1-window_get", "shard_map-1-window_push_sum"),
+    *("vmap-2-window_put", "vmap-2-adapt_then_combine"),
+    *("shard_map-1-adapt_with_combine", "shard_map-1-gradient_allreduce"),
+  ),
+  "test_state_is_a_pytree_that_stacks_over_ranks": ("None-window",),
+  "test_wrapped_by_other_transformations": ("mesh-4-window",),
+  # Examples of optimizers, whose recursions are quick tests.
+  "test_examples_run": (
+    *("relay_sum", "power_gossip", "deep_squeeze", "_window_averaging."),
+    *("_bias_corrected.", "_periodic.", "_quantize.", "_low_rank."),
+  ),
   # Operations
+  "test_value_is_the_dense_product": (
+    *("simulate-6x2-base", "simulate-6x2-move", "simulate-6x2-star"),
+    *(
+      "simulate-6x2-one_peer_star",
+      "simulate-6x2-uniform",
+      "simulate-6x2-grid",
+    ),
+    "simulate-6x2-complete",
+  ),
+  "test_float64_and_16_bits": ("simulate",),
+  "test_allreduce_dtypes": ("mesh-4-int", "mesh-4-uint"),
   "test_every_size_in_simulation": (),
   "test_exact_diffusion_does_not_drift_in_float32": ("mesh", "mpi"),
   "test_the_exchange_goes_on_while_nobody_waits": (),
