@@ -31,6 +31,21 @@ def test_pair_gossip(place, values):
     np.testing.assert_allclose(y, place.mine(truth), rtol=1e-5, atol=1e-5)
 
 
+def test_pair_gossip_with_a_table_of_peers(place, values):
+  n = place.size
+  table = [n - 1 - i for i in range(n)]
+  table[0], table[-1] = 0, n - 1  # some rank with itself
+  fun = jax.jit(lambda x: jfog.pair_gossip(x, table, pair_weight=0.25))
+  truth = 0.5 * values + 0.25 * values[table]
+  np.testing.assert_allclose(
+    place.run(fun, values), place.mine(truth), rtol=1e-6
+  )
+  cycle = [(i + 1) % n for i in range(n)]
+  for bad in ([0] * (n + 1), cycle if n > 2 else [n] * n):
+    with pytest.raises(ValueError, match=r"peer=|rank 0 names|out of range"):
+      place.run(lambda x, bad=bad: jfog.pair_gossip(x, bad), values)
+
+
 def test_pair_gossip_with_traced_peers_is_traced_once(place, values):
   n = place.size
   rounds = [np.arange(n) ^ 1, (n - 1) - np.arange(n), np.arange(n)]

@@ -1,10 +1,12 @@
 """Average with one other rank."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jfog import _dtypes, _validation
 from jfog.primitives import _mesh, _operation, _pytree
@@ -33,9 +35,9 @@ def pair_gossip(
   Computes `y[i] = self_weight x[i] + pair_weight x[peer[i]]`. The two ranks name
   each other, send each other their leaves in one message and wait for each
   other. A rank that names itself uses its own value twice. Weights that sum to 1
-  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`. On a mesh, where the
-  peer may be traced, the operation gathers the values of all ranks and selects
-  one.
+  are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`. On a mesh, a table of
+  all peers is one permutation; with a traced peer the operation gathers the
+  values of all ranks and selects one.
 
   Linear in `x`, with itself as transpose (each rank then weights what it sends
   with its own `pair_weight`).
@@ -43,8 +45,9 @@ def pair_gossip(
   Args:
     x: a pytree of float or complex arrays, of equal shapes and dtypes on both
       ranks.
-    peer: the other rank, an int or a traced integer scalar. Another peer is
-      neither traced nor compiled again if it is traced.
+    peer: the other rank, an int or a traced integer scalar; or a sequence of
+      ints, the peer of every rank. Another peer is neither traced nor compiled
+      again if it is traced.
     self_weight: the weight of the own value, a number, which may be traced.
     pair_weight: the weight of the peer's value, likewise.
     check: whether to check with a peer that is new to this rank that it names
@@ -55,7 +58,8 @@ def pair_gossip(
     A pytree like `x`, in shapes and dtypes.
 
   Raises:
-    ValueError: if `peer` is an int that is out of range.
+    ValueError: if `peer` is an int that is out of range, or a table in which two
+      ranks do not name each other.
     TypeError: for integer or bool leaves, or a `peer` of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
@@ -88,7 +92,9 @@ def pair_gossip(
     mesh=on_mesh,
     primitive=peer_allreduce_p,
     # The peer is the only source and the only destination.
-    fixed=(jnp.stack([jnp.asarray(peer, jnp.int32)] * 2), pair),
+    fixed=()
+    if isinstance(peer, tuple)
+    else (jnp.stack([jnp.asarray(peer, jnp.int32)] * 2), pair),
     operands=lambda: _pytree.to_native(leaves, names, "pair_gossip"),
     params={
       "sources": 1,
@@ -110,7 +116,22 @@ pair_gossip_start = _operation.start_of(
 
 
 def _checked_peer(peer: Any, comm: Communicator) -> Any:
-  """A rank, as an int, or a traced integer scalar."""
+  """A rank, as an int or a traced integer scalar; or a tuple, on a mesh."""
+  if isinstance(peer, (Sequence, np.ndarray)) and np.ndim(peer) == 1:
+    if len(peer) != comm.size:
+      raise ValueError(
+        f"pair_gossip: peer={peer!r} names {len(peer)} peers for {comm.size} "
+        f"ranks; name one for each rank."
+      )
+    label = "pair_gossip: peer"
+    peers = tuple(_validation.rank_of_comm(p, comm.size, label) for p in peer)
+    for rank, other in enumerate(peers):
+      if peers[other] != rank:
+        raise ValueError(
+          f"pair_gossip: rank {rank} names rank {other}, which names rank "
+          f"{peers[other]}; both ranks of a pair name each other."
+        )
+    return peers if isinstance(comm, Axis) else peers[comm.rank]
   if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
     return _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
   peer = jnp.asarray(peer)
@@ -130,10 +151,17 @@ def _mix_on_mesh(
   difference: bool,
   comm: Communicator,
 ) -> jax.Array:
-  """Mesh rendition: gathers all ranks and selects the peer, which is traced."""
+  """Mesh rendition: a permutation, or for a traced peer a gather of all ranks."""
   value = x
   if isinstance(comm, Axis):
-    value = _mesh.gather(_mesh.varying(x, comm), comm.axes)[peer]
+    varying = _mesh.varying(x, comm)
+    if isinstance(peer, tuple) and not _mesh.are_virtual(comm.axes):
+      pairs = [(source, rank) for rank, source in enumerate(peer)]
+      value = lax.ppermute(varying, comm.axes, pairs)
+    else:
+      if isinstance(peer, tuple):
+        peer = jnp.asarray(peer)[comm.rank]
+      value = _mesh.gather(varying, comm.axes)[peer]
   # own x + other value: the weights do not sum to 1, or are traced.
   if not difference:
     return (scaled(own, x) + scaled(other, value)).astype(x.dtype)
