@@ -231,7 +231,7 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
   name = run.__name__
   prepare = run.__wrapped__  # type: ignore[attr-defined]
 
-  def start(*args: Any, **kwargs: Any) -> Handle:
+  def begin(*args: Any, **kwargs: Any) -> Handle:
     prepared = prepare(*args, **kwargs)
     dtypes = tuple(leaf.dtype for leaf in prepared.leaves)
     results = prepared.on_mesh()
@@ -255,7 +255,7 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
       tuple(arrays[count:]),
     )
 
-  functools.update_wrapper(start, prepare)
+  start = _with_eager_form(prepare, begin)
   start.__name__ = start.__qualname__ = f"{name}_start"
   start.__annotations__ = {**prepare.__annotations__, "return": Handle}
   del start.__wrapped__  # type: ignore[attr-defined]
@@ -309,21 +309,32 @@ def wait(handle: Handle) -> Any:
   """
   _require_open(handle, "wait")
   handle._spent = True
-  results = handle._placeholders
-  if handle._number is not None:
-    results = _primitive.wait_p.bind(
-      handle._number, *handle._weights, *results, **dict(handle._wait_params)
-    )
-    if _compat.at_top_level():
-      try:
-        jax.block_until_ready(results)
-      except jax.errors.JaxRuntimeError:
-        _compat.reset_runtime_tokens()  # later operations do not depend on it
-        raise
-    results = [
-      y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)
-    ]
-  return handle._structure.unflatten(results)
+  if handle._number is None:
+    return handle._structure.unflatten(handle._placeholders)
+  if not _compat.at_top_level():
+    return _results(handle)
+  results = _eager_results(handle)
+  try:
+    return jax.block_until_ready(results)
+  except jax.errors.JaxRuntimeError:
+    _compat.reset_runtime_tokens()  # later operations do not depend on it
+    raise
+
+
+def _results(handle: Handle) -> Any:
+  """The result of an operation between processes."""
+  results = _primitive.wait_p.bind(
+    handle._number,
+    *handle._weights,
+    *handle._placeholders,
+    **dict(handle._wait_params),
+  )
+  return handle._structure.unflatten(
+    [y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)]
+  )
+
+
+_eager_results = jax.jit(_results)
 
 
 def poll(handle: Handle) -> jax.Array:
