@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,23 @@ def _effect_of_mpi4jax() -> effects.Effect | None:
   return ordered_effect
 
 
+def _nothing_to_register() -> None:
+  """No module with handlers is loaded."""
+
+
+_register_handlers: Callable[[], None] = _nothing_to_register
+
+
+def register_before_lowering(register: Callable[[], None]) -> None:
+  """Calls `register` before each lowering to a handler.
+
+  Then JAX's backends have started. Before that, JAX defers registrations and
+  later replays handlers before the types that they use, which fails.
+  """
+  global _register_handlers
+  _register_handlers = register
+
+
 def ordered_ffi_lowering(
   target: str,
   aliases: dict[int, int],
@@ -97,6 +114,7 @@ def ordered_ffi_lowering(
   """
 
   def rule(ctx: Any, *operands: Any, **attributes: Any) -> Any:
+    _register_handlers()
     effect = communication_effect()
     with_token = ctx.replace(
       avals_in=[core.abstract_token, *(avals_in or ctx.avals_in)],
@@ -296,6 +314,7 @@ def _begin_program(ctx: Any) -> Any:
   errors into ValueError. XLA counts the larger branch of a conditional, so the
   branch that is never taken makes the program one that runs on another thread.
   """
+  _register_handlers()
   effect = communication_effect()
   start = mlir.TokenSet.create([effect]).get(effect)
   if ctx.module_context.platforms != ("cpu",):

@@ -244,9 +244,50 @@ def test_a_mutex_that_is_not_given_back(world, local_size):
 
 
 def test_use_after_shutdown(world):
+  """In programs that were compiled before, lowered before, and made after."""
+  ring, x = topology.ring(world.size), jnp.ones(2)
+
+  def mix(x):
+    return jfog.neighbor_allreduce(x, ring, comm=world)
+
+  compiled = jax.jit(mix)
+  np.testing.assert_allclose(compiled(x), 1)
+  lowered = jax.jit(lambda x: mix(2 * x)).lower(x)
   jfog.shutdown()
-  with pytest.raises(jax.errors.JaxRuntimeError, match="was shut down"):
-    jax.block_until_ready(jfog.allreduce(jnp.ones(2), comm=world))
+  for operation in (
+    lambda: jfog.allreduce(x, comm=world),
+    lambda: compiled(x),
+    lambda: lowered.compile()(x),
+    lambda: jax.jit(lambda x: mix(3 * x))(x),
+    lambda: jfog.neighbor_allgather(x, ring, comm=world),
+  ):
+    text = outcome(operation)
+    assert text is not None
+    assert text.startswith("FAILED_PRECONDITION"), text
+    assert "on a communicator that was shut down" in text, text
+
+
+def test_a_graph_is_compared_once(world, place):
+  """Also where several programs use it, each with a plan of its own."""
+  n = place.size
+  matrix = 0.625 * np.eye(n) + 0.375 * np.roll(np.eye(n), 1, axis=1)
+  graph = topology.Topology(matrix)
+  x = np.arange(3.0 * n, dtype=np.float32).reshape(n, 3)
+
+  def mix(x):
+    return jfog.neighbor_allreduce(x, graph)
+
+  before = jfog.diagnostics.counters()["agreements"]
+  for f, power in (
+    (mix, 1),
+    (jax.jit(mix), 1),
+    (jax.jit(lambda x: mix(mix(x))), 2),
+    (lambda x: jfog.wait(jfog.neighbor_allreduce_start(x, graph)), 1),
+  ):
+    expected = np.linalg.matrix_power(graph.mixing_matrix, power) @ x
+    y = f(jnp.asarray(x[jfog.rank()]))
+    np.testing.assert_allclose(y, expected[jfog.rank()], rtol=1e-6)
+  assert jfog.diagnostics.counters()["agreements"] == before + 1
 
 
 # Peers: every rank speaks for itself, and asks new peers before it sends.

@@ -349,6 +349,24 @@ def test_a_world_that_is_not_the_job_says_so():
     assert "jfog run -np 3" in done.stderr
 
 
+@pytest.mark.skipif(
+  not _extensions.build().MPI_FAMILY, reason="jfog was installed without MPI"
+)
+def test_handlers_are_registered_after_the_backends_have_started():
+  """`init` starts none: JAX replays what it deferred in an order that fails."""
+  done = python(
+    "import concurrent.futures, jax.numpy as jnp, jfog\n"
+    "from jax._src import xla_bridge\n"
+    "jfog.init(backend='mpi')\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+    "graph = jfog.topology.fully_connected(1)\n"
+    "def mix(n): return jfog.neighbor_allreduce(jnp.ones(n), graph).sum()\n"
+    "with concurrent.futures.ThreadPoolExecutor(4) as pool:\n"
+    "  assert list(pool.map(mix, range(1, 9))) == list(range(1, 9))\n"
+  )
+  assert done.returncode == 0, done.stderr
+
+
 def test_the_loaded_library_is_compared_with_the_built_one():
   check = _extensions._check_library
   check("Open MPI v5.0.11", "Open MPI v5.0.3, package: Debian")

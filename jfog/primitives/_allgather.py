@@ -125,9 +125,8 @@ def _transpose(
 
 
 def _attributes(
-  mode: Any, *leaves: Any, axis_sizes: tuple[tuple[int, ...], ...], comm: Any
+  *leaves: Any, axis_sizes: tuple[tuple[int, ...], ...], comm: Any
 ) -> dict[str, Any]:
-  del mode
   return {
     "context": np.int64(comm.context),
     # By leaf and rank, flat: an attribute has one dimension.

@@ -335,7 +335,7 @@ on_gpus = OnGpus()
 
 allreduce_p = _primitive.define(
   "allreduce",
-  attributes=lambda mode, *leaves, op, comm: {
+  attributes=lambda *leaves, op, comm: {
     "context": np.int64(comm.context),
     "reduction": np.int64(_REDUCTIONS.index(op)),
   },

@@ -66,6 +66,6 @@ class _OnGpus(nccl.Rendition):
 barrier_p = _primitive.define(
   "barrier",
   abstract_eval=lambda *, fixed, comm: [],
-  attributes=lambda mode, *leaves, comm: {"context": np.int64(comm.context)},
+  attributes=lambda *leaves, comm: {"context": np.int64(comm.context)},
   on_gpus=_OnGpus(),
 )

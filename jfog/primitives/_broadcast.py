@@ -185,7 +185,7 @@ class _OnGpus(nccl.Rendition):
 
 broadcast_p = _primitive.define(
   "broadcast",
-  attributes=lambda mode, *leaves, static_root, comm: {
+  attributes=lambda *leaves, static_root, comm: {
     "context": np.int64(comm.context)
   },
   transpose=_transpose,

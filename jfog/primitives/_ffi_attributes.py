@@ -1,6 +1,5 @@
 """Graphs as arguments of operations: checks, step index and fingerprint."""
 
-import hashlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,12 +64,3 @@ def difference_rows(topology: Topology) -> np.ndarray:
 def fingerprint(graph: Topology | Schedule) -> int:
   """Hash of a graph, equal on all ranks."""
   return neighbor_table(graph).fingerprint
-
-
-def numbered(name: str, mode: int, attributes: dict[str, Any]):
-  """Adds the number by which the native side finds what it has read of them."""
-  # Of all attributes: equal call sites share one decoded plan.
-  digest = hashlib.blake2b(digest_size=8)
-  for key, value in [("name", name), ("mode", mode), *attributes.items()]:
-    digest.update(key.encode() + np.asarray(value).tobytes())
-  return {**attributes, "plan": np.frombuffer(digest.digest(), np.int64)[0]}

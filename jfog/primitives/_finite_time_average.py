@@ -184,7 +184,6 @@ def _transpose(
 
 
 def _attributes(
-  mode: nccl.Mode,
   *leaves: Any,
   graph: Topology | Schedule | ExactAverage,
   comm: Any,
@@ -217,18 +216,14 @@ def _attributes(
       comm.rank
     )
     inclusive = [True] * rounds
-  return _ffi_attributes.numbered(
-    _NAME,
-    mode,
-    {
-      "context": np.int64(comm.context),
-      "graph": np.int64(fingerprint),
-      "exact": np.int64(is_exact),
-      # An attribute may not be empty: one more element, which is never read.
-      "inclusive": np.array([*inclusive, False], np.int32),
-      **table,
-    },
-  )
+  return {
+    "context": np.int64(comm.context),
+    "graph": np.int64(fingerprint),
+    "exact": np.int64(is_exact),
+    # An attribute may not be empty: one more element, which is never read.
+    "inclusive": np.array([*inclusive, False], np.int32),
+    **table,
+  }
 
 
 # On GPUs: an exchange for each round, each followed by its arithmetic in XLA. The

@@ -19,7 +19,6 @@ from jfog.primitives import (
   _primitive,
   _pytree,
   _weighted_sum,
-  nccl,
 )
 from jfog.primitives._operation import Operation
 from jfog.primitives.nccl._hierarchical import HierarchicalNeighborAllreduce
@@ -206,26 +205,22 @@ def _transpose(
 
 
 def _attributes(
-  mode: nccl.Mode, *leaves: Any, graph: Topology | Schedule, comm: Any
+  *leaves: Any, graph: Topology | Schedule, comm: Any
 ) -> dict[str, Any]:
   del leaves
   members = comm.ranks_of(comm.machine_rank)
   place = members.index(comm.rank)
-  return _ffi_attributes.numbered(
-    _NAME,
-    mode,
-    {
-      "context": np.int64(comm.context),
-      "graph": np.int64(_ffi_attributes.fingerprint(graph)),
-      "members": np.array(members, np.int32),
-      **neighbor_table(graph).attributes(
-        comm.machine_rank,
-        # Between machines each rank talks to those in the same place, so that
-        # no rank carries the traffic of its whole machine.
-        lambda machine: comm.ranks_of(machine)[place],
-      ),
-    },
-  )
+  return {
+    "context": np.int64(comm.context),
+    "graph": np.int64(_ffi_attributes.fingerprint(graph)),
+    "members": np.array(members, np.int32),
+    **neighbor_table(graph).attributes(
+      comm.machine_rank,
+      # Between machines each rank talks to those in the same place, so that no
+      # rank carries the traffic of its whole machine.
+      lambda machine: comm.ranks_of(machine)[place],
+    ),
+  }
 
 
 hierarchical_neighbor_allreduce_p = _primitive.define(

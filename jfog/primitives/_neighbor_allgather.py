@@ -17,7 +17,6 @@ from jfog.primitives import (
   _operation,
   _primitive,
   _pytree,
-  nccl,
 )
 from jfog.primitives._operation import Operation
 from jfog.primitives._peers import Peers, check_ranks
@@ -296,38 +295,30 @@ _tangents = functools.partial(
 )
 
 
-def _attributes(name: str) -> dict[str, Any]:
-  def attributes(
-    mode: nccl.Mode,
-    *leaves: Any,
-    rounds: Sequence[Any],
-    first: int,
-    fingerprint: int,
-    axis_sizes: Sequence[Any],
-    totals: Sequence[int],
-    check: bool,
-    comm: Any,
-  ) -> dict[str, Any]:
-    rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
-    unused = [0.0] * len(rows)
-    return _ffi_attributes.numbered(
-      name,
-      mode,
-      {
-        "context": np.int64(comm.context),
-        "graph": np.int64(fingerprint),
-        "check": np.int64(check),
-        "first": np.int64(first),
-        "rows": np.array(axis_sizes, np.int64).ravel(),
-        "width": np.array(
-          [np.prod(x.shape[1:], dtype=np.int64) for x in leaves], np.int64
-        ),
-        "total": np.array(totals, np.int64),
-        **csr_attributes(rows, unused, unused),
-      },
-    )
-
-  return attributes
+def _attributes(
+  *leaves: Any,
+  rounds: Sequence[Any],
+  first: int,
+  fingerprint: int,
+  axis_sizes: Sequence[Any],
+  totals: Sequence[int],
+  check: bool,
+  comm: Any,
+) -> dict[str, Any]:
+  rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
+  unused = [0.0] * len(rows)
+  return {
+    "context": np.int64(comm.context),
+    "graph": np.int64(fingerprint),
+    "check": np.int64(check),
+    "first": np.int64(first),
+    "rows": np.array(axis_sizes, np.int64).ravel(),
+    "width": np.array(
+      [np.prod(x.shape[1:], dtype=np.int64) for x in leaves], np.int64
+    ),
+    "total": np.array(totals, np.int64),
+    **csr_attributes(rows, unused, unused),
+  }
 
 
 def _to_transpose(
@@ -345,7 +336,7 @@ def _from_transpose(
 neighbor_allgather_p = _primitive.define(
   _NAME,
   abstract_eval=_abstract_eval,
-  attributes=_attributes(_NAME),
+  attributes=_attributes,
   tangents=_tangents,
   transpose=_to_transpose,
   batch_axis=-1,  # axis 0 is concatenated
@@ -355,7 +346,7 @@ neighbor_allgather_p = _primitive.define(
 neighbor_allgather_transpose_p = _primitive.define(
   f"{_NAME}_transpose",
   abstract_eval=_transpose_abstract_eval,
-  attributes=_attributes(f"{_NAME}_transpose"),
+  attributes=_attributes,
   tangents=_tangents,
   transpose=_from_transpose,
   batch_axis=-1,

@@ -19,7 +19,6 @@ from jfog.primitives import (
   _primitive,
   _pytree,
   _weighted_sum,
-  nccl,
 )
 from jfog.primitives._neighbor_allgather import neighbor_allgather
 from jfog.primitives._operation import Operation
@@ -384,23 +383,18 @@ def transposed(graph: Topology | Schedule) -> Topology | Schedule:
 
 
 def _attributes(
-  mode: nccl.Mode,
   *leaves: Any,
   graph: Topology | Schedule,
   weighting: Weighting,
   comm: Any,
 ) -> dict[str, Any]:
   del leaves
-  return _ffi_attributes.numbered(
-    "neighbor_allreduce",
-    mode,
-    {
-      "context": np.int64(comm.context),
-      "graph": np.int64(_ffi_attributes.fingerprint(graph)),
-      "weighting": np.int64(weighting),
-      **neighbor_table(graph).attributes(comm.rank),
-    },
-  )
+  return {
+    "context": np.int64(comm.context),
+    "graph": np.int64(_ffi_attributes.fingerprint(graph)),
+    "weighting": np.int64(weighting),
+    **neighbor_table(graph).attributes(comm.rank),
+  }
 
 
 neighbor_allreduce_p = _primitive.define(

@@ -294,7 +294,6 @@ def _transpose(
 
 
 def _attributes(
-  mode: Any,
   *leaves: Any,
   sources: int,
   scales: bool,
@@ -303,7 +302,7 @@ def _attributes(
   check: bool,
   comm: Any,
 ) -> dict[str, Any]:
-  del mode, leaves
+  del leaves
   return {
     "context": np.int64(comm.context),
     "pair": np.int64(pair),

@@ -73,8 +73,8 @@ class OperationRules:
 
   Attributes:
     name: the operation's name.
-    attributes: `(mode, *shapes of the leaves, **params)` to the handler's
-      attributes; the mode itself is added.
+    attributes: `(*shapes of the leaves, **params)` to the handler's
+      attributes; the mode is added.
     abstract_eval: `(*operands, **params)` to the results' shapes and dtypes; by
       default those of the leaves.
     tangents: `(primitive, primals, results, tangents, **params)` to the
@@ -130,8 +130,7 @@ class OperationRules:
   ) -> dict[str, Any]:
     """Attributes of the handler, the mode included."""
     leaves = operands[fixed:]
-    attributes = self.attributes(mode, *leaves, **params)
-    return {"mode": np.int64(mode), **attributes}
+    return {"mode": np.int64(mode), **self.attributes(*leaves, **params)}
 
   def weights(
     self, scalars: Sequence[Any], params: dict[str, Any]

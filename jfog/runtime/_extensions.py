@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import pathlib
 import pkgutil
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import jax
 
 import jfog
+from jfog import _compat
+
+# Held by the first lowering, since threads of the caller may lower at once.
+_registration = threading.Lock()
 
 
 @functools.cache
@@ -28,9 +33,10 @@ def build() -> types.SimpleNamespace:
 
 @functools.cache
 def mpi() -> Any:
-  """The extension `jfog._mpi`, with its handlers registered with XLA.
+  """The extension `jfog._mpi`, whose handlers the first lowering registers.
 
-  Loads the MPI library but does not start MPI.
+  Loads the MPI library but starts neither MPI nor the backends of JAX, whose
+  options `init` and its caller may still set.
 
   Raises:
     RuntimeError: if jfog was built without MPI, or if the MPI library that was
@@ -50,9 +56,19 @@ def mpi() -> Any:
       f"{error}. Reinstall jfog in this environment."
     ) from error
   _check_library(_mpi.BUILT_WITH, _mpi.library_version())
-  for name, handler in _mpi.registrations().items():
-    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+  _compat.register_before_lowering(_register_mpi)
   return _mpi
+
+
+def _register_mpi() -> None:
+  """Registers the handlers of `jfog._mpi` for CPUs, at the first call."""
+  with _registration:
+    _register_mpi_once()
+
+
+@functools.cache
+def _register_mpi_once() -> None:
+  _register(mpi().types(), mpi().registrations(), "cpu")
 
 
 @functools.cache
@@ -108,11 +124,6 @@ def register_nccl(
     platform: the XLA platform, `"CUDA"`.
     wrap: maps the table of targets to the one that is registered; for tests.
   """
-  # Before its backends start, JAX defers registrations and then replays handlers
-  # before the types that they use, which fails: start the backends first.
-  jax.local_devices()
-  for name, registration in module.types().items():
-    jax.ffi.register_ffi_type(name, registration, platform=platform)
   host = {
     name.removeprefix("jfog_mpi_"): handler
     for name, handler in mpi().registrations().items()
@@ -120,7 +131,19 @@ def register_nccl(
   staged = {name: host[name] for name in host if name.startswith("win_")}
   staged |= {f"staged_{name}": host[name] for name in ("wait", "poll")}
   targets = {**module.registrations(), **module.staged(staged)}
-  for name, stages in wrap(targets).items():
+  _register(module.types(), wrap(targets), platform)
+
+
+def _register(
+  types: dict[str, Any], targets: dict[str, Any], platform: str
+) -> None:
+  """Registers FFI types, then the handlers that use them."""
+  # Before its backends start, JAX defers registrations and then replays handlers
+  # before the types that they use, which fails: start the backends first.
+  jax.local_devices()
+  for name, registration in types.items():
+    jax.ffi.register_ffi_type(name, registration, platform=platform)
+  for name, stages in targets.items():
     jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 

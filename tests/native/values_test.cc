@@ -45,6 +45,41 @@ TEST_CASE("a step selects its round, and one out of range is an error") {
   CHECK_FALSE(FindRound(rounds, -1).has_value());
 }
 
+struct FakeCommunicator {
+  bool is_closed = false;
+  FirstFailure failure;
+
+  bool closed() const { return is_closed; }
+  ffi::Error Refusal() { return failure.Refusal(); }
+};
+
+TEST_CASE("a communicator that is gone, closed or failed is not ready") {
+  Registry<FakeCommunicator> comms;
+  const auto number = comms.Add(std::make_shared<FakeCommunicator>());
+  const auto comm = comms.Find(number);
+  const auto refusal = [&](std::int64_t context) {
+    return Ready(comms, context, "allreduce").error().message();
+  };
+  CHECK(*Ready(comms, number, "allreduce") == comm);
+  const char* const gone =
+      "jfog: allreduce on a communicator that was shut down";
+  CHECK(refusal(number + 1) == gone);
+  comm->failure.Set(ffi::ErrorCode::kAborted, "it has failed");
+  CHECK(refusal(number) == "jfog: it has failed");
+  comm->is_closed = true;
+  CHECK(refusal(number) == gone);
+}
+
+TEST_CASE("a plan is found again as the type that it was made as") {
+  struct Plan : CallPlan<FakeCommunicator> {
+    int value = 41;
+  };
+  Plan plan;
+  CallPlan<FakeCommunicator>* const state = &plan;
+  CHECK(&As<Plan>(state) == &plan);
+  CHECK(As<Plan>(state).value == 41);
+}
+
 TEST_CASE("a handle is taken once") {
   HandleTable<int> handles;
   std::uint32_t first, second;

@@ -1,4 +1,5 @@
-// The attributes of a call site that both backends share: mode and rounds.
+// The FFI state of a call site: its attributes, decoded when its program is
+// compiled.
 #include "common/call_plan.h"
 
 #include <utility>

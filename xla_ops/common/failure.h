@@ -54,6 +54,13 @@ inline ffi::Error ShutDownError(const std::string& name) {
                    name + " on a communicator that was shut down");
 }
 
+// An error, if the communicator (null: it is gone) is not ready for work.
+template <typename Comm>
+ffi::Error CheckReady(Comm* comm, const char* name) {
+  if (comm == nullptr || comm->closed()) return ShutDownError(name);
+  return comm->Refusal();
+}
+
 }  // namespace jfog
 
 #endif  // JFOG_XLA_OPS_COMMON_FAILURE_H_

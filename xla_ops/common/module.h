@@ -32,6 +32,18 @@ pybind11::dict Stages(Instantiate* instantiate, Execute* execute) {
   return stages;
 }
 
+// The table of FFI types of a module, which has one.
+template <typename State>
+pybind11::dict Types(const char* name) {
+  static auto info = xla::ffi::MakeTypeInfo<State>();
+  pybind11::dict type;
+  type["type_id"] = pybind11::capsule(static_cast<void*>(&State::id));
+  type["type_info"] = pybind11::capsule(static_cast<void*>(&info));
+  pybind11::dict types;
+  types[name] = type;
+  return types;
+}
+
 }  // namespace jfog
 
 #endif  // JFOG_XLA_OPS_COMMON_MODULE_H_

@@ -193,7 +193,7 @@ Completion AllreduceImpl(ffi::Token, ffi::RemainingArgs args,
                          ffi::Result<ffi::Token>, ffi::RemainingRets results,
                          std::int64_t context, std::int64_t mode,
                          std::int64_t reduction_number) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "allreduce"));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, "allreduce"));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
   const auto reduction = static_cast<Reduction>(reduction_number);
   for (const Leaf& leaf : leaves) {
@@ -215,7 +215,7 @@ Completion BroadcastImpl(ffi::Token, ffi::BufferR0<ffi::S32> rank,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, std::int64_t context,
                          std::int64_t mode) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "broadcast"));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, "broadcast"));
   const std::int64_t root = *rank.typed_data();
   if (root < 0 || root >= comm->size()) {
     return MakeError(ffi::ErrorCode::kInvalidArgument,
@@ -234,7 +234,7 @@ Completion AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
                          ffi::Result<ffi::Token>, ffi::RemainingRets results,
                          std::int64_t context, std::int64_t mode, Longs rows,
                          Longs row_sizes) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "allgather"));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, "allgather"));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
   std::vector<std::size_t> row_bytes;
   const std::size_t size = comm->size();
@@ -259,7 +259,7 @@ Completion AllgatherImpl(ffi::Token, ffi::RemainingArgs args,
 Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
                        ffi::RemainingRets results, std::int64_t context,
                        std::int64_t mode) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, "barrier"));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, "barrier"));
   return Launch(
       std::make_shared<BarrierOperation>(comm, "barrier", Payload(), 0),
       results, mode);

@@ -79,6 +79,16 @@ class Hop : public Exchange {
 struct FiniteTimePlan : Plan {
   bool is_exact = false;      // the protocol with two sums
   std::vector<bool> sends_s;  // by round; otherwise T is sent
+
+  ffi::Error Read(const ffi::Dictionary& attributes) {
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kName));
+    const auto exact = attributes.get<std::int64_t>("exact");
+    const auto inclusive = attributes.get<Ints>("inclusive");
+    if (!(exact && inclusive)) return LacksAttributes(kName);
+    is_exact = *exact != 0;
+    sends_s.assign(inclusive->begin(), inclusive->end());
+    return ffi::Error::Success();
+  }
 };
 
 // Consecutive rounds. Each is an operation with its own sequence number, taken
@@ -166,30 +176,12 @@ class FiniteTime : public Operation {
   std::size_t awaited_ = 0;  // the last round awaited, from 1
 };
 
-ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
-    const ffi::Dictionary& attributes) {
-  auto plan = std::make_shared<FiniteTimePlan>();
-  ffi::Error error = ReadPlan(attributes, kName, plan.get());
-  if (error.failure()) return ffi::Unexpected(std::move(error));
-  const auto exact = attributes.get<std::int64_t>("exact");
-  const auto sends_s = attributes.get<Ints>("inclusive");
-  if (!(exact && sends_s)) {
-    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
-                                     std::string(kName) + " lacks attributes"));
-  }
-  plan->is_exact = *exact != 0;
-  plan->sends_s.assign(sends_s->begin(), sends_s->end());
-  return std::shared_ptr<Plan>(std::move(plan));
-}
-
-Completion FiniteTimeImpl(ffi::Token, ffi::RemainingArgs args,
+Completion FiniteTimeImpl(State* state, ffi::Token, ffi::RemainingArgs args,
                           ffi::Result<ffi::Token>, ffi::RemainingRets results,
-                          ffi::Dictionary attributes) {
-  JFOG_ASSIGN_OR_RETURN(
-      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
-  const auto& plan = static_cast<const FiniteTimePlan&>(*found);
-  JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), kName));
-  found->Agree();
+                          ffi::Dictionary) {
+  FiniteTimePlan& plan = As<FiniteTimePlan>(state);
+  JFOG_RETURN_IF_ERROR(plan.Check(kName));
+  plan.Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
   JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
   if (plan.mode == kStart) leaves.Stage();
@@ -199,12 +191,16 @@ Completion FiniteTimeImpl(ffi::Token, ffi::RemainingArgs args,
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeFiniteTimeAverage, MakePlan<FiniteTimePlan>,
+                              ffi::Ffi::BindInstantiate().Attrs());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FiniteTimeAverage, FiniteTimeImpl,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<State>>()
                                   .Arg<ffi::Token>()  // order in
                                   .RemainingArgs()    // leaves
                                   .Ret<ffi::Token>()  // order out
                                   .RemainingRets()    // leaves, or handle
-                                  .Attrs());          // see MakePlan
+                                  .Attrs());          // see FiniteTimePlan
 
 }  // namespace jfog::mpi

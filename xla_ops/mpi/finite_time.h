@@ -6,6 +6,7 @@
 
 namespace jfog::mpi {
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MakeFiniteTimeAverage);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FiniteTimeAverage);
 
 }  // namespace jfog::mpi

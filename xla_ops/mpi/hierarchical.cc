@@ -19,29 +19,25 @@ constexpr const char* kName = "hierarchical_neighbor_allreduce";
 
 struct HierarchicalPlan : Plan {
   std::vector<int> members;  // the ranks of this machine
+
+  ffi::Error Read(const ffi::Dictionary& attributes) {
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kName));
+    const auto ranks = attributes.get<Ints>("members");
+    if (!ranks) return ranks.error();
+    members.assign(ranks->begin(), ranks->end());
+    return ffi::Error::Success();
+  }
 };
 
-ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
-    const ffi::Dictionary& attributes) {
-  auto plan = std::make_shared<HierarchicalPlan>();
-  JFOG_RETURN_IF_ERROR(ReadPlan(attributes, kName, plan.get()));
-  const auto members = attributes.get<Ints>("members");
-  if (!members) return ffi::Unexpected(members.error());
-  plan->members.assign(members->begin(), members->end());
-  return std::shared_ptr<Plan>(std::move(plan));
-}
-
-Completion HierarchicalImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+Completion HierarchicalImpl(State* state, ffi::Token,
+                            ffi::BufferR0<ffi::S32> step,
                             ffi::RemainingArgs args, ffi::Result<ffi::Token>,
-                            ffi::RemainingRets results,
-                            ffi::Dictionary attributes) {
-  JFOG_ASSIGN_OR_RETURN(
-      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
-  const auto& plan = static_cast<const HierarchicalPlan&>(*found);
-  JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), kName));
+                            ffi::RemainingRets results, ffi::Dictionary) {
+  HierarchicalPlan& plan = As<HierarchicalPlan>(state);
+  JFOG_RETURN_IF_ERROR(plan.Check(kName));
   const std::int64_t at = *step.typed_data();
   JFOG_ASSIGN_OR_RETURN(round, plan.At(at));
-  found->Agree();
+  plan.Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
   JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
   if (plan.mode == kStart) leaves.Stage();
@@ -53,14 +49,19 @@ Completion HierarchicalImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeHierarchicalNeighborAllreduce,
+                              MakePlan<HierarchicalPlan>,
+                              ffi::Ffi::BindInstantiate().Attrs());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     HierarchicalNeighborAllreduce, HierarchicalImpl,
     ffi::Ffi::Bind()
+        .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
         .RemainingArgs()                 // leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // leaves like the operands, or handle
-        .Attrs());                       // see MakePlan
+        .Attrs());                       // see HierarchicalPlan
 
 }  // namespace jfog::mpi

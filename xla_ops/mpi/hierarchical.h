@@ -6,6 +6,7 @@
 
 namespace jfog::mpi {
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MakeHierarchicalNeighborAllreduce);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(HierarchicalNeighborAllreduce);
 
 }  // namespace jfog::mpi

@@ -7,7 +7,6 @@
 #include <string>
 #include <utility>
 
-#include "common/failure.h"
 #include "common/weighted_sum.h"
 #include "mpi/handles.h"
 #include "mpi/progress_engine.h"
@@ -61,19 +60,6 @@ bool EndsSoon(Operation& operation) {
     sched_yield();
   }
   return true;
-}
-
-ffi::Error CheckReady(Communicator* comm, const char* name) {
-  if (comm == nullptr || comm->closed()) return ShutDownError(name);
-  return comm->Refusal();
-}
-
-ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
-                                                  const char* name) {
-  std::shared_ptr<Communicator> comm = Communicators().Find(context);
-  ffi::Error error = CheckReady(comm.get(), name);
-  if (error.failure()) return ffi::Unexpected(std::move(error));
-  return comm;
 }
 
 ffi::ErrorOr<Payload> ReadCall(ffi::RemainingArgs args, std::size_t first,

@@ -18,12 +18,6 @@ namespace jfog::mpi {
 // The end of a call: an error or success now, or a future.
 using Completion = std::variant<ffi::Error, ffi::Future>;
 
-// An error, if the communicator (null: it is gone) is not ready for work.
-ffi::Error CheckReady(Communicator* comm, const char* name);
-// The communicator of a call, ready for work.
-ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
-                                                  const char* name);
-
 // The leaves of a call; staged, unless they are used and filled within it.
 ffi::ErrorOr<Payload> ReadCall(ffi::RemainingArgs args, std::size_t first,
                                ffi::RemainingRets results, std::int64_t mode);

@@ -15,7 +15,6 @@
 #include "mpi/communicator.h"
 #include "mpi/handles.h"
 #include "mpi/launch.h"
-#include "mpi/plan.h"
 #include "mpi/progress_engine.h"
 #include "mpi/windows/window.h"
 
@@ -206,7 +205,6 @@ int Close(std::int64_t context) {
   Communicators().Remove(context);
   comm->Close();
   const int forgotten = ForgetHandles(*comm);
-  ForgetPlans(*comm);
   LeaveWindows(comm.get());
   std::lock_guard<std::mutex> lock(roots_mutex);
   auto& roots = Roots();

@@ -10,6 +10,7 @@
 #include "mpi/lifecycle.h"
 #include "mpi/neighbor_allgather.h"
 #include "mpi/neighbor_allreduce.h"
+#include "mpi/plan.h"
 #include "mpi/program.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
@@ -67,14 +68,17 @@ PYBIND11_MODULE(_mpi, m) {
         NoGil());
   m.def("registrations", [] {
     py::dict targets;
-    targets["jfog_mpi_neighbor_allreduce"] = Capsule(NeighborAllreduce);
+    targets["jfog_mpi_neighbor_allreduce"] =
+        Stages(MakeNeighborAllreduce, NeighborAllreduce);
     targets["jfog_mpi_peer_allreduce"] = Capsule(PeerAllreduce);
-    targets["jfog_mpi_hierarchical_neighbor_allreduce"] =
-        Capsule(HierarchicalNeighborAllreduce);
-    targets["jfog_mpi_finite_time_average"] = Capsule(FiniteTimeAverage);
-    targets["jfog_mpi_neighbor_allgather"] = Capsule(NeighborAllgather);
+    targets["jfog_mpi_hierarchical_neighbor_allreduce"] = Stages(
+        MakeHierarchicalNeighborAllreduce, HierarchicalNeighborAllreduce);
+    targets["jfog_mpi_finite_time_average"] =
+        Stages(MakeFiniteTimeAverage, FiniteTimeAverage);
+    targets["jfog_mpi_neighbor_allgather"] =
+        Stages(MakeNeighborAllgather, NeighborAllgather);
     targets["jfog_mpi_neighbor_allgather_transpose"] =
-        Capsule(NeighborAllgatherTranspose);
+        Stages(MakeNeighborAllgatherTranspose, NeighborAllgatherTranspose);
     targets["jfog_mpi_allreduce"] = Capsule(Allreduce);
     targets["jfog_mpi_broadcast"] = Capsule(Broadcast);
     targets["jfog_mpi_allgather"] = Capsule(Allgather);
@@ -93,6 +97,7 @@ PYBIND11_MODULE(_mpi, m) {
     targets["jfog_mpi_poll"] = Capsule(Poll);
     return targets;
   });
+  m.def("types", [] { return Types<State>("jfog_mpi_plan"); });
 }
 
 }  // namespace jfog::mpi

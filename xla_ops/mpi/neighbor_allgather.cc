@@ -18,6 +18,7 @@ namespace {
 using Longs = ffi::Span<const std::int64_t>;
 
 struct GatherPlan : Plan {
+  const char* name = "neighbor_allgather";
   bool check = false;      // of peers that are not from a graph
   std::int64_t first = 0;  // the graph's round that is round 0 of the plan
   std::vector<std::int64_t> rows;   // [i * size + r] of leaf i on rank r
@@ -27,6 +28,29 @@ struct GatherPlan : Plan {
   std::size_t Count(std::size_t leaf, int rank) const {
     return rows[leaf * comm->size() + rank] * width[leaf];
   }
+
+  ffi::Error Read(const ffi::Dictionary& attributes) {
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, name));
+    const auto checks = attributes.get<std::int64_t>("check");
+    const auto first_round = attributes.get<std::int64_t>("first");
+    if (!(checks && first_round)) return LacksAttributes(name);
+    check = *checks != 0;
+    first = *first_round;
+    const auto read = [&](const char* attribute,
+                          std::vector<std::int64_t>* values) {
+      const auto found = attributes.get<Longs>(attribute);
+      if (!found) return LacksAttributes(name);
+      values->assign(found->begin(), found->end());
+      return ffi::Error::Success();
+    };
+    JFOG_RETURN_IF_ERROR(read("rows", &rows));
+    JFOG_RETURN_IF_ERROR(read("width", &width));
+    return read("total", &total);
+  }
+};
+
+struct TransposePlan : GatherPlan {
+  TransposePlan() { name = "neighbor_allgather_transpose"; }
 };
 
 // The part of one rank in the gathered leaves, as a payload of its own. It
@@ -178,42 +202,14 @@ class ScatterExchange : public Exchange {
   const Payload own_;
 };
 
-constexpr const char* kAllgather = "neighbor_allgather";
-constexpr const char* kTranspose = "neighbor_allgather_transpose";
-
-ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(const ffi::Dictionary& attributes,
-                                             const char* name) {
-  auto plan = std::make_shared<GatherPlan>();
-  ffi::Error error = ReadPlan(attributes, name, plan.get());
-  if (error.failure()) return ffi::Unexpected(std::move(error));
-  const auto check = attributes.get<std::int64_t>("check");
-  const auto first = attributes.get<std::int64_t>("first");
-  const auto rows = attributes.get<Longs>("rows");
-  const auto width = attributes.get<Longs>("width");
-  const auto total = attributes.get<Longs>("total");
-  if (!(check && first && rows && width && total)) {
-    return ffi::Unexpected(MakeError(ffi::ErrorCode::kInternal,
-                                     std::string(name) + " lacks attributes"));
-  }
-  plan->check = *check != 0;
-  plan->first = *first;
-  plan->rows.assign(rows->begin(), rows->end());
-  plan->width.assign(width->begin(), width->end());
-  plan->total.assign(total->begin(), total->end());
-  return std::shared_ptr<Plan>(std::move(plan));
-}
-
-Completion LaunchExchange(const char* name, bool transposed,
+Completion LaunchExchange(GatherPlan& plan, bool transposed,
                           const ffi::BufferR0<ffi::S32>& step,
-                          ffi::RemainingArgs args, ffi::RemainingRets results,
-                          const ffi::Dictionary& attributes) {
-  JFOG_ASSIGN_OR_RETURN(
-      found, FindPlan(attributes, [&] { return MakePlan(attributes, name); }));
-  const auto& plan = static_cast<const GatherPlan&>(*found);
-  JFOG_RETURN_IF_ERROR(CheckReady(plan.comm.get(), name));
+                          ffi::RemainingArgs args, ffi::RemainingRets results) {
+  const char* const name = plan.name;
+  JFOG_RETURN_IF_ERROR(plan.Check(name));
   const std::int64_t at = *step.typed_data();
   JFOG_ASSIGN_OR_RETURN(round, plan.At(at));
-  found->Agree();
+  plan.Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
   const int me = plan.comm->rank();
   for (std::size_t i = 0; i < leaves.size(); ++i) {
@@ -241,43 +237,52 @@ Completion LaunchExchange(const char* name, bool transposed,
   return Launch(std::move(operation), results, plan.mode);
 }
 
-Completion NeighborAllgatherImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+Completion NeighborAllgatherImpl(State* state, ffi::Token,
+                                 ffi::BufferR0<ffi::S32> step,
                                  ffi::RemainingArgs args,
                                  ffi::Result<ffi::Token>,
-                                 ffi::RemainingRets results,
-                                 ffi::Dictionary attributes) {
-  return LaunchExchange(kAllgather, false, step, args, results, attributes);
+                                 ffi::RemainingRets results, ffi::Dictionary) {
+  return LaunchExchange(As<GatherPlan>(state), false, step, args, results);
 }
 
-Completion NeighborAllgatherTransposeImpl(ffi::Token,
+Completion NeighborAllgatherTransposeImpl(State* state, ffi::Token,
                                           ffi::BufferR0<ffi::S32> step,
                                           ffi::RemainingArgs args,
                                           ffi::Result<ffi::Token>,
                                           ffi::RemainingRets results,
-                                          ffi::Dictionary attributes) {
-  return LaunchExchange(kTranspose, true, step, args, results, attributes);
+                                          ffi::Dictionary) {
+  return LaunchExchange(As<TransposePlan>(state), true, step, args, results);
 }
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllgather, MakePlan<GatherPlan>,
+                              ffi::Ffi::BindInstantiate().Attrs());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     NeighborAllgather, NeighborAllgatherImpl,
     ffi::Ffi::Bind()
+        .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
         .RemainingArgs()                 // leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // gathered leaves, or handle
-        .Attrs());                       // see MakePlan
+        .Attrs());                       // see GatherPlan
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllgatherTranspose,
+                              MakePlan<TransposePlan>,
+                              ffi::Ffi::BindInstantiate().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     NeighborAllgatherTranspose, NeighborAllgatherTransposeImpl,
     ffi::Ffi::Bind()
+        .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
         .RemainingArgs()                 // cotangents of gathered leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // cotangents of leaves, or handle
-        .Attrs());                       // see MakePlan
+        .Attrs());                       // see GatherPlan
 
 }  // namespace jfog::mpi

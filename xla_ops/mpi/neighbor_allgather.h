@@ -6,7 +6,9 @@
 
 namespace jfog::mpi {
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MakeNeighborAllgather);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllgather);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MakeNeighborAllgatherTranspose);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllgatherTranspose);
 
 }  // namespace jfog::mpi

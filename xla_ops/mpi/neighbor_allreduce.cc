@@ -47,19 +47,16 @@ struct NeighborPlan : Plan {
   // dominate the time of a call of few bytes.
   std::mutex mutex;
   std::vector<std::shared_ptr<NeighborAverage>> spare;
-};
 
-ffi::ErrorOr<std::shared_ptr<Plan>> MakePlan(
-    const ffi::Dictionary& attributes) {
-  auto plan = std::make_shared<NeighborPlan>();
-  ffi::Error error = ReadPlan(attributes, kNeighborAllreduce, plan.get());
-  if (error.failure()) return ffi::Unexpected(std::move(error));
-  const auto weighting = attributes.get<std::int64_t>("weighting");
-  if (!weighting) return ffi::Unexpected(weighting.error());
-  plan->weighting = *weighting;
-  plan->spare.resize(plan->rounds.size());
-  return std::shared_ptr<Plan>(std::move(plan));
-}
+  ffi::Error Read(const ffi::Dictionary& attributes) {
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kNeighborAllreduce));
+    const auto source = attributes.get<std::int64_t>("weighting");
+    if (!source) return source.error();
+    weighting = *source;
+    spare.resize(rounds.size());
+    return ffi::Error::Success();
+  }
+};
 
 // The round, with the weights of a runtime row.
 ffi::ErrorOr<Round> Reweighted(Round round, const NeighborPlan& plan,
@@ -80,48 +77,46 @@ ffi::ErrorOr<Round> Reweighted(Round round, const NeighborPlan& plan,
   return round;
 }
 
-Completion NeighborAllreduceImpl(ffi::Token, ffi::BufferR0<ffi::S32> step,
+Completion NeighborAllreduceImpl(State* state, ffi::Token,
+                                 ffi::BufferR0<ffi::S32> step,
                                  ffi::RemainingArgs args,
                                  ffi::Result<ffi::Token>,
-                                 ffi::RemainingRets results,
-                                 ffi::Dictionary attributes) {
-  JFOG_ASSIGN_OR_RETURN(
-      found, FindPlan(attributes, [&] { return MakePlan(attributes); }));
-  auto* const plan = static_cast<NeighborPlan*>(found.get());
-  JFOG_RETURN_IF_ERROR(CheckReady(plan->comm.get(), kNeighborAllreduce));
+                                 ffi::RemainingRets results, ffi::Dictionary) {
+  NeighborPlan& plan = As<NeighborPlan>(state);
+  JFOG_RETURN_IF_ERROR(plan.Check(kNeighborAllreduce));
   const std::int64_t at = *step.typed_data();
-  JFOG_ASSIGN_OR_RETURN(planned, plan->At(at));
-  const bool has_row = plan->weighting != kGraph;
-  const bool reuses = !has_row && plan->mode == kWhole;
-  plan->Agree();
+  JFOG_ASSIGN_OR_RETURN(planned, plan.At(at));
+  const bool has_row = plan.weighting != kGraph;
+  const bool reuses = !has_row && plan.mode == kWhole;
+  plan.Agree();
   std::shared_ptr<NeighborAverage> average;
   {
-    std::lock_guard<std::mutex> lock(plan->mutex);
-    if (reuses) average = std::move(plan->spare[at]);
+    std::lock_guard<std::mutex> lock(plan.mutex);
+    if (reuses) average = std::move(plan.spare[at]);
   }
   if (average == nullptr || !average->Renew(args, results)) {
     JFOG_ASSIGN_OR_RETURN(leaves,
-                          ReadCall(args, has_row ? 1 : 0, results, plan->mode));
+                          ReadCall(args, has_row ? 1 : 0, results, plan.mode));
     JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kNeighborAllreduce));
     Round reweighted;
     if (has_row) {
       auto row = args.get<ffi::AnyBuffer>(0);
       if (!row) return row.error();
-      JFOG_ASSIGN_OR_RETURN(round, Reweighted(*planned, *plan, *row));
+      JFOG_ASSIGN_OR_RETURN(round, Reweighted(*planned, plan, *row));
       reweighted = std::move(round);
     }
-    if (plan->mode == kStart) leaves.Stage();
+    if (plan.mode == kStart) leaves.Stage();
     average = std::make_shared<NeighborAverage>(
-        plan->comm, kNeighborAllreduce, std::move(leaves),
-        Mix(Mix(plan->graph, plan->weighting), at),
+        plan.comm, kNeighborAllreduce, std::move(leaves),
+        Mix(Mix(plan.graph, plan.weighting), at),
         has_row ? reweighted : *planned);
   }
-  if (!reuses) return Launch(std::move(average), results, plan->mode);
+  if (!reuses) return Launch(std::move(average), results, plan.mode);
   average->Start();
   if (!EndsSoon(*average)) return HandOver(std::move(average));
   if (average->error().failure()) return average->error();
-  std::lock_guard<std::mutex> lock(plan->mutex);
-  plan->spare[at] = std::move(average);
+  std::lock_guard<std::mutex> lock(plan.mutex);
+  plan.spare[at] = std::move(average);
   return ffi::Error::Success();
 }
 
@@ -136,7 +131,7 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
                              std::int64_t sources, std::int64_t scales,
                              std::int64_t difference, std::int64_t check) {
   const char* const name = pair ? "pair_gossip" : "neighbor_allreduce";
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, name));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, name));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, mode));
   JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, name));
   const std::size_t count = ids.element_count();
@@ -172,15 +167,19 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllreduce, MakePlan<NeighborPlan>,
+                              ffi::Ffi::BindInstantiate().Attrs());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     NeighborAllreduce, NeighborAllreduceImpl,
     ffi::Ffi::Bind()
+        .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR0<ffi::S32>>()  // step, already modulo the period
         .RemainingArgs()                 // [row of weights,] leaves
         .Ret<ffi::Token>()               // order out
         .RemainingRets()                 // leaves like the operands, or handle
-        .Attrs());                       // see ReadPlan
+        .Attrs());                       // see NeighborPlan
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     PeerAllreduce, PeerAllreduceImpl,

@@ -6,6 +6,7 @@
 
 namespace jfog::mpi {
 
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MakeNeighborAllreduce);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(NeighborAllreduce);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(PeerAllreduce);
 

@@ -36,7 +36,7 @@ ffi::Error Call::CheckCuda(int code, const char* function) {
 
 ffi::Error Call::Check() {
   Communicator& comm = *plan_.comm;
-  JFOG_RETURN_IF_ERROR(comm.CheckReady(plan_.operation));
+  JFOG_RETURN_IF_ERROR(CheckReady(&comm, plan_.operation.c_str()));
   guard_.emplace(comm.device().context());
   JFOG_RETURN_IF_ERROR(CheckCuda(guard_->code(), "cuCtxPushCurrent"));
   CudaContext context = nullptr;

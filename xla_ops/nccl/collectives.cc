@@ -60,10 +60,10 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
   return call.Finish(results);
 }
 
-ffi::Error AllreduceImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error AllreduceImpl(CudaStream stream, State* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = As<CollectivePlan>(*state);
+  const auto& plan = As<CollectivePlan>(state);
   std::vector<ElementType> types;
   const auto check = [&](const std::vector<Leaf>& leaves) {
     if (plan.reductions.size() != leaves.size()) return Malformed(plan);
@@ -87,10 +87,10 @@ ffi::Error AllreduceImpl(CudaStream stream, Plan* state, ffi::Token,
   return Collective(stream, plan, args, results, 1, check, post, share);
 }
 
-ffi::Error BroadcastImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error BroadcastImpl(CudaStream stream, State* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = As<CollectivePlan>(*state);
+  const auto& plan = As<CollectivePlan>(state);
   const auto check = [&](const std::vector<Leaf>&) {
     const bool is_rank = plan.root >= 0 && plan.root < plan.comm->size();
     return is_rank ? ffi::Error::Success() : Malformed(plan);
@@ -106,10 +106,10 @@ ffi::Error BroadcastImpl(CudaStream stream, Plan* state, ffi::Token,
   return Collective(stream, plan, args, results, 1, check, post, share);
 }
 
-ffi::Error AllgatherImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error AllgatherImpl(CudaStream stream, State* state, ffi::Token,
                          ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                          ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = As<CollectivePlan>(*state);
+  const auto& plan = As<CollectivePlan>(state);
   const std::size_t size = plan.comm->size();
   const auto check = [](const std::vector<Leaf>&) {
     return ffi::Error::Success();
@@ -123,7 +123,7 @@ ffi::Error AllgatherImpl(CudaStream stream, Plan* state, ffi::Token,
   return Collective(stream, plan, args, results, size, check, post, share);
 }
 
-ffi::Error BarrierImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error BarrierImpl(CudaStream stream, State* state, ffi::Token,
                        ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                        ffi::RemainingRets results, ffi::Dictionary) {
   const auto check = [](const std::vector<Leaf>&) {
@@ -131,14 +131,14 @@ ffi::Error BarrierImpl(CudaStream stream, Plan* state, ffi::Token,
   };
   const auto post = [](Group&, std::size_t, const Leaf&) {};
   const auto share = [](const Leaf&) { return Share{0, 0}; };
-  return Collective(stream, As<CollectivePlan>(*state), args, results, 1, check,
+  return Collective(stream, As<CollectivePlan>(state), args, results, 1, check,
                     post, share);
 }
 
 auto Binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<CudaStream>>()
-      .Ctx<ffi::State<Plan>>()
+      .Ctx<ffi::State<State>>()
       .Arg<ffi::Token>()  // order in
       .RemainingArgs()    // leaves
       .Ret<ffi::Token>()  // order out

@@ -128,13 +128,6 @@ int Communicator::SecondStream(CudaStream* stream) {
   return kCudaSuccess;
 }
 
-ffi::Error Communicator::CheckReady(const std::string& name) {
-  if (closed_.load(std::memory_order_acquire)) {
-    return ShutDownError(name);
-  }
-  return Refusal();
-}
-
 bool Communicator::Fail(ffi::ErrorCode code, const std::string& text) {
   if (!failure_.Set(code, text)) return false;
   Abort();

@@ -67,8 +67,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // The stream of what was started; the driver's code.
   int SecondStream(CudaStream* stream);
 
-  // An error, if it is closed or has failed.
-  ffi::Error CheckReady(const std::string& name);
+  bool closed() const { return closed_.load(std::memory_order_acquire); }
   ffi::Error Refusal() { return failure_.Refusal(); }
   // Records a failure and aborts NCCL; returns whether it is the first one.
   bool Fail(ffi::ErrorCode code, const std::string& text);

@@ -141,11 +141,11 @@ std::uint64_t SignatureOf(const ExchangePlan& plan,
   return signature;
 }
 
-ffi::Error ExchangeImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error ExchangeImpl(CudaStream stream, State* state, ffi::Token,
                         ffi::AnyBuffer selector, ffi::RemainingArgs args,
                         ffi::Result<ffi::Token>, ffi::RemainingRets results,
                         ffi::Dictionary) {
-  const auto& plan = As<ExchangePlan>(*state);
+  const auto& plan = As<ExchangePlan>(state);
   const int size = plan.comm->size();
   Call call(plan, stream);
   JFOG_RETURN_IF_ERROR(call.Check());
@@ -236,7 +236,7 @@ void PostPeerMessages(const std::vector<PeerMessage>& outgoing,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclExchange, ExchangeImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<CudaStream>>()
-                                  .Ctx<ffi::State<Plan>>()
+                                  .Ctx<ffi::State<State>>()
                                   .Arg<ffi::Token>()      // order in
                                   .Arg<ffi::AnyBuffer>()  // step, or ranks
                                   .RemainingArgs()        // leaves

@@ -109,12 +109,12 @@ ffi::Error GatherBlocks(const HierarchicalPlan& plan, Call& call,
   });
 }
 
-ffi::Error HierarchicalStartImpl(CudaStream stream, Plan* state, ffi::Token,
+ffi::Error HierarchicalStartImpl(CudaStream stream, State* state, ffi::Token,
                                  ffi::AnyBuffer selector,
                                  ffi::RemainingArgs args,
                                  ffi::Result<ffi::Token>,
                                  ffi::RemainingRets results, ffi::Dictionary) {
-  const auto& plan = As<HierarchicalPlan>(*state);
+  const auto& plan = As<HierarchicalPlan>(state);
   Call call(plan, stream);
   JFOG_RETURN_IF_ERROR(call.Check());
   std::vector<std::int32_t> step{0};
@@ -154,7 +154,7 @@ ffi::Error HierarchicalStartImpl(CudaStream stream, Plan* state, ffi::Token,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclHierarchicalStart, HierarchicalStartImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<CudaStream>>()
-                                  .Ctx<ffi::State<Plan>>()
+                                  .Ctx<ffi::State<State>>()
                                   .Arg<ffi::Token>()      // order in
                                   .Arg<ffi::AnyBuffer>()  // step
                                   .RemainingArgs()        // leaves

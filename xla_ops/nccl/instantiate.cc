@@ -5,11 +5,11 @@
 
 namespace jfog::nccl {
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeExchange, MakeExchangePlan,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeExchange, MakePlan<ExchangePlan>,
                               ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeCollective, MakeCollectivePlan,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeCollective, MakePlan<CollectivePlan>,
                               ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeHierarchical, MakeHierarchicalPlan,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclMakeHierarchical, MakePlan<HierarchicalPlan>,
                               ffi::Ffi::BindInstantiate().Attrs());
 
 }  // namespace jfog::nccl

@@ -64,15 +64,7 @@ PYBIND11_MODULE(_nccl, m) {
     targets["jfog_nccl_poll"] = Stages(NcclPoll);
     return targets;
   });
-  m.def("types", [] {
-    static auto type = ffi::MakeTypeInfo<Plan>();
-    py::dict plan;
-    plan["type_id"] = py::capsule(static_cast<void*>(&Plan::id));
-    plan["type_info"] = py::capsule(static_cast<void*>(&type));
-    py::dict types;
-    types["jfog_nccl_plan"] = plan;
-    return types;
-  });
+  m.def("types", [] { return Types<State>("jfog_nccl_plan"); });
   m.def(
       "staged",
       [](const std::map<std::string, py::capsule>& host) {

@@ -117,7 +117,7 @@ ffi::Error Operation::Check(int code, const char* function) {
 ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
                              const nccl::Post& post) {
   std::lock_guard<std::mutex> order(comm_->order());
-  JFOG_RETURN_IF_ERROR(comm_->CheckReady(spec_.name));
+  JFOG_RETURN_IF_ERROR(CheckReady(comm_.get(), spec_.name.c_str()));
   comm_->Poll(Clock::now(), /*all=*/false);
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   sequence_ = comm_->NextSequence();

@@ -10,8 +10,8 @@ namespace {
 using Longs = ffi::Span<const std::int64_t>;
 
 // An attribute, or its default.
-std::int64_t Read(const ffi::Dictionary& attributes, const char* name,
-                  std::int64_t fallback) {
+std::int64_t ReadLong(const ffi::Dictionary& attributes, const char* name,
+                      std::int64_t fallback) {
   if (!attributes.contains(name)) return fallback;
   const auto value = attributes.get<std::int64_t>(name);
   return value ? *value : fallback;
@@ -26,96 +26,63 @@ std::vector<std::int64_t> ReadLongs(const ffi::Dictionary& attributes,
   return std::vector<std::int64_t>(values->begin(), values->end());
 }
 
-ffi::Error ReadCommon(const ffi::Dictionary& attributes, Plan* plan) {
-  const auto operation = attributes.get<std::string_view>("operation");
-  if (!operation) return LacksAttributes("an operation");
-  plan->operation = std::string(*operation);
-  const auto context = attributes.get<std::int64_t>("context");
-  if (!context) return LacksAttributes(plan->operation);
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(*context, plan->operation));
-  plan->comm = comm;
-  plan->mode = Read(attributes, "mode", kWhole);
-  plan->variant = static_cast<std::uint64_t>(Read(attributes, "variant", 0));
-  plan->signature =
-      static_cast<std::uint64_t>(Read(attributes, "signature", 0));
-  plan->received_bytes = ReadLongs(attributes, "received_bytes");
-  return ffi::Error::Success();
-}
-
 // A communicator of one rank has the context -1.
 ffi::Error ReadPart(const ffi::Dictionary& attributes, const char* attribute,
                     const std::string& name,
                     std::shared_ptr<Communicator>* comm) {
-  const std::int64_t context = Read(attributes, attribute, -1);
+  const std::int64_t context = ReadLong(attributes, attribute, -1);
   if (context < 0) return ffi::Error::Success();
-  JFOG_ASSIGN_OR_RETURN(found, Ready(context, name));
+  JFOG_ASSIGN_OR_RETURN(found, Ready(Communicators(), context, name.c_str()));
   *comm = found;
   return ffi::Error::Success();
 }
 
-template <typename P, ffi::Error (*kRead)(const ffi::Dictionary&, P*)>
-MadePlan MakePlan(ffi::Dictionary attributes) {
-  auto plan = std::make_unique<P>();
-  ffi::Error error = ReadCommon(attributes, plan.get());
-  if (error.success()) error = kRead(attributes, plan.get());
-  if (error.failure()) return ffi::Unexpected(std::move(error));
-  plan->is_made.store(true, std::memory_order_release);
-  return std::unique_ptr<Plan>(std::move(plan));
-}
+}  // namespace
 
-ffi::Error ReadExchange(const ffi::Dictionary& attributes, ExchangePlan* plan) {
-  plan->selects = Read(attributes, "selects", 0) != 0;
-  plan->apart = Read(attributes, "apart", 0) != 0;
-  plan->source_count = Read(attributes, "source_count", 0);
-  plan->send_counts = ReadLongs(attributes, "send_counts");
-  plan->receive_counts = ReadLongs(attributes, "receive_counts");
-  plan->send_slots = Read(attributes, "send_slots", 1);
-  plan->slots = Read(attributes, "slots", 1);
-  if (plan->selects) return ffi::Error::Success();
-  return ReadRounds(attributes, plan->operation, /*has_weights=*/false,
-                    &plan->rounds);
-}
-
-ffi::Error ReadCollective(const ffi::Dictionary& attributes,
-                          CollectivePlan* plan) {
-  plan->reductions = ReadLongs(attributes, "reductions");
-  plan->root = Read(attributes, "root", 0);
+ffi::Error Plan::ReadCommon(const ffi::Dictionary& attributes) {
+  const auto name = attributes.get<std::string_view>("operation");
+  if (!name) return LacksAttributes("an operation");
+  operation = std::string(*name);
+  const auto context = attributes.get<std::int64_t>("context");
+  if (!context) return LacksAttributes(operation);
+  JFOG_ASSIGN_OR_RETURN(found,
+                        Ready(Communicators(), *context, operation.c_str()));
+  comm = found;
+  mode = ReadLong(attributes, "mode", kWhole);
+  variant = static_cast<std::uint64_t>(ReadLong(attributes, "variant", 0));
+  signature = static_cast<std::uint64_t>(ReadLong(attributes, "signature", 0));
+  received_bytes = ReadLongs(attributes, "received_bytes");
   return ffi::Error::Success();
 }
 
-ffi::Error ReadHierarchical(const ffi::Dictionary& attributes,
-                            HierarchicalPlan* plan) {
+ffi::Error ExchangePlan::Read(const ffi::Dictionary& attributes) {
+  JFOG_RETURN_IF_ERROR(ReadCommon(attributes));
+  selects = ReadLong(attributes, "selects", 0) != 0;
+  apart = ReadLong(attributes, "apart", 0) != 0;
+  source_count = ReadLong(attributes, "source_count", 0);
+  send_counts = ReadLongs(attributes, "send_counts");
+  receive_counts = ReadLongs(attributes, "receive_counts");
+  send_slots = ReadLong(attributes, "send_slots", 1);
+  slots = ReadLong(attributes, "slots", 1);
+  if (selects) return ffi::Error::Success();
+  return ReadRounds(attributes, operation, /*has_weights=*/false, &rounds);
+}
+
+ffi::Error CollectivePlan::Read(const ffi::Dictionary& attributes) {
+  JFOG_RETURN_IF_ERROR(ReadCommon(attributes));
+  reductions = ReadLongs(attributes, "reductions");
+  root = ReadLong(attributes, "root", 0);
+  return ffi::Error::Success();
+}
+
+ffi::Error HierarchicalPlan::Read(const ffi::Dictionary& attributes) {
+  JFOG_RETURN_IF_ERROR(ReadCommon(attributes));
   JFOG_RETURN_IF_ERROR(
-      ReadPart(attributes, "local_context", plan->operation, &plan->local));
-  JFOG_RETURN_IF_ERROR(ReadPart(attributes, "machines_context", plan->operation,
-                                &plan->machines));
-  plan->slots = Read(attributes, "slots", 0);
-  return ReadRounds(attributes, plan->operation, /*has_weights=*/false,
-                    &plan->rounds);
-}
-
-}  // namespace
-
-ffi::TypeId Plan::id = {};
-
-ffi::ErrorOr<std::shared_ptr<Communicator>> Ready(std::int64_t context,
-                                                  const std::string& name) {
-  std::shared_ptr<Communicator> comm = Communicators().Find(context);
-  if (comm == nullptr) return ffi::Unexpected(ShutDownError(name));
-  JFOG_RETURN_IF_ERROR(comm->CheckReady(name));
-  return comm;
-}
-
-MadePlan MakeExchangePlan(ffi::Dictionary attributes) {
-  return MakePlan<ExchangePlan, ReadExchange>(std::move(attributes));
-}
-
-MadePlan MakeCollectivePlan(ffi::Dictionary attributes) {
-  return MakePlan<CollectivePlan, ReadCollective>(std::move(attributes));
-}
-
-MadePlan MakeHierarchicalPlan(ffi::Dictionary attributes) {
-  return MakePlan<HierarchicalPlan, ReadHierarchical>(std::move(attributes));
+      ReadPart(attributes, "local_context", operation, &local));
+  JFOG_RETURN_IF_ERROR(
+      ReadPart(attributes, "machines_context", operation, &machines));
+  slots = ReadLong(attributes, "slots", 0);
+  return ReadRounds(attributes, operation, /*has_weights=*/false, &rounds);
 }
 
 }  // namespace jfog::nccl

@@ -49,8 +49,8 @@ class _Associated(enum.IntEnum):
   FLOAT64 = 2
 
 
-def _create_attributes(mode: Any, *leaves: Any, spec: Any) -> dict[str, Any]:
-  del mode, leaves
+def _create_attributes(*leaves: Any, spec: Any) -> dict[str, Any]:
+  del leaves
   topology, rank = spec.topology, spec.comm.rank
   out = topology.out_neighbors(rank)
   associated = _Associated.NONE
@@ -79,9 +79,9 @@ def _fingerprint(text: str) -> int:
 
 
 def _attributes(
-  mode: Any, *leaves: Any, comm: Any, peers: Any = None, **flags: Any
+  *leaves: Any, comm: Any, peers: Any = None, **flags: Any
 ) -> dict[str, Any]:
-  del mode, leaves
+  del leaves
   attributes: dict[str, Any] = {"context": np.int64(comm.context)}
   if peers is not None:
     # Not empty, as above: the last element is never read.
@@ -120,6 +120,6 @@ win_associated_p_p = _define(
   abstract_eval=lambda number, fixed, dtype, comm: [
     jax.core.ShapedArray((), dtype)
   ],
-  attributes=lambda mode, dtype, comm: {"context": np.int64(comm.context)},
+  attributes=lambda dtype, comm: {"context": np.int64(comm.context)},
 )
 win_free_p = _define("win_free")

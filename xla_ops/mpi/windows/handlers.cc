@@ -81,7 +81,7 @@ Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
                          std::int64_t structure, Ints sources,
                          Ints destinations, Ints slots, std::int64_t zero_init,
                          std::int64_t associated) {
-  JFOG_ASSIGN_OR_RETURN(comm, Ready(context, kCreate));
+  JFOG_ASSIGN_OR_RETURN(comm, Ready(Communicators(), context, kCreate));
   JFOG_ASSIGN_OR_RETURN(leaves, ReadLeaves(args, 0, nullptr));
   WindowPlan plan;
   for (std::int64_t part : {graph, structure, zero_init, associated}) {
