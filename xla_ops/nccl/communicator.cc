@@ -5,9 +5,6 @@
 #include <stdexcept>
 #include <thread>
 
-#include "nccl/operation.h"
-#include "nccl/watchdog.h"
-
 namespace jfog::nccl {
 namespace {
 
@@ -212,7 +209,8 @@ void Communicator::PostGroup(Comm comm, CudaStream stream, const Post& post,
   }
 }
 
-ffi::Error Communicator::EndLaunch(Operation& operation, NcclCall& called,
+ffi::Error Communicator::EndLaunch(InFlightOperation& operation,
+                                   NcclCall& called,
                                    const KeepsWaiting& keeps_waiting) {
   // Where peers connect, a non-blocking communicator waits for them here.
   if (called.code == kInProgress) {
@@ -239,15 +237,15 @@ std::set<Communicator::Connection> Communicator::NewConnections(
   return connections;
 }
 
-ffi::Error Communicator::FailIn(Operation& operation, const char* function,
-                                const std::string& text) {
+ffi::Error Communicator::FailIn(InFlightOperation& operation,
+                                const char* function, const std::string& text) {
   JFOG_RETURN_IF_ERROR(Refusal());
   return operation.Fail(ffi::ErrorCode::kAborted,
                         std::string("failed in ") + function + ": " + text +
                             "; it exchanges with " + operation.Peers());
 }
 
-ffi::Error Communicator::Rendezvous(Operation& operation,
+ffi::Error Communicator::Rendezvous(InFlightOperation& operation,
                                     const std::set<Connection>& connections) {
   const Clock::time_point begin = Clock::now();
   const KeepsWaiting keeps_waiting = [&] {
@@ -304,8 +302,9 @@ ffi::Error Communicator::Rendezvous(Operation& operation,
   return error;
 }
 
-ffi::Error Communicator::Run(Operation& operation, const OperationSpec& spec,
-                             CudaStream stream, const Post& post) {
+ffi::Error Communicator::Run(InFlightOperation& operation,
+                             const OperationSpec& spec, CudaStream stream,
+                             const Post& post) {
   const Clock::time_point begin = Clock::now();
   const KeepsWaiting keeps_waiting = [&] {
     return operation.CheckDeadline(Clock::now() - begin).success() && !failed();
@@ -330,51 +329,19 @@ ffi::Error Communicator::Run(Operation& operation, const OperationSpec& spec,
   return ffi::Error::Success();
 }
 
-void Communicator::Enter(std::shared_ptr<Operation> operation) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    in_flight_.push_back(std::move(operation));
-  }
+void Communicator::Enter(std::shared_ptr<InFlightOperation> operation) {
+  in_flight_.Enter(std::move(operation));
   Watchdog::Get().Wake();
 }
 
-std::deque<std::shared_ptr<Operation>> Communicator::InFlight() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return in_flight_;
+bool Communicator::PollOldest(Clock::time_point now) {
+  const ContextGuard guard(device_->context());
+  return in_flight_.PollOldest(now);
 }
 
-bool Communicator::Poll(Clock::time_point now, bool all) {
+bool Communicator::PollAll(Clock::time_point now) {
   const ContextGuard guard(device_->context());
-  std::unique_lock<std::mutex> looking(looking_, std::try_to_lock);
-  if (!looking.owns_lock()) return true;
-  if (all) {
-    const std::deque<std::shared_ptr<Operation>> operations = InFlight();
-    std::vector<const Operation*> over;
-    for (const auto& operation : operations) {
-      if (operation->Poll(now)) over.push_back(operation.get());
-    }
-    if (over.size() < operations.size()) CheckAsyncError();
-    std::lock_guard<std::mutex> lock(mutex_);
-    in_flight_.erase(
-        std::remove_if(in_flight_.begin(), in_flight_.end(),
-                       [&](const std::shared_ptr<Operation>& operation) {
-                         return std::find(over.begin(), over.end(),
-                                          operation.get()) != over.end();
-                       }),
-        in_flight_.end());
-    return !in_flight_.empty();
-  }
-  for (;;) {
-    std::shared_ptr<Operation> oldest;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (in_flight_.empty()) return false;
-      oldest = in_flight_.front();
-    }
-    if (!oldest->Poll(now)) return true;
-    std::lock_guard<std::mutex> lock(mutex_);
-    in_flight_.pop_front();
-  }
+  return in_flight_.PollAll(now, [this] { CheckAsyncError(); });
 }
 
 void Communicator::CheckAsyncError() {
@@ -389,11 +356,11 @@ void Communicator::CheckAsyncError() {
     if (state == kSuccess || state == kInProgress) return;
     text = Explain(comm_, state);
   }
-  const std::deque<std::shared_ptr<Operation>> operations = InFlight();
+  const InFlight::Operations operations = in_flight_.All();
   if (operations.empty()) return;
   // A peer that found a mismatch has ended; a header here may name the reason.
   for (const auto& operation : operations) operation->Peek();
-  const std::shared_ptr<Operation>& oldest = operations.front();
+  const std::shared_ptr<InFlightOperation>& oldest = operations.front();
   oldest->Report(
       ffi::ErrorCode::kAborted,
       "failed in NCCL: " + text + "; it exchanges with " + oldest->Peers());
@@ -436,8 +403,8 @@ void Communicator::AwaitAbort(Clock::time_point until) {
 }
 
 void Communicator::Drain() {
-  while (!failed() && Poll(Clock::now(), /*all=*/true)) {
-    for (const auto& operation : InFlight()) operation->Await();
+  while (!failed() && PollAll(Clock::now())) {
+    for (const auto& operation : in_flight_.All()) operation->Await();
     std::this_thread::sleep_for(kNap);
   }
 }

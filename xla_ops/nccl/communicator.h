@@ -6,7 +6,6 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -24,11 +23,11 @@
 #include "common/traffic_counters.h"
 #include "nccl/device.h"
 #include "nccl/group.h"
+#include "nccl/in_flight.h"
+#include "nccl/operation_spec.h"
+#include "nccl/watchdog.h"
 
 namespace jfog::nccl {
-
-class Operation;
-struct OperationSpec;
 
 // An NCCL communicator with jfog's state: sequence numbers, operations in
 // flight, failure, counters. After its first failure it refuses all further
@@ -45,13 +44,14 @@ struct OperationSpec;
 //
 // Of its locks, `order` is held while an operation is launched, which may take
 // as long as its peers take to come; `handle_` while a thread is inside NCCL.
-class Communicator : public std::enable_shared_from_this<Communicator> {
+class Communicator : public Watched,
+                     public std::enable_shared_from_this<Communicator> {
  public:
   // Collective over all ranks of an id. Throws what Python raises.
   static std::shared_ptr<Communicator> Make(const std::vector<UniqueId>& ids,
                                             int rank, int size, int device,
                                             double timeout);
-  ~Communicator();
+  ~Communicator() override;
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
@@ -75,15 +75,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // Posts a group for an operation, and waits until NCCL has launched it; under
   // `order`.
-  ffi::Error Run(Operation& operation, const OperationSpec& spec,
+  ffi::Error Run(InFlightOperation& operation, const OperationSpec& spec,
                  CudaStream stream, const Post& post);
   // Polls a launched operation from now on.
-  void Enter(std::shared_ptr<Operation> operation);
-  // Polls operations in flight, and ends or fails them; only the oldest ones
-  // unless `all`. Returns whether any is left.
-  bool Poll(Clock::time_point now, bool all);
-  // Operations in flight, in the order in which NCCL runs them.
-  std::deque<std::shared_ptr<Operation>> InFlight();
+  void Enter(std::shared_ptr<InFlightOperation> operation);
+  // These poll operations in flight, and return whether any is left.
+  bool PollOldest(Clock::time_point now);
+  bool PollAll(Clock::time_point now) override;
+  InFlight::Operations OperationsInFlight() { return in_flight_.All(); }
 
   // Waits for operations in flight, each within its deadline.
   void Drain();
@@ -131,15 +130,15 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void PostGroup(Comm comm, CudaStream stream, const Post& post,
                  NcclCall& called);
   // Waits until a group is launched, and turns its outcome into an error.
-  ffi::Error EndLaunch(Operation& operation, NcclCall& called,
+  ffi::Error EndLaunch(InFlightOperation& operation, NcclCall& called,
                        const KeepsWaiting& keeps_waiting);
   // The connections that an operation is the first to use.
   std::set<Connection> NewConnections(const OperationSpec& spec) const;
   // Waits for the ranks at the other ends of new connections, within the
   // deadline.
-  ffi::Error Rendezvous(Operation& operation,
+  ffi::Error Rendezvous(InFlightOperation& operation,
                         const std::set<Connection>& connections);
-  ffi::Error FailIn(Operation& operation, const char* function,
+  ffi::Error FailIn(InFlightOperation& operation, const char* function,
                     const std::string& text);
   void Abort();
   void Finalize();
@@ -161,14 +160,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Null after they are aborted or destroyed.
   Comm comm_ = nullptr;
   Comm rendezvous_ = nullptr;  // in the blocking form
-  std::mutex looking_;
+  InFlight in_flight_;
   FirstFailure failure_;
   TrafficCounters traffic_;
 
   std::mutex mutex_;  // guards all below
   std::condition_variable aborted_;
   enum { kNotAborted, kAborting, kAborted } abort_ = kNotAborted;
-  std::deque<std::shared_ptr<Operation>> in_flight_;
 };
 
 // The communicators of this process, by the context number of operations.

@@ -108,17 +108,11 @@ void Operation::Report(ffi::ErrorCode code, const std::string& text) {
   std::fflush(stderr);
 }
 
-ffi::Error Operation::Check(int code, const char* function) {
-  if (code == kCudaSuccess) return ffi::Error::Success();
-  return Fail(ffi::ErrorCode::kInternal, std::string("failed in ") + function +
-                                             ": " + CudaErrorText(code));
-}
-
 ffi::Error Operation::Launch(CudaStream stream, bool is_awaited,
                              const nccl::Post& post) {
   std::lock_guard<std::mutex> order(comm_->order());
   JFOG_RETURN_IF_ERROR(CheckReady(comm_.get(), spec_.name.c_str()));
-  comm_->Poll(Clock::now(), /*all=*/false);
+  comm_->PollOldest(Clock::now());
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   sequence_ = comm_->NextSequence();
   comm_->traffic().CountOperation();
@@ -265,12 +259,12 @@ bool Operation::Poll(Clock::time_point now) {
   if (waited > next_peek_ || is_overdue) {
     next_peek_ = 2 * waited;
     // An earlier operation that no caller waits for may delay this one.
-    for (const auto& operation : comm_->InFlight()) operation->Peek();
+    for (const auto& operation : comm_->OperationsInFlight()) operation->Peek();
     if (comm_->failed()) return false;
   }
-  std::shared_ptr<Operation> first = shared_from_this();
+  std::shared_ptr<InFlightOperation> first = shared_from_this();
   if (is_overdue) {
-    for (const auto& operation : comm_->InFlight()) {
+    for (const auto& operation : comm_->OperationsInFlight()) {
       if (operation->HasEnded()) continue;
       first = operation;
       break;

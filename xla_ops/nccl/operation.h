@@ -19,27 +19,10 @@ namespace jfog::nccl {
 
 using Header = OperationHeader;
 
-// An edge to or from another rank, and the bytes that travel on it.
-struct Edge {
-  int rank;
-  std::size_t bytes;
-};
-
-// The identity and the edges of an operation before its launch.
-struct OperationSpec {
-  std::string name;
-  std::uint64_t signature = 0;
-  std::uint64_t variant = 0;
-  std::string leaves;  // for texts
-  // Of an exchange. A collective has all ranks as its peers.
-  std::vector<Edge> sources = {};
-  std::vector<Edge> destinations = {};
-  bool is_collective = false;
-};
-
 // An operation is launched once, then polled by the next call and by the
 // watchdog. The device does not wait for the polls.
-class Operation : public std::enable_shared_from_this<Operation> {
+class Operation : public InFlightOperation,
+                  public std::enable_shared_from_this<Operation> {
  public:
   Operation(std::shared_ptr<Communicator> comm, OperationSpec spec);
   Operation(const Operation&) = delete;
@@ -53,30 +36,21 @@ class Operation : public std::enable_shared_from_this<Operation> {
 
   // Starts the clock of the deadline: when an event has passed, or now.
   void Await(std::shared_ptr<Event> reached);
-  void Await();
-  // Whether the device has ended it, successfully or not.
-  bool HasEnded() const { return ended_ != nullptr && ended_->HasPassed(); }
+  void Await() override;
+  bool HasEnded() const override {
+    return ended_ != nullptr && ended_->HasPassed();
+  }
   const std::shared_ptr<Event>& ended() const { return ended_; }
 
-  // Ends it, or fails the communicator if there is a reason; returns whether it
-  // has ended. One thread at a time.
-  bool Poll(Clock::time_point now);
-  // Checks the headers that have arrived while it is in flight.
-  void Peek();
-  // Warns of a long wait, and fails a longer one.
-  ffi::Error CheckDeadline(Clock::duration waited);
-
-  // Fails the communicator.
-  ffi::Error Fail(ffi::ErrorCode code, const std::string& text);
-  // Fails the communicator where no call can return the error: prints it, too.
-  void Report(ffi::ErrorCode code, const std::string& text);
-  // Turns a code of the driver into a failure.
-  ffi::Error Check(int code, const char* function);
+  bool Poll(Clock::time_point now) override;
+  void Peek() override;
+  ffi::Error CheckDeadline(Clock::duration waited) override;
+  ffi::Error Fail(ffi::ErrorCode code, const std::string& text) override;
+  void Report(ffi::ErrorCode code, const std::string& text) override;
 
   // "neighbor_allreduce #41 on rank 0"
   std::string Title() const;
-  // "ranks 1, 2"
-  std::string Peers() const { return RankList(peers_); }
+  std::string Peers() const override { return RankList(peers_); }
   Communicator& comm() const { return *comm_; }
 
  private:

@@ -68,7 +68,7 @@ ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
 // The first failure of the communicators that its operations are on.
 ffi::Error RefusalOf(const Started& started) {
   for (const auto& operation : started.operations) {
-    operation->comm().Poll(Clock::now(), /*all=*/false);
+    operation->comm().PollOldest(Clock::now());
     JFOG_RETURN_IF_ERROR(operation->comm().Refusal());
   }
   return started.comm->Refusal();

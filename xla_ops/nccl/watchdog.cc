@@ -5,8 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "nccl/communicator.h"
-
 namespace jfog::nccl {
 
 void Watchdog::SetInterval(double seconds) {
@@ -24,7 +22,7 @@ Watchdog& Watchdog::Get() {
   return *watchdog;
 }
 
-void Watchdog::Watch(const std::shared_ptr<Communicator>& comm) {
+void Watchdog::Watch(const std::shared_ptr<Watched>& comm) {
   std::lock_guard<std::mutex> lock(mutex_);
   watched_.push_back(comm);
   if (thread_.joinable()) return;
@@ -54,10 +52,10 @@ void Watchdog::Run() {
   while (!stopped_) {
     // Cleared before the poll: a Wake during the poll then starts another one.
     awake_.store(false);
-    std::vector<std::shared_ptr<Communicator>> comms;
-    std::vector<std::weak_ptr<Communicator>> left;
+    std::vector<std::shared_ptr<Watched>> comms;
+    std::vector<std::weak_ptr<Watched>> left;
     for (const auto& watched : watched_) {
-      if (std::shared_ptr<Communicator> comm = watched.lock()) {
+      if (std::shared_ptr<Watched> comm = watched.lock()) {
         comms.push_back(std::move(comm));
         left.push_back(watched);
       }
@@ -66,7 +64,7 @@ void Watchdog::Run() {
     lock.unlock();
     bool is_busy = false;
     for (const auto& comm : comms) {
-      is_busy |= comm->Poll(Clock::now(), /*all=*/true);
+      is_busy |= comm->PollAll(Clock::now());
     }
     comms.clear();
     lock.lock();

@@ -10,16 +10,24 @@
 #include <thread>
 #include <vector>
 
+#include "common/format.h"
+
 namespace jfog::nccl {
 
-class Communicator;
+// A communicator, in what the watchdog uses of it.
+class Watched {
+ public:
+  virtual ~Watched() = default;
+  // Polls operations in flight; returns whether any is left.
+  virtual bool PollAll(Clock::time_point now) = 0;
+};
 
 // One thread per process. It sleeps while no operation is in flight.
 class Watchdog {
  public:
   static Watchdog& Get();
 
-  void Watch(const std::shared_ptr<Communicator>& comm);
+  void Watch(const std::shared_ptr<Watched>& comm);
   // Resumes polling: an operation is in flight.
   void Wake();
   void Stop();
@@ -31,7 +39,7 @@ class Watchdog {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::weak_ptr<Communicator>> watched_;
+  std::vector<std::weak_ptr<Watched>> watched_;
   std::thread thread_;
   std::atomic<bool> awake_{false};
   std::atomic<std::int64_t> interval_ns_{2'000'000};
