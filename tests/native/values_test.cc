@@ -104,4 +104,23 @@ TEST_CASE("a registry never reuses a number") {
   CHECK(registry.All().size() == 1);
 }
 
+TEST_CASE("a registry counts from any number, and wraps around") {
+  Registry<int, std::uint32_t> registry(0xffffffffu);
+  std::uint32_t handle = 0;
+  registry.Write(registry.Add(std::make_shared<int>(1)), &handle);
+  CHECK(handle == 0xffffffffu);
+  CHECK(*registry.Find(&handle) == 1);
+  CHECK(registry.Add(std::make_shared<int>(2)) == 0);
+}
+
+TEST_CASE("objects of a registry are found and removed by a predicate") {
+  Registry<int> registry;
+  for (int value : {1, 2, 3, 4}) registry.Add(std::make_shared<int>(value));
+  const auto is_even = [](int value) { return value % 2 == 0; };
+  CHECK(*registry.FindIf(is_even) == 2);
+  CHECK(registry.RemoveIf(is_even).size() == 2);
+  CHECK(registry.FindIf(is_even) == nullptr);
+  CHECK(registry.All().size() == 2);
+}
+
 }  // namespace jfog

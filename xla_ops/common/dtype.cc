@@ -5,8 +5,8 @@ namespace jfog {
 
 std::size_t SizeOf(DataType type) {
   switch (type) {
-#define JFOG_SIZE(dtype, name, stored, accumulated, weight) \
-  case DataType::dtype:                                     \
+#define JFOG_SIZE(dtype, name, stored, accumulated, weight, ...) \
+  case DataType::dtype:                                          \
     return sizeof(stored);
     JFOG_FOR_EACH_DTYPE(JFOG_SIZE)
 #undef JFOG_SIZE
@@ -17,8 +17,8 @@ std::size_t SizeOf(DataType type) {
 
 const char* NameOf(DataType type) {
   switch (type) {
-#define JFOG_NAME(dtype, name, stored, accumulated, weight) \
-  case DataType::dtype:                                     \
+#define JFOG_NAME(dtype, name, stored, accumulated, weight, ...) \
+  case DataType::dtype:                                          \
     return name;
     JFOG_FOR_EACH_DTYPE(JFOG_NAME)
 #undef JFOG_NAME

@@ -89,26 +89,37 @@ struct Float16 {
 };
 
 // All types that jfog moves, one X(dtype, NumPy name, type as stored, type that
-// accumulates a weighted sum, type of a weight) each. Integers accumulate
-// modulo 2^64, of which every integer type keeps its low bits; the last two
-// columns of bool are unused.
-#define JFOG_FOR_EACH_SUMMABLE_DTYPE(X)                                \
-  X(S8, "int8", std::int8_t, std::uint64_t, std::uint64_t)             \
-  X(S16, "int16", std::int16_t, std::uint64_t, std::uint64_t)          \
-  X(S32, "int32", std::int32_t, std::uint64_t, std::uint64_t)          \
-  X(S64, "int64", std::int64_t, std::uint64_t, std::uint64_t)          \
-  X(U8, "uint8", std::uint8_t, std::uint64_t, std::uint64_t)           \
-  X(U16, "uint16", std::uint16_t, std::uint64_t, std::uint64_t)        \
-  X(U32, "uint32", std::uint32_t, std::uint64_t, std::uint64_t)        \
-  X(U64, "uint64", std::uint64_t, std::uint64_t, std::uint64_t)        \
-  X(F16, "float16", Float16, float, float)                             \
-  X(BF16, "bfloat16", Bfloat16, float, float)                          \
-  X(F32, "float32", float, float, float)                               \
-  X(F64, "float64", double, double, double)                            \
-  X(C64, "complex64", std::complex<float>, std::complex<float>, float) \
-  X(C128, "complex128", std::complex<double>, std::complex<double>, double)
-#define JFOG_FOR_EACH_DTYPE(X)                              \
-  X(PRED, "bool", std::uint8_t, std::uint8_t, std::uint8_t) \
+// accumulates a weighted sum, type of a weight, MPI's name, NCCL's name) each.
+// Integers accumulate modulo 2^64, of which every integer type keeps its low
+// bits; the accumulating type and the weight of bool are unused. The last two
+// columns are names of mpi.h and nccl/api.h, for users that include those.
+#define JFOG_FOR_EACH_SUMMABLE_DTYPE(X)                                       \
+  X(S8, "int8", std::int8_t, std::uint64_t, std::uint64_t, MPI_INT8_T, kInt8) \
+  X(S16, "int16", std::int16_t, std::uint64_t, std::uint64_t, MPI_INT16_T,    \
+    kNoElementType)                                                           \
+  X(S32, "int32", std::int32_t, std::uint64_t, std::uint64_t, MPI_INT32_T,    \
+    kInt32)                                                                   \
+  X(S64, "int64", std::int64_t, std::uint64_t, std::uint64_t, MPI_INT64_T,    \
+    kInt64)                                                                   \
+  X(U8, "uint8", std::uint8_t, std::uint64_t, std::uint64_t, MPI_UINT8_T,     \
+    kUint8)                                                                   \
+  X(U16, "uint16", std::uint16_t, std::uint64_t, std::uint64_t, MPI_UINT16_T, \
+    kNoElementType)                                                           \
+  X(U32, "uint32", std::uint32_t, std::uint64_t, std::uint64_t, MPI_UINT32_T, \
+    kUint32)                                                                  \
+  X(U64, "uint64", std::uint64_t, std::uint64_t, std::uint64_t, MPI_UINT64_T, \
+    kUint64)                                                                  \
+  X(F16, "float16", Float16, float, float, MPI_DATATYPE_NULL, kFloat16)       \
+  X(BF16, "bfloat16", Bfloat16, float, float, MPI_DATATYPE_NULL, kBfloat16)   \
+  X(F32, "float32", float, float, float, MPI_FLOAT, kFloat32)                 \
+  X(F64, "float64", double, double, double, MPI_DOUBLE, kFloat64)             \
+  X(C64, "complex64", std::complex<float>, std::complex<float>, float,        \
+    MPI_C_FLOAT_COMPLEX, kNoElementType)                                      \
+  X(C128, "complex128", std::complex<double>, std::complex<double>, double,   \
+    MPI_C_DOUBLE_COMPLEX, kNoElementType)
+#define JFOG_FOR_EACH_DTYPE(X)                                          \
+  X(PRED, "bool", std::uint8_t, std::uint8_t, std::uint8_t, MPI_C_BOOL, \
+    kNoElementType)                                                     \
   JFOG_FOR_EACH_SUMMABLE_DTYPE(X)
 
 }  // namespace jfog

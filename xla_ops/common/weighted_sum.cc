@@ -138,7 +138,7 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
                  double self_weight, const std::vector<Term>& terms,
                  bool difference, void* y) {
   switch (type) {
-#define JFOG_SUM(dtype, name, stored, accumulated, weight)                \
+#define JFOG_SUM(dtype, name, stored, accumulated, weight, ...)           \
   case DataType::dtype:                                                   \
     return Sum<stored, accumulated, weight>(count, x, self_weight, terms, \
                                             difference, y);
@@ -175,8 +175,8 @@ bool HasSum(DataType type) {
 
 bool HasWeightedSum(DataType type) {
   switch (type) {
-#define JFOG_HAS_FRACTIONS(dtype, name, stored, accumulated, weight) \
-  case DataType::dtype:                                              \
+#define JFOG_HAS_FRACTIONS(dtype, name, stored, accumulated, weight, ...) \
+  case DataType::dtype:                                                   \
     return !std::is_integral_v<stored>;
     JFOG_FOR_EACH_SUMMABLE_DTYPE(JFOG_HAS_FRACTIONS)
 #undef JFOG_HAS_FRACTIONS

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/cache_line.h"
+#include "common/process_wide.h"
 
 namespace jfog::mpi {
 namespace {
@@ -24,12 +25,6 @@ struct Pool {
   std::size_t kept = 0;
 };
 
-// Never destroyed: operations may still end while the process does.
-Pool& ThePool() {
-  static Pool* pool = new Pool;
-  return *pool;
-}
-
 std::size_t BytesOf(int size_class) { return std::size_t{1} << size_class; }
 
 int ClassOf(std::size_t bytes) {
@@ -41,7 +36,7 @@ int ClassOf(std::size_t bytes) {
 }  // namespace
 
 Buffer::Buffer(std::size_t bytes) : size_class_(ClassOf(bytes)) {
-  Pool& pool = ThePool();
+  Pool& pool = ProcessWide<Pool>();
   {
     std::lock_guard<std::mutex> lock(pool.mutex);
     auto& free = pool.free[size_class_];
@@ -59,7 +54,7 @@ Buffer::Buffer(std::size_t bytes) : size_class_(ClassOf(bytes)) {
 
 Buffer::~Buffer() {
   if (memory_ == nullptr) return;
-  Pool& pool = ThePool();
+  Pool& pool = ProcessWide<Pool>();
   const std::size_t bytes = BytesOf(size_class_);
   {
     std::lock_guard<std::mutex> lock(pool.mutex);

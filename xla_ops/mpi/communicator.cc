@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/process_wide.h"
 #include "mpi/buffer_pool.h"
 
 namespace jfog::mpi {
@@ -27,10 +28,8 @@ int SizeOfComm(MPI_Comm comm) {
 
 }  // namespace
 
-// Never destroyed: operations may still end while the process does.
 Registry<Communicator>& Communicators() {
-  static auto* registry = new Registry<Communicator>;
-  return *registry;
+  return ProcessWide<Registry<Communicator>>();
 }
 
 bool Pattern::Sends(int rank) const {

@@ -2,6 +2,7 @@
 #include "mpi/datatypes.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace jfog::mpi {
 namespace {
@@ -28,31 +29,20 @@ MPI_Op ExtremumOp() {
   return op;
 }
 
+// 16-bit floats travel as float32, and complex numbers have no order.
 template <bool kMaximum>
 MPI_Op ExtremumOf(DataType type) {
   switch (type) {
+#define JFOG_EXTREMUM(dtype, name, stored, ...)   \
+  case DataType::dtype:                           \
+    if constexpr (std::is_arithmetic_v<stored>) { \
+      return ExtremumOp<stored, kMaximum>();      \
+    }                                             \
+    return MPI_OP_NULL;
+    JFOG_FOR_EACH_SUMMABLE_DTYPE(JFOG_EXTREMUM)
+#undef JFOG_EXTREMUM
     case DataType::PRED:
       return kMaximum ? MPI_LOR : MPI_LAND;
-    case DataType::S8:
-      return ExtremumOp<std::int8_t, kMaximum>();
-    case DataType::U8:
-      return ExtremumOp<std::uint8_t, kMaximum>();
-    case DataType::S16:
-      return ExtremumOp<std::int16_t, kMaximum>();
-    case DataType::U16:
-      return ExtremumOp<std::uint16_t, kMaximum>();
-    case DataType::S32:
-      return ExtremumOp<std::int32_t, kMaximum>();
-    case DataType::U32:
-      return ExtremumOp<std::uint32_t, kMaximum>();
-    case DataType::S64:
-      return ExtremumOp<std::int64_t, kMaximum>();
-    case DataType::U64:
-      return ExtremumOp<std::uint64_t, kMaximum>();
-    case DataType::F32:
-      return ExtremumOp<float, kMaximum>();
-    case DataType::F64:
-      return ExtremumOp<double, kMaximum>();
     default:
       return MPI_OP_NULL;
   }
@@ -80,32 +70,11 @@ DataType WireType(DataType type) {
 
 MPI_Datatype MpiType(DataType type) {
   switch (type) {
-    case DataType::PRED:
-      return MPI_C_BOOL;
-    case DataType::S8:
-      return MPI_INT8_T;
-    case DataType::U8:
-      return MPI_UINT8_T;
-    case DataType::S16:
-      return MPI_INT16_T;
-    case DataType::U16:
-      return MPI_UINT16_T;
-    case DataType::S32:
-      return MPI_INT32_T;
-    case DataType::U32:
-      return MPI_UINT32_T;
-    case DataType::S64:
-      return MPI_INT64_T;
-    case DataType::U64:
-      return MPI_UINT64_T;
-    case DataType::F32:
-      return MPI_FLOAT;
-    case DataType::F64:
-      return MPI_DOUBLE;
-    case DataType::C64:
-      return MPI_C_FLOAT_COMPLEX;
-    case DataType::C128:
-      return MPI_C_DOUBLE_COMPLEX;
+#define JFOG_MPI_TYPE(dtype, name, stored, accumulated, weight, mpi, nccl) \
+  case DataType::dtype:                                                    \
+    return mpi;
+    JFOG_FOR_EACH_DTYPE(JFOG_MPI_TYPE)
+#undef JFOG_MPI_TYPE
     default:
       return MPI_DATATYPE_NULL;
   }

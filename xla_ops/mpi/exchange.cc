@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/cache_line.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
@@ -37,7 +38,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   }
   chunks_ = ChunksOf(longest);
   own_chunks_ = ChunksOf(payload_);
-  stride_ = chunks_ == 1 ? RoundUp(sizeof(Header) + longest)
+  stride_ = chunks_ == 1 ? AlignUp(sizeof(Header) + longest)
                          : std::max(kChunk, kEnvelope);
   Resize(std::min<std::size_t>(chunks_, kBufferPairs) *
          (sources().size() + destinations().size()));

@@ -1,12 +1,12 @@
 // Handles of the split operations in flight.
 #include "mpi/handles.h"
 
+#include "common/process_wide.h"
+
 namespace jfog::mpi {
 
-// Never destroyed: programs may still run while the process ends.
 HandleTable<Operation>& Handles() {
-  static auto* handles = new HandleTable<Operation>;
-  return *handles;
+  return ProcessWide<HandleTable<Operation>>();
 }
 
 int ForgetHandles(const Communicator& comm) {

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/process_wide.h"
 #include "mpi/communicator.h"
 #include "mpi/handles.h"
 #include "mpi/launch.h"
@@ -21,15 +22,19 @@
 namespace jfog::mpi {
 namespace {
 
-std::atomic<bool> started_here{false};
-std::atomic<bool> abandoned{false};
+// MPI in this process.
+struct Process {
+  std::atomic<bool> has_started_mpi{false};
+  std::atomic<bool> is_abandoned{false};
+  std::mutex mutex;  // guards all below
+  // Open communicators that were not split off another one.
+  std::vector<std::shared_ptr<Communicator>> roots;
+  // The channels of MPI_COMM_WORLD by the local size, kept from one jfog.init
+  // to the next.
+  std::map<int, std::shared_ptr<Channels>> channels;
+};
 
-// Open communicators that were not split off another one.
-std::mutex roots_mutex;
-std::vector<std::shared_ptr<Communicator>>& Roots() {
-  static auto* roots = new std::vector<std::shared_ptr<Communicator>>;
-  return *roots;
-}
+Process& ThisProcess() { return ProcessWide<Process>(); }
 
 std::shared_ptr<Communicator> Get(std::int64_t context) {
   std::shared_ptr<Communicator> comm = Communicators().Find(context);
@@ -58,14 +63,19 @@ bool IsOversubscribed(MPI_Comm comm) {
   return ranks > CPU_COUNT(&cores);
 }
 
-// The channels of MPI_COMM_WORLD are kept from one jfog.init to the next.
 std::shared_ptr<Channels> ChannelsOf(MPI_Comm comm, int local_size) {
-  static auto* kept = new std::map<int, std::shared_ptr<Channels>>;
   if (comm != MPI_COMM_WORLD) return Channels::Make(comm, local_size);
-  const auto found = kept->find(local_size);
-  if (found != kept->end()) return found->second;
-  return kept->emplace(local_size, Channels::Make(comm, local_size))
-      .first->second;
+  Process& process = ThisProcess();
+  {
+    std::lock_guard<std::mutex> lock(process.mutex);
+    const auto found = process.channels.find(local_size);
+    if (found != process.channels.end()) return found->second;
+  }
+  // Without the lock: this waits for the other ranks.
+  std::shared_ptr<Channels> channels = Channels::Make(comm, local_size);
+  std::lock_guard<std::mutex> lock(process.mutex);
+  process.channels.emplace(local_size, channels);
+  return channels;
 }
 
 std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
@@ -73,8 +83,9 @@ std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
       parent, timeout, ChannelsOf(parent, local_size), nullptr);
   SetOversubscribed(IsOversubscribed(comm->comm()));
   {
-    std::lock_guard<std::mutex> lock(roots_mutex);
-    Roots().push_back(comm);
+    Process& process = ThisProcess();
+    std::lock_guard<std::mutex> lock(process.mutex);
+    process.roots.push_back(comm);
   }
   return Communicators().Add(std::move(comm));
 }
@@ -109,7 +120,7 @@ void Start() {
         MPI_SUCCESS) {
       throw std::runtime_error("jfog: MPI_Init_thread failed");
     }
-    started_here = true;
+    ThisProcess().has_started_mpi = true;
   }
   if (provided < MPI_THREAD_MULTIPLE) {
     throw std::runtime_error(
@@ -206,8 +217,9 @@ int Close(std::int64_t context) {
   comm->Close();
   const int forgotten = ForgetHandles(*comm);
   LeaveWindows(comm.get());
-  std::lock_guard<std::mutex> lock(roots_mutex);
-  auto& roots = Roots();
+  Process& process = ThisProcess();
+  std::lock_guard<std::mutex> lock(process.mutex);
+  auto& roots = process.roots;
   const auto root = std::find(roots.begin(), roots.end(), comm);
   if (root == roots.end()) return forgotten;
   roots.erase(root);
@@ -220,23 +232,24 @@ std::vector<std::string> Failures() {
 }
 
 void Abandon(const std::string& reason) {
-  abandoned = true;
+  ThisProcess().is_abandoned = true;
   for (const auto& comm : Communicators().All()) {
     comm->Fail(ffi::ErrorCode::kAborted, reason);
   }
 }
 
 void Finish() {
-  if (Finalized() || abandoned) return;
+  Process& process = ThisProcess();
+  if (Finalized() || process.is_abandoned) return;
   // Peers still need the messages of operations that were not waited on here.
   Engine::Get().Drain();
   LeaveWindows(nullptr);
-  std::lock_guard<std::mutex> lock(roots_mutex);
-  for (const auto& root : Roots()) {
+  std::lock_guard<std::mutex> lock(process.mutex);
+  for (const auto& root : process.roots) {
     if (root->failed()) return;
   }
-  for (const auto& root : Roots()) root->AnnounceLeave();
-  for (const auto& root : Roots()) {
+  for (const auto& root : process.roots) root->AnnounceLeave();
+  for (const auto& root : process.roots) {
     // The others may still work for hours; MPI_Finalize would spin meanwhile.
     const timespec nap{0, 1'000'000};
     for (int rank = 0; rank < root->size(); ++rank) {
@@ -248,7 +261,7 @@ void Finish() {
     }
   }
   Engine::Get().Stop();
-  if (started_here) MPI_Finalize();
+  if (process.has_started_mpi) MPI_Finalize();
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {

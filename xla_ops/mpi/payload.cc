@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/cache_line.h"
 #include "common/format.h"
 #include "common/hash.h"
 #include "mpi/wire_format.h"
@@ -31,7 +32,7 @@ void Payload::Stage(bool separate_outputs) {
   };
   std::size_t total = payload_bytes;
   for (const Leaf& leaf : leaves) {
-    if (!shares(leaf)) total += RoundUp(leaf.output_bytes());
+    if (!shares(leaf)) total += AlignUp(leaf.output_bytes());
   }
   staging = Buffer(total);
   std::byte* next = staging.get() + payload_bytes;
@@ -42,7 +43,7 @@ void Payload::Stage(bool separate_outputs) {
     leaf.output = own;
     if (!shares(leaf)) {
       leaf.output = next;
-      next += RoundUp(leaf.output_bytes());
+      next += AlignUp(leaf.output_bytes());
     }
   }
 }
@@ -51,7 +52,7 @@ void Payload::ComputeOffsets() {
   payload_bytes = bytes = 0;
   for (Leaf& leaf : leaves) {
     leaf.offset = payload_bytes;
-    payload_bytes += RoundUp(leaf.bytes());
+    payload_bytes += AlignUp(leaf.bytes());
     bytes += leaf.bytes();
   }
 }

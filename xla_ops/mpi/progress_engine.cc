@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <thread>
 
+#include "common/process_wide.h"
+
 namespace jfog::mpi {
 namespace {
 
@@ -27,11 +29,7 @@ constexpr std::chrono::milliseconds kStallCheck{10};
 
 }  // namespace
 
-Engine& Engine::Get() {
-  // Never destroyed: its threads live as long as the process.
-  static Engine* engine = new Engine;
-  return *engine;
-}
+Engine& Engine::Get() { return ProcessWide<Engine>(); }
 
 void Engine::Submit(std::shared_ptr<Operation> operation, Waiter waiter) {
   bool spawn = false;

@@ -53,7 +53,6 @@ class Engine {
     std::function<bool()> serve;  // null: control messages only
   };
 
-  Engine() = default;
   void Run();
   void LookAfter(Watched watched);
   void LookAfter();

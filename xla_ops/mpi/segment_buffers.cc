@@ -4,13 +4,14 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/cache_line.h"
 #include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {
 
 SegmentBuffers::SegmentBuffers(const Segments& segments,
                                const EdgeCounts& edges)
-    : stride_(RoundUp(std::max<std::size_t>(segments.longest(), 1))),
+    : stride_(AlignUp(std::max<std::size_t>(segments.longest(), 1))),
       num_in_flight_(std::min(kInFlight, segments.size())) {
   const std::size_t peers = edges.peers;
   const std::size_t sources = edges.sources;
@@ -18,7 +19,7 @@ SegmentBuffers::SegmentBuffers(const Segments& segments,
   const std::size_t follows =
       segments.is_short() ? segments.longest() : sizeof(Channels::Claim);
   const std::size_t sent =
-      RoundUp(sizeof(Header) + peers * (sizeof(Header) + follows));
+      AlignUp(sizeof(Header) + peers * (sizeof(Header) + follows));
   const std::size_t per_segment = stride_ * (3 * peers + 2 + sources);
   buffer_ = Buffer(received + sent + num_in_flight_ * per_segment);
   sent_headers_ = buffer_.get() + received;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/cache_line.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
@@ -29,7 +30,7 @@ Segments::Segments(const Payload& payload, std::size_t parts)
         // than a chunk: parts 0 to k - 1 have k chunks for the bytes before the
         // cut, and the remaining parts have their chunks for those after it.
         const std::size_t behind = (parts_ - k) * kChunk;
-        const std::size_t round = RoundUp(last);
+        const std::size_t round = AlignUp(last);
         cut = std::min(cut, first + k * kChunk);
         if (round > first + behind) cut = std::max(cut, round - behind);
       }

@@ -7,10 +7,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/cache_line.h"
+
 namespace jfog::mpi {
 namespace {
 
-constexpr std::size_t kLine = 64;
 // MPI's shared memory is a file here, whose pages are allocated on first
 // access: a page that the file system does not have is a SIGBUS.
 constexpr const char* kFileSystem = "/dev/shm";
@@ -40,7 +41,7 @@ std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
                                                  std::size_t bytes) {
   int ranks = 0;
   MPI_Comm_size(machine, &ranks);
-  const std::size_t own_bytes = bytes + kLine;
+  const std::size_t own_bytes = bytes + kCacheLine;
   std::uint64_t total = own_bytes;
   MPI_Allreduce(MPI_IN_PLACE, &total, 1, MPI_UINT64_T, MPI_SUM, machine);
   if (!AllOf(IsEnabled() && ranks > 1 && HasRoom(total), machine)) {
@@ -60,7 +61,7 @@ std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
     // The parts are contiguous and start at the same offset of a page in all
     // processes, so all of them skip the same bytes.
     const auto address = reinterpret_cast<std::uintptr_t>(base);
-    const std::size_t skip = (kLine - address % kLine) % kLine;
+    const std::size_t skip = (kCacheLine - address % kCacheLine) % kCacheLine;
     memory->parts_.push_back(static_cast<std::byte*>(base) + skip);
   }
   return memory;

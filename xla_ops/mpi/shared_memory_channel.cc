@@ -5,15 +5,11 @@
 #include <atomic>
 #include <new>
 
+#include "common/cache_line.h"
+
 namespace jfog::mpi {
-namespace {
-
-constexpr std::size_t kLine = 64;
-
-}  // namespace
-
 // A stamp on its own cache line, against false sharing between ranks.
-struct alignas(kLine) Channels::Mark {
+struct alignas(kCacheLine) Channels::Mark {
   std::atomic<std::uint64_t> stamp{0};
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);

@@ -28,11 +28,6 @@ constexpr int kChunkTags = 16000;
 constexpr int kChunkTag = 16;
 constexpr int kSecondTag = kChunkTag + kChunkTags;
 
-// Rounds up to a multiple of a cache line, at which buffers start.
-constexpr std::size_t RoundUp(std::size_t bytes) {
-  return (bytes + 63) / 64 * 64;
-}
-
 }  // namespace jfog::mpi
 
 #endif  // JFOG_XLA_OPS_MPI_WIRE_FORMAT_H_

@@ -29,6 +29,7 @@ enum Result : int {
 };
 
 enum ElementType : int {
+  kNoElementType = -1,
   kInt8 = 0,
   kUint8 = 1,
   kInt32 = 2,

@@ -149,40 +149,18 @@ auto Binding() {
 }  // namespace
 
 bool FindElementType(DataType type, ElementType* found) {
+  *found = kNoElementType;
   switch (type) {
-    case DataType::S8:
-      *found = kInt8;
-      return true;
-    case DataType::U8:
-      *found = kUint8;
-      return true;
-    case DataType::S32:
-      *found = kInt32;
-      return true;
-    case DataType::U32:
-      *found = kUint32;
-      return true;
-    case DataType::S64:
-      *found = kInt64;
-      return true;
-    case DataType::U64:
-      *found = kUint64;
-      return true;
-    case DataType::F16:
-      *found = kFloat16;
-      return true;
-    case DataType::F32:
-      *found = kFloat32;
-      return true;
-    case DataType::F64:
-      *found = kFloat64;
-      return true;
-    case DataType::BF16:
-      *found = kBfloat16;
-      return true;
+#define JFOG_ELEMENT_TYPE(dtype, name, stored, accumulated, weight, mpi, nccl) \
+  case DataType::dtype:                                                        \
+    *found = nccl;                                                             \
+    break;
+    JFOG_FOR_EACH_DTYPE(JFOG_ELEMENT_TYPE)
+#undef JFOG_ELEMENT_TYPE
     default:
-      return false;
+      break;
   }
+  return *found != kNoElementType;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NcclAllreduce, AllreduceImpl, Binding());

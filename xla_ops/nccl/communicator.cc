@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "common/process_wide.h"
+
 namespace jfog::nccl {
 namespace {
 
@@ -439,10 +441,8 @@ void Communicator::Finalize() {
       [limit] { return Clock::now() < limit; });
 }
 
-// Never destroyed: operations may still end while the process does.
 Registry<Communicator>& Communicators() {
-  static auto* registry = new Registry<Communicator>;
-  return *registry;
+  return ProcessWide<Registry<Communicator>>();
 }
 
 }  // namespace jfog::nccl

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/process_wide.h"
+
 namespace jfog::nccl {
 namespace {
 
@@ -25,12 +27,6 @@ struct Devices {
   std::mutex mutex;
   std::map<int, std::weak_ptr<Device>> devices;
 };
-
-// Never destroyed: programs may still run while the process ends.
-Devices& TheDevices() {
-  static Devices* devices = new Devices;
-  return *devices;
-}
 
 }  // namespace
 
@@ -164,7 +160,7 @@ void Pool::Trim() {
 }
 
 std::shared_ptr<Device> Device::Open(int ordinal, std::string* error) {
-  Devices& devices = TheDevices();
+  Devices& devices = ProcessWide<Devices>();
   std::lock_guard<std::mutex> lock(devices.mutex);
   std::weak_ptr<Device>& kept = devices.devices[ordinal];
   if (std::shared_ptr<Device> device = kept.lock()) return device;
@@ -194,7 +190,7 @@ std::shared_ptr<Device> Device::Open(int ordinal, std::string* error) {
 }
 
 std::shared_ptr<Device> Device::Of(CudaContext context) {
-  Devices& devices = TheDevices();
+  Devices& devices = ProcessWide<Devices>();
   std::lock_guard<std::mutex> lock(devices.mutex);
   for (const auto& [ordinal, kept] : devices.devices) {
     std::shared_ptr<Device> device = kept.lock();

@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/process_wide.h"
+
 namespace jfog::nccl {
 namespace {
 
@@ -29,11 +31,6 @@ struct Libraries {
   NcclFunctions nccl_functions;
   CudaFunctions cuda_functions;
 };
-
-Libraries& TheLibraries() {
-  static Libraries* libraries = new Libraries;
-  return *libraries;
-}
 
 struct Close {
   void operator()(void* library) const { dlclose(library); }
@@ -137,7 +134,7 @@ void ThrowIfOther(void* open, void* library, const std::string& open_path,
   Find(library.get(), symbol, &functions.member, &missing);
 
 void OpenNccl(const std::string& path) {
-  Libraries& libraries = TheLibraries();
+  Libraries& libraries = ProcessWide<Libraries>();
   std::lock_guard<std::mutex> lock(libraries.mutex);
   if (libraries.nccl != nullptr && path.empty()) return;
   Library library = OpenAnyNccl(path);
@@ -168,7 +165,7 @@ void OpenNccl(const std::string& path) {
 }
 
 void OpenCuda(const std::string& path) {
-  Libraries& libraries = TheLibraries();
+  Libraries& libraries = ProcessWide<Libraries>();
   std::lock_guard<std::mutex> lock(libraries.mutex);
   if (libraries.cuda != nullptr && path.empty()) return;
   const std::string name = path.empty() ? kCuda : path;
@@ -194,13 +191,13 @@ void OpenCuda(const std::string& path) {
 
 #undef JFOG_FIND
 
-int NcclVersion() { return TheLibraries().version; }
+int NcclVersion() { return ProcessWide<Libraries>().version; }
 
-std::string NcclPath() { return TheLibraries().nccl_path; }
+std::string NcclPath() { return ProcessWide<Libraries>().nccl_path; }
 
-const NcclFunctions& Nccl() { return TheLibraries().nccl_functions; }
+const NcclFunctions& Nccl() { return ProcessWide<Libraries>().nccl_functions; }
 
-const CudaFunctions& Cuda() { return TheLibraries().cuda_functions; }
+const CudaFunctions& Cuda() { return ProcessWide<Libraries>().cuda_functions; }
 
 std::string VersionText(int version) {
   return std::to_string(version / 10000) + "." +

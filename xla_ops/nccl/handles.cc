@@ -4,13 +4,11 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/process_wide.h"
+
 namespace jfog::nccl {
 
-// Never destroyed: programs may still run while the process ends.
-HandleTable<Started>& Handles() {
-  static auto* handles = new HandleTable<Started>;
-  return *handles;
-}
+HandleTable<Started>& Handles() { return ProcessWide<HandleTable<Started>>(); }
 
 Started::~Started() {
   for (Buffer& buffer : buffers) {

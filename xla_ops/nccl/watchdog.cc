@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/process_wide.h"
+
 namespace jfog::nccl {
 
 void Watchdog::SetInterval(double seconds) {
@@ -16,11 +18,7 @@ void Watchdog::SetInterval(double seconds) {
   interval_ns_ = static_cast<std::int64_t>(seconds * 1e9);
 }
 
-// Never destroyed: its thread may run while the process ends.
-Watchdog& Watchdog::Get() {
-  static Watchdog* watchdog = new Watchdog;
-  return *watchdog;
-}
+Watchdog& Watchdog::Get() { return ProcessWide<Watchdog>(); }
 
 void Watchdog::Watch(const std::shared_ptr<Watched>& comm) {
   std::lock_guard<std::mutex> lock(mutex_);

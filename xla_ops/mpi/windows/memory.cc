@@ -7,6 +7,7 @@
 #include <new>
 #include <thread>
 
+#include "common/cache_line.h"
 #include "common/weighted_sum.h"
 #include "mpi/wire_format.h"
 
@@ -17,8 +18,8 @@ namespace {
 // core: yield the core first, then sleep.
 constexpr int kYields = 200;
 constexpr std::chrono::microseconds kNap{50};
-constexpr std::size_t kHeadBytes = RoundUp(sizeof(WindowMemory::Head));
-constexpr std::size_t kRecordBytes = RoundUp(sizeof(WindowMemory::Record));
+constexpr std::size_t kHeadBytes = AlignUp(sizeof(WindowMemory::Head));
+constexpr std::size_t kRecordBytes = AlignUp(sizeof(WindowMemory::Record));
 
 }  // namespace
 
@@ -37,11 +38,11 @@ bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
 }
 
 std::size_t WindowMemory::Bytes(std::size_t payload_bytes, int records) {
-  return kHeadBytes + records * (kRecordBytes + RoundUp(payload_bytes));
+  return kHeadBytes + records * (kRecordBytes + AlignUp(payload_bytes));
 }
 
 WindowMemory::WindowMemory(std::byte* memory, std::size_t payload_bytes)
-    : memory_(memory), payload_bytes_(RoundUp(payload_bytes)) {}
+    : memory_(memory), payload_bytes_(AlignUp(payload_bytes)) {}
 
 void WindowMemory::Initialize(int records) {
   new (memory_) Head;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "common/cache_line.h"
 #include "mpi/communicator.h"
 
 namespace jfog::mpi {
@@ -36,8 +37,9 @@ constexpr int kRequestPayloadTag = 6;
 int ReplyTag(std::uint64_t request);
 int ReplyPayloadTag(int reply_tag);
 
-// Payloads are counted in units of 64 bytes, since MPI counts in an int.
-constexpr int kLineBytes = 64;
+// Payloads are counted in cache lines, to which they are padded, since MPI
+// counts in an int.
+constexpr int kLineBytes = static_cast<int>(kCacheLine);
 MPI_Datatype Line();
 
 // Serves the requests of remote ranks on the progress thread that reads control

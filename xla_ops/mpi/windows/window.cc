@@ -8,6 +8,8 @@
 #include <random>
 #include <utility>
 
+#include "common/process_wide.h"
+#include "common/registry.h"
 #include "common/weighted_sum.h"
 #include "mpi/collective.h"
 
@@ -23,21 +25,15 @@ struct Group {
   std::uint64_t windows = 0;  // made so far
 };
 
-struct Registry {
-  std::mutex mutex;
+// The windows of this process.
+struct Windows {
+  // Handles start at random, so that a handle of an earlier process, for
+  // instance in a checkpoint, does not match a window of this one.
+  Registry<Window, std::uint32_t> open{std::random_device()()};
+  std::mutex mutex;  // guards all below
   std::map<const Communicator*, Group> groups;
-  std::map<std::uint32_t, std::shared_ptr<Window>> by_handle;
-  // Starts at random, so that a handle of an earlier process, for instance in a
-  // checkpoint, does not match a window of this one.
-  std::uint32_t next = std::random_device()();
   bool ended = false;
 };
-
-// Never destroyed: programs may still run while the process ends.
-Registry& TheRegistry() {
-  static Registry* registry = new Registry;
-  return *registry;
-}
 
 // Collective, for the first window of a communicator.
 Group MakeGroup(const Communicator& comm) {
@@ -74,13 +70,13 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   std::shared_ptr<Window> window(new Window);
   window->comm_ = comm;
   window->plan_ = std::move(plan);
-  Registry& registry = TheRegistry();
+  Windows& windows = ProcessWide<Windows>();
   Group group;
   {
     // The lock is not held over the collective calls below, which wait for
-    // other ranks while other threads look windows up.
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    group = registry.groups[comm.get()];
+    // other ranks while other threads make and free windows.
+    std::lock_guard<std::mutex> lock(windows.mutex);
+    group = windows.groups[comm.get()];
   }
   if (group.machine == MPI_COMM_NULL) group = MakeGroup(*comm);
   window->global_id_ = group.windows++;
@@ -103,10 +99,11 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   error = window->AllocateMemory(group.machine, group.local);
   if (error.failure()) return ffi::Unexpected(std::move(error));
   window->FillRecords(payload);
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.groups[comm.get()] = group;
-  window->local_handle_ = registry.next++;
-  registry.by_handle.emplace(window->local_handle_, window);
+  {
+    std::lock_guard<std::mutex> lock(windows.mutex);
+    windows.groups[comm.get()] = group;
+  }
+  window->local_handle_ = windows.open.Add(window);
   return window;
 }
 
@@ -236,13 +233,7 @@ void Window::ClearHolder(int rank) {
 }
 
 ffi::Error Window::Free() {
-  Registry& registry = TheRegistry();
-  {
-    // The lock is dropped before the wait, so that the service can look up
-    // other windows meanwhile.
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    registry.by_handle.erase(local_handle_);
-  }
+  ProcessWide<Windows>().open.Remove(local_handle_);
   own_.head().state.store(WindowMemory::kFreed, std::memory_order_release);
   // Operations that this rank started still use the memory of other ranks.
   const Clock::time_point start = Clock::now();
@@ -270,15 +261,8 @@ ffi::Error Window::Free() {
 
 ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* handle,
                                                  const char* name) {
-  Registry& registry = TheRegistry();
-  std::shared_ptr<Window> window;
-  {
-    // The handle is read under the lock that `WriteHandle` takes, because
-    // ThreadSanitizer does not see how XLA passes buffers between threads.
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    const auto found = registry.by_handle.find(*handle);
-    if (found != registry.by_handle.end()) window = found->second;
-  }
+  const std::shared_ptr<Window> window =
+      ProcessWide<Windows>().open.Find(handle);
   if (window == nullptr) {
     return ffi::Unexpected(
         MakeError(ffi::ErrorCode::kFailedPrecondition,
@@ -293,46 +277,43 @@ ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* handle,
 }
 
 void WriteHandle(const Window& window, std::uint32_t* handle) {
-  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
-  *handle = window.local_handle();
+  ProcessWide<Windows>().open.Write(window.local_handle(), handle);
 }
 
 std::shared_ptr<Window> FindWindow(const Communicator& comm,
                                    std::uint64_t global_id) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  for (const auto& [handle, window] : registry.by_handle) {
-    if (window->comm().get() == &comm && window->global_id() == global_id) {
-      return window;
-    }
-  }
-  return nullptr;
+  return ProcessWide<Windows>().open.FindIf([&](const Window& window) {
+    return window.comm().get() == &comm && window.global_id() == global_id;
+  });
 }
 
 WindowMemory::State GoneState(const Communicator& comm) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  const bool ended = registry.ended || comm.closed();
+  Windows& windows = ProcessWide<Windows>();
+  std::lock_guard<std::mutex> lock(windows.mutex);
+  const bool ended = windows.ended || comm.closed();
   return ended ? WindowMemory::kEnded : WindowMemory::kFreed;
 }
 
 void LeaveWindows(const Communicator* comm) {
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  if (comm == nullptr) registry.ended = true;
-  for (auto it = registry.by_handle.begin(); it != registry.by_handle.end();) {
-    const Window& window = *it->second;
-    if (comm != nullptr && window.comm().get() != comm) {
-      ++it;
-      continue;
+  Windows& windows = ProcessWide<Windows>();
+  {
+    // Before the windows are removed: the service that finds none then reads
+    // the reason here.
+    std::lock_guard<std::mutex> lock(windows.mutex);
+    if (comm == nullptr) {
+      windows.ended = true;
+    } else {
+      windows.groups.erase(comm);
     }
+  }
+  windows.open.RemoveIf([comm](const Window& window) {
+    if (comm != nullptr && window.comm().get() != comm) return false;
     // Ranks that share the memory read the state there; remote ranks get it
     // from the service.
     window.own().head().state.store(WindowMemory::kEnded,
                                     std::memory_order_release);
-    it = registry.by_handle.erase(it);
-  }
-  if (comm != nullptr) registry.groups.erase(comm);
+    return true;
+  });
 }
 
 }  // namespace jfog::mpi
