@@ -48,8 +48,9 @@ def test_both_have_one_effect(place, mpi4jax):
   for order in (program, lambda x: program(x)[::-1]):
     assert len(jax.make_jaxpr(order)(jnp.ones(3)).effects) == 1
   text = jax.jit(program).lower(jnp.ones(3)).as_text()
+  assert text.count("stablehlo.create_token") == 1  # one chain for both
   main = next(line for line in text.splitlines() if "@main" in line)
-  assert main.count("!stablehlo.token") == 2, main  # one in, one out
+  assert "!stablehlo.token" not in main, main  # which ends with the program
 
 
 @needs_mpi4jax
