@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core, dispatch, effects, util, xla_bridge
+from jax._src import core, dispatch, effects, xla_bridge
 from jax._src.interpreters import pxla
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -149,6 +149,16 @@ _program_p.multiple_results = True
 _ends_at_border: bool | None = None
 
 
+# The text of the failure of a communicator that is open, "" if there is none.
+_failure: Callable[[], str] | None = None
+
+
+def report_failures(failure: Callable[[], str] | None) -> None:
+  """Lets `jax.effects_barrier` raise what `failure` returns, unless it is ""."""
+  global _failure
+  _failure = failure
+
+
 def requested_order() -> str:
   """The value of `JFOG_ORDER`, checked; "" if it is not set."""
   order = os.environ.get("JFOG_ORDER", "")
@@ -181,7 +191,7 @@ def _install_program_order() -> None:
 
   JAX calls `_discharge_refs_jaxpr` once for each program that it lowers, and
   `RuntimeTokenSet.block_until_ready` in `jax.effects_barrier` and when Python
-  exits: both still wait for communication.
+  exits: both still wait for communication, and raise its failure.
   """
   discharge = getattr(pxla, "_discharge_refs_jaxpr", None)
   wait = getattr(dispatch.RuntimeTokenSet, "block_until_ready", None)
@@ -210,8 +220,12 @@ def _install_program_order() -> None:
   @functools.wraps(wait)
   def wait_for_effects(tokens: Any) -> None:
     wait(tokens)
-    if _ends_at_border:
-      _wait_for_programs()
+    if not _ends_at_border:
+      return
+    _wait_for_programs()
+    # A failed token would be raised here. Without tokens the communicators know.
+    if _failure is not None and (text := _failure()):
+      raise jax.errors.JaxRuntimeError(text)
 
   pxla._discharge_refs_jaxpr = discharge_and_end
   dispatch.RuntimeTokenSet.block_until_ready = wait_for_effects
@@ -262,12 +276,11 @@ def _test_program_order() -> None:
     raise RuntimeError("a program's token does not end at its border")
 
 
-@util.weakref_lru_cache
 def _ended(program: Any) -> Any:
   """The program, a closed jaxpr, as one that makes the token of its own.
 
-  The cache keeps one result for each program, because JAX caches what it lowers
-  by the identity of the jaxpr.
+  The result refers to the program, so a cache of it would keep the program and
+  its constants alive. JAX caches the lowering by the program itself.
   """
 
   def run(*operands: Any) -> Any:

@@ -1,10 +1,11 @@
 """Communication is ordered and never dropped, whatever XLA does around it."""
 
-import os
+import gc
 import pathlib
 import sys
 import tempfile
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -129,13 +130,46 @@ def test_jitted_calls_take_the_path_without_python(place):
   np.testing.assert_allclose(x, np.ones(3))
 
 
+def test_a_program_is_lowered_and_compiled_once(place):
+  """By a call and ahead of time, as without communication."""
+  graph = topology.ring(place.size)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event)
+  )
+  counts = []
+  for average in (lambda x: x, lambda x: jfog.neighbor_allreduce(x, graph)):
+    step = jax.jit(lambda x, average=average: average(x) * 2)
+    x = jnp.ones(7)
+    compiled.clear()
+    step.lower(x).compile()
+    step(x)
+    step.lower(x).compile()
+    counts.append(sum("backend_compile" in event for event in compiled))
+  assert counts[0] == counts[1], counts
+
+
+def test_a_program_that_is_dropped_frees_its_constants(place):
+  graph = topology.ring(place.size)
+
+  def run():
+    constant = jnp.arange(1000.0)
+    step = jax.jit(lambda x: jfog.neighbor_allreduce(x, graph) + constant)
+    jax.block_until_ready(step(jnp.ones(1000)))
+    return weakref.ref(constant)
+
+  alive = run()
+  gc.collect()
+  assert alive() is None
+
+
 def test_dispatch_runs_ahead_of_the_peers(place):
   """Rank 0 dispatches ten steps before the others start with the first one."""
   n = place.size
   graph = topology.ring(n, "right")
   step = jax.jit(lambda x: jfog.neighbor_allreduce(x, graph) + 1)
   x = step(jnp.zeros(500)).block_until_ready()
-  number = jfog.broadcast(jnp.asarray(os.getpid()), 0)
+  number = jfog.broadcast(jnp.asarray(time.time_ns() % 2**31), 0)
   dispatched = pathlib.Path(tempfile.gettempdir(), f"jfog-order-{int(number)}")
   if jfog.rank() > 0:
     until = time.monotonic() + 60

@@ -98,6 +98,30 @@ def test_shutdown_waits_for_programs_and_reports_a_failure():
   assert "before the shutdown: FAILED_PRECONDITION: jfog:" in err, err
 
 
+@pytest.mark.parametrize("order", ["device", "strict"])
+def test_a_barrier_of_effects_raises_a_dropped_failure(order):
+  """Once per wait, until the communicator is shut down."""
+  code, out, err = run(
+    """
+    average(jnp.ones(3)).block_until_ready()
+    average(jnp.ones(3 + rank))
+    for attempt in range(2):
+      try:
+        jax.effects_barrier()
+      except jax.errors.JaxRuntimeError as error:
+        print("RAISED", str(error)[:25], flush=True)
+    jfog.shutdown()
+    jfog.init(timeout=60)
+    jax.effects_barrier()
+    print("WELL", flush=True)
+    """,
+    JFOG_ORDER=order,
+  )
+  assert code == 0, err
+  assert out.count("RAISED FAILED_PRECONDITION: jfog") == 4, (out, err)
+  assert out.count("WELL") == 2, (out, err)
+
+
 def test_a_dropped_failure_is_reported_at_exit():
   _, out, err = run("""
     average(jnp.ones(3)).block_until_ready()
@@ -105,6 +129,7 @@ def test_a_dropped_failure_is_reported_at_exit():
     print("DISPATCHED", flush=True)
     """)
   assert out.count("DISPATCHED") == 2
+  assert "Traceback" not in err, err
   assert "an operation failed at exit: FAILED_PRECONDITION: jfog:" in err, err
 
 

@@ -167,6 +167,7 @@ def _with_eager_form(
   static, as runtime weights and `Peers`, `run` itself is called.
   """
   names = tuple(inspect.signature(prepare).parameters)[1:]
+  run.__name__ = prepare.__name__  # of the programs in profiles
 
   @functools.wraps(prepare)
   def call(*args: Any, **kwargs: Any) -> Any:
@@ -223,6 +224,7 @@ def _jitted(
   def eager(x: Any, traced: dict[str, Any]) -> Any:
     return run(x, comm=comm, **static, **traced)
 
+  eager.__name__ = run.__name__
   return jax.jit(eager)
 
 

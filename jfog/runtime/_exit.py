@@ -32,6 +32,7 @@ def install_hooks() -> None:
   for a message of it, and MPI_Finalize would wait for them.
   """
   atexit.register(_finish)
+  _compat.report_failures(_failure)
   previous = sys.excepthook
 
   def excepthook(
@@ -60,11 +61,18 @@ def wait_for_operations() -> str:
   except Exception as error:
     _compat.reset_runtime_tokens()
     return str(error)
+  return _failure()
+
+
+def _failure() -> str:
+  """The error of an open communicator that has failed; "" if none has."""
   return next((text for m in _in_use() for text in m.failures()), "")
 
 
 def _abandon(reason: str) -> None:
   """Fails all operations, and skips every wait for peers at exit."""
+  # JAX's own hook waits for effects after this one, and would raise the failure.
+  _compat.report_failures(None)
   for module in _in_use():
     module.abandon(reason)
   if mpi4py_ends_mpi():
