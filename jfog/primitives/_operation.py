@@ -315,9 +315,10 @@ def wait(handle: Handle) -> Any:
     return handle._structure.unflatten(handle._placeholders)
   if not _compat.at_top_level():
     return _results(handle)
-  results = _eager_results(handle)
   try:
-    return jax.block_until_ready(results)
+    # An error of the start is raised here, with its own code.
+    jax.block_until_ready(handle._number)
+    return jax.block_until_ready(_eager_results(handle))
   except jax.errors.JaxRuntimeError:
     _compat.reset_runtime_tokens()  # later operations do not depend on it
     raise

@@ -11,13 +11,9 @@ namespace jfog {
 
 namespace ffi = xla::ffi;
 
-inline ffi::Error MakeError(ffi::ErrorCode code, const std::string& text) {
-  return ffi::Error(code, "jfog: " + text);
-}
-
-// The text that a JaxRuntimeError of this error has: its code and its message.
-inline std::string StatusText(const ffi::Error& error) {
-  const char* const codes[] = {"OK",
+// The name of a code, as in the text of a JaxRuntimeError.
+inline const char* CodeName(ffi::ErrorCode code) {
+  const char* const names[] = {"OK",
                                "CANCELLED",
                                "UNKNOWN",
                                "INVALID_ARGUMENT",
@@ -31,8 +27,19 @@ inline std::string StatusText(const ffi::Error& error) {
                                "OUT_OF_RANGE",
                                "UNIMPLEMENTED",
                                "INTERNAL"};
+  return names[static_cast<int>(code)];
+}
+
+// The text ends with the code: a program whose argument has failed passes the
+// text on with the code INTERNAL (XLA: "Error dispatching computation").
+inline ffi::Error MakeError(ffi::ErrorCode code, const std::string& text) {
+  return ffi::Error(code, "jfog: " + text + " [" + CodeName(code) + "]");
+}
+
+// The text that a JaxRuntimeError of this error has: its code and its message.
+inline std::string StatusText(const ffi::Error& error) {
   const auto code = error.errc().value_or(ffi::ErrorCode::kUnknown);
-  return std::string(codes[static_cast<int>(code)]) + ": " + error.message();
+  return std::string(CodeName(code)) + ": " + error.message();
 }
 
 // An error on its way out of a function that returns an error, a value or an
