@@ -62,10 +62,11 @@ TEST_CASE("a communicator that is gone, closed or failed is not ready") {
   };
   CHECK(*Ready(comms, number, "allreduce") == comm);
   const char* const gone =
-      "jfog: allreduce on a communicator that was shut down";
+      "jfog: allreduce on a communicator that was shut down "
+      "[FAILED_PRECONDITION]";
   CHECK(refusal(number + 1) == gone);
   comm->failure.Set(ffi::ErrorCode::kAborted, "it has failed");
-  CHECK(refusal(number) == "jfog: it has failed");
+  CHECK(refusal(number) == "jfog: it has failed [ABORTED]");
   comm->is_closed = true;
   CHECK(refusal(number) == gone);
 }
