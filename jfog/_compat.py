@@ -138,9 +138,9 @@ def ordered_ffi_lowering(
 # programs leave the C++ path of `jax.jit`. Here the effect ends at the border of
 # a program instead. The program makes its token at its start, and XLA keeps the
 # order between programs: a device starts the programs of one thread in the order
-# in which they were dispatched (`TfrtCpuClient::ExecuteHelper` in
-# xla/pjrt/cpu/cpu_client.cc makes each execution depend on the last one that was
-# enqueued on its device and execution stream; a GPU has one compute stream).
+# in which they were dispatched (in xla/pjrt/cpu/cpu_client.cc each execution
+# depends on `last_enqueue_event`, that of the last one which was enqueued; a GPU has
+# one compute stream).
 
 _ORDERS = ("device", "strict")
 _program_p = Primitive("jfog_program")
