@@ -10,7 +10,7 @@ constexpr std::uint64_t kMagic = 0x6a666f6731303034u;
 
 }  // namespace
 
-OperationHeader MakeHeader(const std::string& name, std::uint64_t sequence,
+OperationHeader MakeHeader(std::string_view name, std::uint64_t sequence,
                            std::uint64_t signature, std::uint64_t variant,
                            std::size_t bytes) {
   OperationHeader header;
@@ -19,7 +19,7 @@ OperationHeader MakeHeader(const std::string& name, std::uint64_t sequence,
   header.signature = signature;
   header.variant = variant;
   header.bytes = bytes;
-  std::strncpy(header.operation, name.c_str(), sizeof(header.operation) - 1);
+  name.copy(header.operation, sizeof(header.operation) - 1);
   return header;
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace jfog {
 
@@ -23,7 +24,7 @@ struct OperationHeader {
 };
 static_assert(sizeof(OperationHeader) == 96, "keeps what follows aligned");
 
-OperationHeader MakeHeader(const std::string& name, std::uint64_t sequence,
+OperationHeader MakeHeader(std::string_view name, std::uint64_t sequence,
                            std::uint64_t signature, std::uint64_t variant,
                            std::size_t bytes);
 

@@ -89,10 +89,18 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
     MPI_Group_free(&own);
     MPI_Group_free(&all);
   }
+  mailboxes_ = Mailboxes::Make(comm_, LowestOnMachine());
   shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
     shares_memory_ = channels_->Reaches(RankInRoot(peer));
   }
+}
+
+int Communicator::LowestOnMachine() const {
+  for (int rank = 0; rank < rank_ && channels_ != nullptr; ++rank) {
+    if (channels_->Reaches(RankInRoot(rank))) return rank;
+  }
+  return rank_;
 }
 
 std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {

@@ -22,6 +22,7 @@
 #include "common/registry.h"
 #include "common/status.h"
 #include "common/traffic_counters.h"
+#include "mpi/mailboxes.h"
 #include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {
@@ -80,8 +81,12 @@ class Communicator {
   // the root.
   Channels* channels() const { return channels_.get(); }
   std::shared_ptr<Channels> shared_channels() const { return channels_; }
+  // Null where no other rank shares memory with this one.
+  Mailboxes* mailboxes() const { return mailboxes_.get(); }
   // Whether all ranks are on one machine; the same on all of them.
   bool shares_memory() const { return shares_memory_; }
+  // The lowest rank that shares memory with this one.
+  int LowestOnMachine() const;
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
@@ -162,6 +167,7 @@ class Communicator {
   int size_ = 1;
   double timeout_;
   std::shared_ptr<Channels> channels_;  // null: there are none
+  std::unique_ptr<Mailboxes> mailboxes_;
   std::shared_ptr<Communicator> root_;  // null for a root itself
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
   bool shares_memory_ = false;

@@ -10,8 +10,8 @@
 namespace jfog::mpi {
 namespace {
 
-// The longest short payload where all ranks share memory: longer ones are
-// faster through a channel.
+// The longest short payload where all ranks share memory and there are no
+// mailboxes: longer ones are faster through a channel.
 constexpr std::size_t kShortShared = 512;
 
 }  // namespace
@@ -22,6 +22,8 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
       edges_(std::move(edges)),
       payload_(this->leaves().payload_bytes),
       source_channels_(sources().size()),
+      sent_mail_(destinations().size()),
+      received_mail_(sources().size()),
       parts_(sources().size()) {
   if (edges_.source_bytes.empty()) {
     edges_.source_bytes.assign(sources().size(), payload_);
@@ -49,14 +51,32 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
       if (this->comm().channels()->Reaches(rank)) readers_.push_back(rank);
     }
   }
+  waits_for_memory_ = chunks_ == 1;
+  for (std::size_t s = 0; s < sources().size(); ++s) {
+    received_mail_[s].is_used =
+        UsesMailbox(sources()[s], edges_.source_bytes[s]);
+    waits_for_memory_ = waits_for_memory_ && received_mail_[s].is_used;
+  }
+  for (std::size_t d = 0; d < destinations().size(); ++d) {
+    sent_mail_[d].is_used =
+        UsesMailbox(destinations()[d], edges_.destination_bytes[d]);
+    waits_for_memory_ = waits_for_memory_ && sent_mail_[d].is_used;
+  }
   ComputeOffsets();
+}
+
+// Both ends of an edge decide alike: by the machine and the length. A later
+// round starts out of program order, in which mail is numbered.
+bool Exchange::UsesMailbox(int rank, std::size_t bytes) const {
+  return comm().mailboxes() != nullptr && !edges_.is_followup &&
+         mailboxes().Reaches(rank) && Begin(bytes, 1) <= Mailboxes::kPayload;
 }
 
 void Exchange::ComputeOffsets() {
   consumed_ = 0;
   published_ = own_chunks_;
   unchecked_ = sources().size();
-  if (buffer_) return;
+  if (buffer_ || waits_for_memory_) return;
   const std::size_t pairs = std::min<std::size_t>(chunks_, kBufferPairs);
   const std::size_t sends =
       edges_.same_payload ? std::min<std::size_t>(destinations().size(), 1)
@@ -81,7 +101,9 @@ void Exchange::Renew() {
 
 // Depends on the length of the edge alone, so both ends cut it equally.
 std::size_t Exchange::ChunksOf(std::size_t bytes) const {
-  const std::size_t limit = comm().shares_memory() ? kShortShared : kShort;
+  const std::size_t limit = !comm().shares_memory() ? kShort
+                            : !comm().mailboxes()   ? kShortShared
+                                                    : Mailboxes::kPayload;
   return bytes <= limit ? 1 : 1 + (bytes + kChunk - 1) / kChunk;
 }
 
@@ -124,6 +146,21 @@ ffi::Error Exchange::Post() {
     channel_ = comm().channels()->Acquire(readers_, own_chunks_);
     if (channel_) published_ = 1;
   }
+  for (std::size_t s = 0; s < sources().size(); ++s) {
+    Mail& mail = received_mail_[s];
+    if (!mail.is_used) continue;
+    mail = {true, true, mailboxes().NextReceived(sources()[s])};
+    ++unread_;
+  }
+  for (std::size_t d = 0; d < destinations().size(); ++d) {
+    Mail& mail = sent_mail_[d];
+    if (!mail.is_used) continue;
+    mail = {true, true, mailboxes().NextSent(destinations()[d])};
+    ++unwritten_;
+  }
+  bool moved = false;
+  WriteMail(&moved);
+  if (waits_for_memory_) return ffi::Error::Success();
   JFOG_RETURN_IF_ERROR(PostReceives(0));
   JFOG_RETURN_IF_ERROR(PostSends(0));
   // The receives of chunk 1 are posted when all headers are checked: a rank
@@ -141,6 +178,7 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
   for (std::size_t d = 0; d < destinations().size(); ++d) {
     const std::size_t bytes = edges_.destination_bytes[d];
     if (chunk >= ChunksOf(bytes)) continue;
+    if (chunk == 0 && sent_mail_[d].is_used) continue;
     if (chunk > 0 && channel_ &&
         comm().channels()->Reaches(comm().RankInRoot(destinations()[d]))) {
       continue;
@@ -172,6 +210,7 @@ ffi::Error Exchange::PostReceives(std::size_t chunk) {
   for (std::size_t s = 0; s < sources().size(); ++s) {
     const std::size_t whole = edges_.source_bytes[s];
     if (chunk >= ChunksOf(whole)) continue;
+    if (chunk == 0 && received_mail_[s].is_used) continue;
     if (chunk > 0 && source_channels_[s]) continue;
     const std::size_t bytes =
         chunk == 0 ? kEnvelope : Begin(whole, chunk + 1) - Begin(whole, chunk);
@@ -179,6 +218,37 @@ ffi::Error Exchange::PostReceives(std::size_t chunk) {
     JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
         pair.received + s * stride, static_cast<int>(bytes), MPI_BYTE,
         sources()[s], tag(chunk), comm().comm(), Slot(FirstSlot(chunk) + s)));
+  }
+  return ffi::Error::Success();
+}
+
+// Leaves what does not fit, because the reader is behind, to a later call.
+void Exchange::WriteMail(bool* moved) {
+  for (std::size_t d = 0; unwritten_ > 0 && d < destinations().size(); ++d) {
+    Mail& mail = sent_mail_[d];
+    if (!mail.is_open) continue;
+    Mailboxes::Message* message =
+        mailboxes().Place(destinations()[d], mail.number);
+    if (message == nullptr) continue;
+    message->header = Envelope();
+    Pack(d, 0, Begin(edges_.destination_bytes[d], 1), message->payload);
+    mailboxes().Publish(*message, mail.number);
+    mail.is_open = false;
+    --unwritten_;
+    *moved = true;
+  }
+}
+
+ffi::Error Exchange::ReadMail(bool* moved) {
+  for (std::size_t s = 0; unread_ > 0 && s < sources().size(); ++s) {
+    Mail& mail = received_mail_[s];
+    if (!mail.is_open) continue;
+    mail.message = mailboxes().Find(sources()[s], mail.number);
+    if (mail.message == nullptr) continue;
+    mail.is_open = false;
+    --unread_;
+    *moved = true;
+    JFOG_RETURN_IF_ERROR(HeaderArrived(s, mail.message->header));
   }
   return ffi::Error::Success();
 }
@@ -193,18 +263,24 @@ ffi::Error Exchange::Completed(std::size_t slot) {
   Header theirs;
   std::memcpy(&theirs, pair.received + edge * std::max(stride_, kEnvelope),
               sizeof(theirs));
-  JFOG_RETURN_IF_ERROR(CheckHeader(sources()[edge], theirs));
-  comm().CountReceived(sources()[edge], CountOfSource(edge));
-  source_channels_[edge].reset();
+  return HeaderArrived(edge, theirs);
+}
+
+ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
+  JFOG_RETURN_IF_ERROR(CheckHeader(sources()[source], theirs));
+  comm().CountReceived(sources()[source], CountOfSource(source));
+  source_channels_[source].reset();
   if (theirs.stamp != 0 && comm().channels() != nullptr &&
-      comm().channels()->Reaches(comm().RankInRoot(sources()[edge]))) {
-    source_channels_[edge] = Channels::Claim{theirs.channel, theirs.stamp};
+      comm().channels()->Reaches(comm().RankInRoot(sources()[source]))) {
+    source_channels_[source] = Channels::Claim{theirs.channel, theirs.stamp};
   }
   if (--unchecked_ > 0 || chunks_ == 1) return ffi::Error::Success();
   return PostReceives(1);
 }
 
 ffi::Error Exchange::Resume(bool* moved) {
+  WriteMail(moved);
+  JFOG_RETURN_IF_ERROR(ReadMail(moved));
   for (bool any = true; any;) {
     any = false;
     if (published_ < own_chunks_) {
@@ -230,6 +306,7 @@ bool Exchange::HasArrived(std::size_t chunk) {
   const BufferPair& pair = BuffersOf(chunk);
   // Counts sends, too: the next chunk but one overwrites their buffer.
   if (pair.outstanding > 0) return false;
+  if (unwritten_ > 0 || unread_ > 0) return false;
   if (chunk > 0 && unchecked_ > 0) return false;
   // An output may alias the input that is still to be published.
   if (published_ < own_chunks_ && published_ <= chunk) return false;
@@ -241,6 +318,8 @@ bool Exchange::HasArrived(std::size_t chunk) {
     part.end = Begin(bytes, chunk + 1);
     if (chunk >= ChunksOf(bytes)) {
       part.bytes = nullptr;
+    } else if (chunk == 0 && received_mail_[s].is_used) {
+      part.bytes = received_mail_[s].message->payload;
     } else if (chunk > 0 && source_channels_[s]) {
       part.bytes = comm().channels()->Find(comm().RankInRoot(sources()[s]),
                                            *source_channels_[s], chunk);
@@ -256,6 +335,10 @@ ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
   JFOG_RETURN_IF_ERROR(
       Consume(Begin(payload_, chunk), Begin(payload_, chunk + 1), parts_));
   // The senders on this machine may reuse the slots that this rank has read.
+  for (std::size_t s = 0; chunk == 0 && s < sources().size(); ++s) {
+    const Mail& mail = received_mail_[s];
+    if (mail.is_used) mailboxes().Done(sources()[s], mail.number);
+  }
   for (std::size_t s = 0; chunk > 0 && s < sources().size(); ++s) {
     if (!source_channels_[s] || parts_[s].bytes == nullptr) continue;
     comm().channels()->Done(comm().RankInRoot(sources()[s]),
@@ -301,6 +384,12 @@ std::vector<int> Exchange::Missing() const {
     missing.push_back(edge < sources().size()
                           ? sources()[edge]
                           : destinations()[edge - sources().size()]);
+  }
+  for (std::size_t s = 0; s < sources().size(); ++s) {
+    if (received_mail_[s].is_open) missing.push_back(sources()[s]);
+  }
+  for (std::size_t d = 0; d < destinations().size(); ++d) {
+    if (sent_mail_[d].is_open) missing.push_back(destinations()[d]);
   }
   if (consumed_ > 0 && consumed_ < chunks_ && unchecked_ == 0) {
     for (std::size_t s = 0; s < sources().size(); ++s) {

@@ -34,10 +34,11 @@ struct Edges {
 //
 // Chunk 0 is a header and, of a short payload, all of it. A longer payload
 // follows in chunks that fit into the cache; while one chunk is in flight, the
-// one before it is consumed. Ranks of one machine read the chunks in place,
-// from a shared-memory channel of the sender; other ranks receive messages,
-// through two sets of buffers in turn. Outputs may alias inputs, since a chunk
-// is consumed after it was packed.
+// one before it is consumed. Between ranks of one machine chunk 0 goes through
+// a mailbox, and the further ones are read in place, from a shared-memory
+// channel of the sender; other ranks receive messages, through two sets of
+// buffers in turn. Outputs may alias inputs, since a chunk is consumed after it
+// was packed.
 class Exchange : public Operation {
  public:
   // For peers that are arguments of each rank, before the start: see
@@ -76,6 +77,7 @@ class Exchange : public Operation {
   // See Operation::Renew.
   void Renew();
 
+  bool waits_for_memory() const override { return waits_for_memory_; }
   ffi::Error Post() override;
   ffi::Error Resume(bool* moved) override;
   bool is_waiting() const override {
@@ -100,6 +102,16 @@ class Exchange : public Operation {
     return buffer_pairs_[chunk % kBufferPairs];
   }
 
+  // Chunk 0 of an edge, if it goes through a mailbox.
+  struct Mail {
+    bool is_used = false;
+    bool is_open = false;  // still to be written or read
+    std::uint64_t number = 0;
+    const Mailboxes::Message* message = nullptr;  // once it has arrived
+  };
+  Mailboxes& mailboxes() const { return *comm().mailboxes(); }
+  bool UsesMailbox(int rank, std::size_t bytes) const;
+
   void ComputeOffsets();
   // The number of chunks of a payload, and the offset of one of them.
   std::size_t ChunksOf(std::size_t bytes) const;
@@ -109,6 +121,10 @@ class Exchange : public Operation {
   std::size_t FirstSlot(std::size_t chunk) const;
   ffi::Error PostSends(std::size_t chunk);
   ffi::Error PostReceives(std::size_t chunk);
+  void WriteMail(bool* moved);
+  ffi::Error ReadMail(bool* moved);
+  // Checks the header of a source.
+  ffi::Error HeaderArrived(std::size_t source, const Header& theirs);
   // Whether a chunk has been sent and has arrived from all sources; if so, sets
   // `parts_`.
   bool HasArrived(std::size_t chunk);
@@ -125,6 +141,10 @@ class Exchange : public Operation {
   std::size_t stride_;        // bytes between the buffers of a pair
   std::optional<Channels::Claim> channel_;
   std::vector<std::optional<Channels::Claim>> source_channels_;
+  std::vector<Mail> sent_mail_, received_mail_;  // by destination, by source
+  std::size_t unwritten_ = 0;                    // open ones of these
+  std::size_t unread_ = 0;
+  bool waits_for_memory_ = false;  // and for no MPI message
   std::array<BufferPair, kBufferPairs> buffer_pairs_;
   Buffer buffer_;
   std::vector<Part> parts_;

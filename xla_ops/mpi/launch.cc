@@ -23,7 +23,27 @@ constexpr std::chrono::microseconds kSpinFor{100};
 // and spins longer.
 constexpr int kPollsOversubscribed = 16;
 constexpr std::chrono::microseconds kSpinForOversubscribed{1000};
+// A poll of memory costs next to nothing, and there is no use in polls that
+// keep the peers from the core.
+constexpr int kPollsOfMemory = 1000;
+constexpr int kPollsOfMemoryOversubscribed = 2;
 std::atomic<bool> is_oversubscribed{false};
+
+int PollsBeforeYield(bool of_memory, bool oversubscribed) {
+  if (oversubscribed) {
+    return of_memory ? kPollsOfMemoryOversubscribed : kPollsOversubscribed;
+  }
+  return of_memory ? kPollsOfMemory : kPolls;
+}
+
+// Leaves the core's resources to its other hardware thread for a moment.
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 }  // namespace
 
@@ -43,7 +63,8 @@ void SetOversubscribed(bool oversubscribed) {
 
 bool EndsSoon(Operation& operation) {
   const bool oversubscribed = is_oversubscribed.load(std::memory_order_relaxed);
-  const int limit = oversubscribed ? kPollsOversubscribed : kPolls;
+  const bool of_memory = operation.waits_for_memory();
+  const int limit = PollsBeforeYield(of_memory, oversubscribed);
   const Clock::duration patience =
       oversubscribed ? kSpinForOversubscribed : kSpinFor;
   int polls = 0;
@@ -53,7 +74,10 @@ bool EndsSoon(Operation& operation) {
       polls = 0;
       continue;
     }
-    if (++polls < limit) continue;
+    if (++polls < limit) {
+      if (of_memory) Pause();
+      continue;
+    }
     const Clock::time_point now = Clock::now();
     if (polls == limit) quiet_since = now;
     if (now - quiet_since > patience) return operation.finished();

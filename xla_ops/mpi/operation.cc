@@ -28,9 +28,8 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
     : comm_(std::move(comm)),
       name_(name),
       leaves_(std::move(leaves)),
-      sequence_(comm_->NextSequence()),
-      signature_(leaves_.Signature()),
-      variant_(variant),
+      header_(jfog::MakeHeader(name, comm_->NextSequence(), leaves_.Signature(),
+                               variant, 0)),
       deadline_(comm_->timeout()) {
   comm_->CountOperation();
 }
@@ -39,29 +38,28 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
                      std::uint64_t sequence)
     : comm_(std::move(comm)),
       name_(name),
-      sequence_(sequence),
-      signature_(0),
-      variant_(0),
+      header_(jfog::MakeHeader(name, sequence, 0, 0, 0)),
       deadline_(comm_->timeout()) {}
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
     : comm_(std::move(comm)),
       name_(other.name_),
-      sequence_(other.sequence_),
-      signature_(other.signature_),
-      variant_(other.variant_),
+      header_(other.header_),
       deadline_(comm_->timeout()) {}
 
 std::string Operation::Title() const {
-  return jfog::Title(name_, sequence_, comm_->rank());
+  return jfog::Title(name_, sequence(), comm_->rank());
 }
 
 Header Operation::MakeHeader(std::size_t bytes) const {
-  return jfog::MakeHeader(name_, sequence_, signature_, variant_, bytes);
+  Header header = header_;
+  header.bytes = bytes;
+  return header;
 }
 
 std::uint64_t Operation::Fingerprint() const {
-  return Mix(Mix(Mix(sequence_, signature_), variant_), name_);
+  return Mix(Mix(Mix(header_.sequence, header_.signature), header_.variant),
+             name_);
 }
 
 void Operation::Resize(std::size_t slots) {
@@ -76,7 +74,7 @@ ffi::Error Operation::Resume(bool* moved) {
 }
 
 void Operation::Renew() {
-  sequence_ = comm_->NextSequence();
+  header_.sequence = comm_->NextSequence();
   comm_->CountOperation();
   finished_.store(false, std::memory_order_relaxed);
   awaited_since_.store(0, std::memory_order_relaxed);
@@ -160,22 +158,21 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
 }
 
 bool Operation::Matches(const Header& theirs) const {
-  const Header mine = MakeHeader(0);
-  return theirs.magic == mine.magic && theirs.sequence == mine.sequence &&
-         theirs.signature == mine.signature && theirs.variant == mine.variant &&
-         std::memcmp(theirs.operation, mine.operation,
-                     sizeof(mine.operation)) == 0;
+  return theirs.magic == header_.magic && theirs.sequence == header_.sequence &&
+         theirs.signature == header_.signature &&
+         theirs.variant == header_.variant &&
+         std::memcmp(theirs.operation, header_.operation,
+                     sizeof(header_.operation)) == 0;
 }
 
 ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
+  if (Matches(theirs)) return ffi::Error::Success();
   const auto mismatch = [&](const std::string& what) {
     return Fail(ffi::ErrorCode::kFailedPrecondition,
                 "(" + leaves_.Describe() + ") does not match rank " +
                     std::to_string(source) + ": " + what);
   };
-  const std::string difference = Difference(MakeHeader(0), theirs);
-  if (!difference.empty()) return mismatch(difference);
-  return ffi::Error::Success();
+  return mismatch(Difference(header_, theirs));
 }
 
 void Operation::Await() {
@@ -233,6 +230,7 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     if (deadline_.TakeAnnouncement(waited)) {
       comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
     }
+    JFOG_RETURN_IF_ERROR(CheckMail(missing));
     JFOG_RETURN_IF_ERROR(CheckControlMessages(missing, waited));
   }
   JFOG_RETURN_IF_ERROR(Stalled());
@@ -245,15 +243,29 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
   return ffi::Error::Success();
 }
 
+// A peer that waits for a message of another kind than it has sent finds out by
+// this rank's announcement.
+ffi::Error Operation::CheckMail(const std::vector<int>& missing) {
+  if (comm_->mailboxes() == nullptr) return ffi::Error::Success();
+  for (int rank : missing) {
+    if (!comm_->mailboxes()->Reaches(rank)) continue;
+    const std::optional<Header> header = comm_->mailboxes()->Peek(rank);
+    if (!header || header->sequence != sequence() || Matches(*header)) continue;
+    comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+    return CheckHeader(rank, *header);
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error Operation::CheckControlMessages(const std::vector<int>& missing,
                                            Clock::duration waited) {
   for (int rank : missing) {
     const std::optional<Header> message = comm_->LastControlMessage(rank);
-    if (!message || message->sequence < sequence_) continue;
+    if (!message || message->sequence < sequence()) continue;
     // The peer waits, too: in the same operation, or in a later one without
     // having sent the message that this rank waits for. A sent message would
     // have arrived long before the announcement.
-    if (message->sequence == sequence_ || deadline_.IsLong(waited)) {
+    if (message->sequence == sequence() || deadline_.IsLong(waited)) {
       JFOG_RETURN_IF_ERROR(CheckHeader(rank, *message));
     }
   }

@@ -52,6 +52,9 @@ class Operation {
   // Ends the operation if there is a reason to: a failed communicator, a peer
   // that has left or runs another operation, or the deadline.
   void CheckStall(Clock::time_point now);
+  // Whether it sends and receives through mailboxes alone, of which a poll is a
+  // few loads.
+  virtual bool waits_for_memory() const { return false; }
   // Advances it to its end on the calling thread.
   ffi::Error Complete();
 
@@ -59,7 +62,7 @@ class Operation {
   bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
   // "neighbor_allreduce #41 on rank 0"
   std::string Title() const;
-  std::uint64_t sequence() const { return sequence_; }
+  std::uint64_t sequence() const { return header_.sequence; }
   // The header of this rank's messages.
   Header MakeHeader(std::size_t bytes) const;
 
@@ -101,7 +104,7 @@ class Operation {
   }
 
   // The value to compare between ranks in place of the leaves.
-  void SetSignature(std::uint64_t signature) { signature_ = signature; }
+  void SetSignature(std::uint64_t signature) { header_.signature = signature; }
   // A hash of the values that must be equal on all ranks.
   std::uint64_t Fingerprint() const;
   // Whether that is of the same operation.
@@ -124,6 +127,8 @@ class Operation {
   ffi::Error MpiFailure(int code, const std::string& what);
   ffi::Error Poll(bool* moved);
   ffi::Error FindStall(Clock::duration waited);
+  // Compares with the mail of ranks that are in another operation now.
+  ffi::Error CheckMail(const std::vector<int>& missing);
   ffi::Error CheckControlMessages(const std::vector<int>& missing,
                                   Clock::duration waited);
   void End(ffi::Error error);
@@ -131,9 +136,7 @@ class Operation {
   std::shared_ptr<Communicator> comm_;
   const char* name_;
   Payload leaves_;
-  std::uint64_t sequence_;
-  std::uint64_t signature_;
-  std::uint64_t variant_;
+  Header header_;  // but for the length and the channel of a message
   std::vector<MPI_Request> requests_;
   std::vector<MPI_Status> statuses_;
   std::vector<int> indices_;

@@ -1,27 +1,30 @@
 // Memory shared by the ranks of one machine.
 #include "mpi/shared_memory.h"
 
-#include <sys/statvfs.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <random>
+#include <string>
 
 #include "common/cache_line.h"
 
 namespace jfog::mpi {
 namespace {
 
-// MPI's shared memory is a file here, whose pages are allocated on first
-// access: a page that the file system does not have is a SIGBUS.
-constexpr const char* kFileSystem = "/dev/shm";
-
-bool HasRoom(std::uint64_t bytes) {
-  struct statvfs system;
-  if (statvfs(kFileSystem, &system) != 0) return true;  // another file system
-  const std::uint64_t free = system.f_bavail * system.f_frsize;
-  return free / 4 * 3 >= bytes;
-}
+// The memory of one process, as another opens it.
+struct Origin {
+  std::int64_t process = 0;
+  std::int64_t file = -1;
+  std::uint64_t bytes = 0;
+  // Lies at the end of the memory. Where processes count in namespaces of their
+  // own, the same numbers can name the file of a stranger.
+  std::uint64_t token = 0;
+};
 
 bool IsEnabled() {
   const char* text = std::getenv("JFOG_SHARED_MEMORY");
@@ -35,41 +38,76 @@ bool AllOf(bool value, MPI_Comm machine) {
   return all != 0;
 }
 
+std::byte* Map(int file, std::size_t bytes) {
+  void* memory =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  return memory == MAP_FAILED ? nullptr : static_cast<std::byte*>(memory);
+}
+
+std::uint64_t* TokenIn(std::byte* memory, std::size_t bytes) {
+  return reinterpret_cast<std::uint64_t*>(memory + bytes - kCacheLine);
+}
+
+std::byte* MapOther(const Origin& origin) {
+  const std::string path = "/proc/" + std::to_string(origin.process) + "/fd/" +
+                           std::to_string(origin.file);
+  const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (file < 0) return nullptr;
+  // An access behind the end of a file is a SIGBUS.
+  const bool fits =
+      lseek(file, 0, SEEK_END) == static_cast<off_t>(origin.bytes);
+  std::byte* memory = fits ? Map(file, origin.bytes) : nullptr;
+  close(file);
+  if (memory == nullptr) return nullptr;
+  if (*TokenIn(memory, origin.bytes) == origin.token) return memory;
+  munmap(memory, origin.bytes);
+  return nullptr;
+}
+
 }  // namespace
 
 std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
                                                  std::size_t bytes) {
-  int ranks = 0;
+  int ranks = 0, me = 0;
   MPI_Comm_size(machine, &ranks);
-  const std::size_t own_bytes = bytes + kCacheLine;
-  std::uint64_t total = own_bytes;
-  MPI_Allreduce(MPI_IN_PLACE, &total, 1, MPI_UINT64_T, MPI_SUM, machine);
-  if (!AllOf(IsEnabled() && ranks > 1 && HasRoom(total), machine)) {
-    return nullptr;
-  }
+  MPI_Comm_rank(machine, &me);
+  if (!AllOf(IsEnabled() && ranks > 1, machine)) return nullptr;
+
   std::unique_ptr<SharedMemory> memory(new SharedMemory);
-  void* own = nullptr;
-  const bool allocated = MPI_Win_allocate_shared(
-                             static_cast<MPI_Aint>(own_bytes), 1, MPI_INFO_NULL,
-                             machine, &own, &memory->window_) == MPI_SUCCESS;
-  if (!AllOf(allocated, machine)) return nullptr;
-  for (int rank = 0; rank < ranks; ++rank) {
-    MPI_Aint length = 0;
-    int unit = 0;
-    void* base = nullptr;
-    MPI_Win_shared_query(memory->window_, rank, &length, &unit, &base);
-    // The parts are contiguous and start at the same offset of a page in all
-    // processes, so all of them skip the same bytes.
-    const auto address = reinterpret_cast<std::uintptr_t>(base);
-    const std::size_t skip = (kCacheLine - address % kCacheLine) % kCacheLine;
-    memory->parts_.push_back(static_cast<std::byte*>(base) + skip);
+  memory->parts_.resize(ranks);
+  std::vector<Origin> origins(ranks);
+  Origin& own = origins[me];
+  own.process = getpid();
+  own.bytes = AlignUp(bytes) + kCacheLine;
+  const int file = memfd_create("jfog", MFD_CLOEXEC);
+  own.file = file;
+  bool usable =
+      file >= 0 && ftruncate(file, static_cast<off_t>(own.bytes)) == 0;
+  if (usable) {
+    memory->parts_[me] = {Map(file, own.bytes), own.bytes};
+    usable = memory->of(me) != nullptr;
   }
-  return memory;
+  if (usable) {
+    std::random_device random;
+    own.token = (std::uint64_t{random()} << 32) | random();
+    *TokenIn(memory->of(me), own.bytes) = own.token;
+  }
+  MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, origins.data(),
+                sizeof(Origin), MPI_BYTE, machine);
+  for (int rank = 0; rank < ranks && usable; ++rank) {
+    if (rank == me) continue;
+    memory->parts_[rank] = {MapOther(origins[rank]), origins[rank].bytes};
+    usable = memory->of(rank) != nullptr;
+  }
+  usable = AllOf(usable, machine);  // and all have opened this rank's file
+  if (file >= 0) close(file);
+  return usable ? std::move(memory) : nullptr;
 }
 
-void SharedMemory::Free() {
-  if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
-  parts_.clear();
+SharedMemory::~SharedMemory() {
+  for (const Part& part : parts_) {
+    if (part.begin != nullptr) munmap(part.begin, part.bytes);
+  }
 }
 
 std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part) {

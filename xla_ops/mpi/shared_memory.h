@@ -10,32 +10,34 @@
 
 namespace jfog::mpi {
 
-// An MPI shared-memory window, which its ranks access with plain loads and
-// stores.
+// Anonymous memory of each rank, mapped by all of them. A page takes memory
+// from its first access on, a part lives until the last process has unmapped
+// it, and a process that is killed leaves nothing behind.
 class SharedMemory {
  public:
   // Collective over `machine`, whose ranks are on one machine; each allocates
-  // `bytes`. Null on all ranks if the environment variable JFOG_SHARED_MEMORY
-  // is 0 on some rank, if memory is short, or if there is only one rank.
+  // `bytes`, filled with zeros. Null on all ranks if the environment variable
+  // JFOG_SHARED_MEMORY is 0 on some rank, if some rank cannot map the memory of
+  // another, or if there is only one rank.
   static std::unique_ptr<SharedMemory> Make(MPI_Comm machine,
                                             std::size_t bytes);
-  // Without `Free`, which is collective, the memory lives as long as the
-  // process.
-  ~SharedMemory() = default;
+  // Not collective: unmaps the memory in this process.
+  ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // The memory of a rank of `machine`, aligned to a cache line.
-  std::byte* of(int rank) const { return parts_[rank]; }
-
-  // Collective: releases the memory.
-  void Free();
+  // The memory of a rank of `machine`, aligned to a page.
+  std::byte* of(int rank) const { return parts_[rank].begin; }
 
  private:
+  struct Part {
+    std::byte* begin = nullptr;
+    std::size_t bytes = 0;  // mapped
+  };
+
   SharedMemory() = default;
 
-  MPI_Win window_ = MPI_WIN_NULL;
-  std::vector<std::byte*> parts_;
+  std::vector<Part> parts_;
 };
 
 // Of each rank of `comm` its rank in `part`, or -1.

@@ -37,12 +37,9 @@ struct Windows {
 
 // Collective, for the first window of a communicator.
 Group MakeGroup(const Communicator& comm) {
-  int lowest = comm.rank();
-  for (int rank = comm.size() - 1; rank >= 0 && comm.channels(); --rank) {
-    if (comm.channels()->Reaches(comm.RankInRoot(rank))) lowest = rank;
-  }
   Group group;
-  MPI_Comm_split(comm.comm(), lowest, comm.rank(), &group.machine);
+  MPI_Comm_split(comm.comm(), comm.LowestOnMachine(), comm.rank(),
+                 &group.machine);
   MPI_Comm_set_errhandler(group.machine, MPI_ERRORS_RETURN);
   group.local = RanksIn(comm.comm(), group.machine);
   return group;
@@ -253,7 +250,6 @@ ffi::Error Window::Free() {
       CheckedBarrier(comm_, "win_free", Payload(), global_id_));
   std::fill(parts_.begin(), parts_.end(), WindowMemory());
   own_ = WindowMemory();
-  if (shared_ != nullptr) shared_->Free();
   shared_ = nullptr;
   private_ = Buffer();
   return ffi::Error::Success();

@@ -1,0 +1,66 @@
+// Mailboxes: short messages between the ranks of one machine.
+#include "mpi/mailboxes.h"
+
+namespace jfog::mpi {
+
+// Zeros are a valid state of all of it, so fresh memory needs no construction,
+// and a ring takes no memory until its pair of ranks sends.
+struct alignas(4096) Mailboxes::Ring {
+  Mark done[kSlots];
+  Message messages[kSlots];
+};
+static_assert(Mailboxes::kPayload % kCacheLine == 0);
+
+std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm, int machine) {
+  int size = 0, rank = 0, ranks = 0;
+  MPI_Comm_size(comm, &size);
+  MPI_Comm_rank(comm, &rank);
+  MPI_Comm part = MPI_COMM_NULL;
+  if (MPI_Comm_split(comm, machine, rank, &part) != MPI_SUCCESS) return nullptr;
+  std::unique_ptr<Mailboxes> boxes(new Mailboxes(size));
+  MPI_Comm_rank(part, &boxes->me_);
+  MPI_Comm_size(part, &ranks);
+  boxes->memory_ = SharedMemory::Make(part, ranks * sizeof(Ring));
+  boxes->local_ = RanksIn(comm, part);
+  MPI_Comm_free(&part);
+  return boxes->memory_ == nullptr ? nullptr : std::move(boxes);
+}
+
+// The rings of one writer lie in its own memory, in the order of the readers.
+Mailboxes::Ring& Mailboxes::RingOf(int writer, int reader) const {
+  return reinterpret_cast<Ring*>(memory_->of(writer))[reader];
+}
+
+Mailboxes::Message* Mailboxes::Place(int rank, std::uint64_t number) const {
+  Ring& ring = RingOf(me_, local_[rank]);
+  const std::size_t slot = number % kSlots;
+  Message& message = ring.messages[slot];
+  // The stamp of the message before it in this slot, which may be unwritten.
+  const std::uint64_t before = number < kSlots ? 0 : number - kSlots + 1;
+  const bool is_free =
+      message.stamp.load(std::memory_order_relaxed) == before &&
+      ring.done[slot].number.load(std::memory_order_acquire) == before;
+  return is_free ? &message : nullptr;
+}
+
+const Mailboxes::Message* Mailboxes::Find(int rank,
+                                          std::uint64_t number) const {
+  const Message& message = RingOf(local_[rank], me_).messages[number % kSlots];
+  return message.stamp.load(std::memory_order_acquire) == number + 1 ? &message
+                                                                     : nullptr;
+}
+
+void Mailboxes::Done(int rank, std::uint64_t number) const {
+  RingOf(local_[rank], me_)
+      .done[number % kSlots]
+      .number.store(number + 1, std::memory_order_release);
+}
+
+std::optional<OperationHeader> Mailboxes::Peek(int rank) const {
+  const std::uint64_t number = received_[rank].load(std::memory_order_relaxed);
+  const Message* message = Find(rank, number);
+  if (message == nullptr) return std::nullopt;
+  return message->header;
+}
+
+}  // namespace jfog::mpi
