@@ -18,7 +18,7 @@ struct OperationHeader {
   std::uint64_t variant = 0;    // graph and round, reduction, or root
   std::uint64_t bytes = 0;      // of the payload
   std::uint64_t stamp = 0;      // MPI: of the first chunk in shared memory
-  std::uint64_t check = 0;      // NCCL: hash of all other fields
+  std::uint64_t check = 0;      // NCCL: hash of all other fields; MPI: of name
   std::int32_t channel = 0;     // MPI: shared-memory channel
   char operation[36] = {};
 };

@@ -23,27 +23,11 @@ constexpr std::chrono::microseconds kSpinFor{100};
 // and spins longer.
 constexpr int kPollsOversubscribed = 16;
 constexpr std::chrono::microseconds kSpinForOversubscribed{1000};
-// A poll of memory costs next to nothing, and there is no use in polls that
-// keep the peers from the core.
+// Of an operation that waits for memory a poll is a few loads: many of them
+// pass in the time of one message.
 constexpr int kPollsOfMemory = 1000;
 constexpr int kPollsOfMemoryOversubscribed = 2;
 std::atomic<bool> is_oversubscribed{false};
-
-int PollsBeforeYield(bool of_memory, bool oversubscribed) {
-  if (oversubscribed) {
-    return of_memory ? kPollsOfMemoryOversubscribed : kPollsOversubscribed;
-  }
-  return of_memory ? kPollsOfMemory : kPolls;
-}
-
-// Leaves the core's resources to its other hardware thread for a moment.
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 }  // namespace
 
@@ -63,23 +47,24 @@ void SetOversubscribed(bool oversubscribed) {
 
 bool EndsSoon(Operation& operation) {
   const bool oversubscribed = is_oversubscribed.load(std::memory_order_relaxed);
-  const bool of_memory = operation.waits_for_memory();
-  const int limit = PollsBeforeYield(of_memory, oversubscribed);
   const Clock::duration patience =
       oversubscribed ? kSpinForOversubscribed : kSpinFor;
-  int polls = 0;
+  // Polls in one turn, and turns without progress before the first yield.
+  int polls = 1, turns = oversubscribed ? kPollsOversubscribed : kPolls;
+  if (operation.waits_for_memory()) {
+    polls = oversubscribed ? kPollsOfMemoryOversubscribed : kPollsOfMemory;
+    turns = 1;
+  }
+  int quiet = 0;
   Clock::time_point quiet_since;
   while (!operation.finished()) {
-    if (operation.Advance()) {
-      polls = 0;
+    if (operation.Advance(polls)) {
+      quiet = 0;
       continue;
     }
-    if (++polls < limit) {
-      if (of_memory) Pause();
-      continue;
-    }
+    if (++quiet < turns) continue;
     const Clock::time_point now = Clock::now();
-    if (polls == limit) quiet_since = now;
+    if (quiet == turns) quiet_since = now;
     if (now - quiet_since > patience) return operation.finished();
     sched_yield();
   }

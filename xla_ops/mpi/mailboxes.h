@@ -32,7 +32,7 @@ class Mailboxes {
 
   struct Message {
     std::atomic<std::uint64_t> stamp{0};  // the writer's; 0: none yet
-    OperationHeader header;
+    OperationHeader header;  // on the stamp's cache line, but for the name
     alignas(kCacheLine) std::byte payload[kPayload];
   };
 

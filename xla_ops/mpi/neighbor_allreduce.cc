@@ -1,8 +1,8 @@
 // Handlers of neighbor_allreduce and pair_gossip.
 #include "mpi/neighbor_allreduce.h"
 
+#include <atomic>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -41,19 +41,37 @@ ffi::Error CheckWeights(const ffi::AnyBuffer& weights, std::size_t count) {
 
 constexpr const char* kNeighborAllreduce = "neighbor_allreduce";
 
+// A completed average, for reuse: its construction would dominate the time of a
+// call of few bytes. A thread that finds another one here goes without.
+class Spare {
+ public:
+  std::shared_ptr<NeighborAverage> Take() {
+    if (is_busy_.exchange(true, std::memory_order_acquire)) return nullptr;
+    std::shared_ptr<NeighborAverage> average = std::move(average_);
+    is_busy_.store(false, std::memory_order_release);
+    return average;
+  }
+  void Put(std::shared_ptr<NeighborAverage> average) {
+    if (is_busy_.exchange(true, std::memory_order_acquire)) return;
+    average_.swap(average);
+    is_busy_.store(false, std::memory_order_release);
+  }
+
+ private:
+  std::atomic<bool> is_busy_{false};
+  std::shared_ptr<NeighborAverage> average_;
+};
+
 struct NeighborPlan : Plan {
   std::int64_t weighting = kGraph;
-  // A completed average of each round, for reuse: its construction would
-  // dominate the time of a call of few bytes.
-  std::mutex mutex;
-  std::vector<std::shared_ptr<NeighborAverage>> spare;
+  std::vector<Spare> spares;  // of each round
 
   ffi::Error Read(const ffi::Dictionary& attributes) {
     JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kNeighborAllreduce));
     const auto source = attributes.get<std::int64_t>("weighting");
     if (!source) return source.error();
     weighting = *source;
-    spare.resize(rounds.size());
+    spares = std::vector<Spare>(rounds.size());
     return ffi::Error::Success();
   }
 };
@@ -90,10 +108,7 @@ Completion NeighborAllreduceImpl(State* state, ffi::Token,
   const bool reuses = !has_row && plan.mode == kWhole;
   plan.Agree();
   std::shared_ptr<NeighborAverage> average;
-  {
-    std::lock_guard<std::mutex> lock(plan.mutex);
-    if (reuses) average = std::move(plan.spare[at]);
-  }
+  if (reuses) average = plan.spares[at].Take();
   if (average == nullptr || !average->Renew(args, results)) {
     JFOG_ASSIGN_OR_RETURN(leaves,
                           ReadCall(args, has_row ? 1 : 0, results, plan.mode));
@@ -115,8 +130,7 @@ Completion NeighborAllreduceImpl(State* state, ffi::Token,
   average->Start();
   if (!EndsSoon(*average)) return HandOver(std::move(average));
   if (average->error().failure()) return average->error();
-  std::lock_guard<std::mutex> lock(plan.mutex);
-  plan.spare[at] = std::move(average);
+  plan.spares[at].Put(std::move(average));
   return ffi::Error::Success();
 }
 

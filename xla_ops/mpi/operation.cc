@@ -21,6 +21,22 @@ constexpr std::chrono::seconds kGrace{1};
 constexpr std::chrono::microseconds kYieldFor{500};
 constexpr std::chrono::microseconds kNap{100};
 
+Header HeaderOf(const char* name, std::uint64_t sequence,
+                std::uint64_t signature, std::uint64_t variant) {
+  Header header = MakeHeader(name, sequence, signature, variant, /*bytes=*/0);
+  header.check = Mix(0, name);
+  return header;
+}
+
+// Leaves the core's resources to its other hardware thread for a moment.
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 }  // namespace
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
@@ -38,7 +54,7 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
                      std::uint64_t sequence)
     : comm_(std::move(comm)),
       name_(name),
-      header_(jfog::MakeHeader(name, sequence, 0, 0, 0)),
+      header_(HeaderOf(name, sequence, 0, 0)),
       deadline_(comm_->timeout()) {}
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
@@ -88,11 +104,15 @@ void Operation::Start() {
   if (error.failure()) End(std::move(error));
 }
 
-bool Operation::Advance() {
+bool Operation::Advance(int polls) {
   std::unique_lock<std::mutex> lock(advancing_, std::try_to_lock);
   if (!lock.owns_lock() || finished()) return false;
   bool moved = false;
   ffi::Error error = Poll(&moved);
+  while (--polls > 0 && !moved && error.success()) {
+    Pause();
+    error = Poll(&moved);
+  }
   if (error.failure()) {
     End(std::move(error));
     return true;
@@ -157,12 +177,11 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
               "failed " + what + ": " + ErrorText(code));
 }
 
+// Reads one cache line of the header, which the sender has just written.
 bool Operation::Matches(const Header& theirs) const {
   return theirs.magic == header_.magic && theirs.sequence == header_.sequence &&
          theirs.signature == header_.signature &&
-         theirs.variant == header_.variant &&
-         std::memcmp(theirs.operation, header_.operation,
-                     sizeof(header_.operation)) == 0;
+         theirs.variant == header_.variant && theirs.check == header_.check;
 }
 
 ffi::Error Operation::CheckHeader(int source, const Header& theirs) {

@@ -40,9 +40,10 @@ class Operation {
   void Start();
   // Reuses a successful operation as the next one of its kind, on other memory.
   void Renew();
-  // Advances without waiting; returns whether anything moved. Safe on any
-  // thread: returns false while another thread advances it.
-  bool Advance();
+  // Advances without waiting; returns whether anything moved. Looks up to
+  // `polls` times for something that moves. Safe on any thread: returns false
+  // while another thread advances it.
+  bool Advance(int polls = 1);
   // Whether it has ended; then `error` says how.
   bool finished() const { return finished_.load(std::memory_order_acquire); }
   const ffi::Error& error() const { return error_; }
