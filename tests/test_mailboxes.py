@@ -231,6 +231,20 @@ def test_mail_shows_what_a_rank_runs(world, name):
   assert "allreduce #1" in text.split("does not match")[1]
 
 
+@pytest.mark.mpi(2)
+def test_operations_that_differ_in_name_only(world):
+  other = 1 - world.rank
+  if world.rank == 0:
+    text = failure(lambda: jfog.pair_gossip(jnp.ones(3), jnp.int32(other)))
+  else:
+    peers = jfog.Peers(0.5, {other: 0.5}, [other])
+    text = failure(lambda: jfog.neighbor_allreduce(jnp.ones(3), peers))
+  names = ["pair_gossip #0", "neighbor_allreduce #0"]
+  own, theirs = names[world.rank], names[other]
+  assert f"{own} on rank {world.rank}" in text
+  assert f"does not match rank {other}: it is in {theirs}" in text
+
+
 def test_a_new_communicator_has_empty_mailboxes(world):
   """After a failure that leaves messages unread."""
   if world.rank == 0:

@@ -4,7 +4,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cstring>
 #include <thread>
 
 #include "common/format.h"
@@ -44,8 +43,8 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
     : comm_(std::move(comm)),
       name_(name),
       leaves_(std::move(leaves)),
-      header_(jfog::MakeHeader(name, comm_->NextSequence(), leaves_.Signature(),
-                               variant, 0)),
+      header_(
+          HeaderOf(name, comm_->NextSequence(), leaves_.Signature(), variant)),
       deadline_(comm_->timeout()) {
   comm_->CountOperation();
 }
@@ -54,7 +53,7 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
                      std::uint64_t sequence)
     : comm_(std::move(comm)),
       name_(name),
-      header_(HeaderOf(name, sequence, 0, 0)),
+      header_(jfog::MakeHeader(name, sequence, 0, 0, 0)),
       deadline_(comm_->timeout()) {}
 
 Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)

@@ -191,8 +191,9 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
 
   const WindowMemory& own = window->own();
   const int rank = window->comm()->rank();
-  const std::string title =
-      std::string(kUpdate) + " on rank " + std::to_string(rank);
+  const auto title = [rank] {
+    return std::string(kUpdate) + " on rank " + std::to_string(rank);
+  };
   std::vector<int> records;
   for (int source : ranks) records.push_back(window->RecordOf(source));
   // Holding all locks for the whole sum makes the update atomic: data and p of

@@ -22,7 +22,8 @@ ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
                          " inside of one that has taken it already");
   }
   if (const WindowMemory& there = window->part(rank)) {
-    JFOG_RETURN_IF_ERROR(window->Acquire(there.head().mutex, rank, kName));
+    JFOG_RETURN_IF_ERROR(
+        window->Acquire(there.head().mutex, rank, [] { return kName; }));
   } else {
     JFOG_RETURN_IF_ERROR(RequestMutex(window, WindowRequest::kLock, rank));
   }

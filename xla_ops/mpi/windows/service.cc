@@ -136,7 +136,9 @@ class WindowService {
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(request.record);
     // After an error without a reply: the communicator has failed.
-    if (window->Acquire(record.lock, comm_->rank(), "a put").failure()) return;
+    if (window->Acquire(record.lock, comm_->rank(), [] { return "a put"; })
+            .failure())
+      return;
     const Payload value = window->PayloadAt(arrival.payload.get());
     std::byte* slot = window->own().payload(request.record);
     if (request.kind == WindowRequest::kPut) {
@@ -154,7 +156,9 @@ class WindowService {
                  const std::shared_ptr<Window>& window) {
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(0);
-    if (window->Acquire(record.lock, comm_->rank(), "a get").failure()) return;
+    if (window->Acquire(record.lock, comm_->rank(), [] { return "a get"; })
+            .failure())
+      return;
     const std::size_t bytes = window->layout().payload_bytes;
     Buffer value(bytes);
     std::memcpy(value.get(), window->own().payload(0), bytes);

@@ -48,14 +48,15 @@ ffi::Error WindowTransfer::TransferShared(std::size_t peer) {
   const int rank = peers_[peer];
   const WindowMemory& there = window_->part(rank);
   const std::size_t bytes = window_->layout().bytes;
+  const auto title = [this] { return Title(); };
   if (kind_ == WindowRequest::kGet) {
     // This rank's slot stays locked while it waits for record 0 of the peer. A
     // holder of a record 0 waits for no other lock, so they cannot deadlock.
     JFOG_RETURN_IF_ERROR(CheckState(rank, there.state()));
     TicketLock& lock = there.record(0).lock;
     WindowMemory::Record& slot = window_->own().record(window_->RecordOf(rank));
-    JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
-    ffi::Error error = window_->Acquire(lock, rank, Title());
+    JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), title));
+    ffi::Error error = window_->Acquire(lock, rank, title);
     if (error.success()) {
       WriteScaled(window_->PayloadAt(there.payload(0)), weights_[peer],
                   window_->own().payload(window_->RecordOf(rank)));
@@ -68,7 +69,7 @@ ffi::Error WindowTransfer::TransferShared(std::size_t peer) {
   }
   const int record = window_->RecordAt(rank);
   TicketLock& lock = there.record(record).lock;
-  JFOG_RETURN_IF_ERROR(window_->Acquire(lock, rank, Title()));
+  JFOG_RETURN_IF_ERROR(window_->Acquire(lock, rank, title));
   // Under the lock, after a wait in which the peer may have freed the window.
   ffi::Error error = CheckState(rank, there.state());
   if (error.success()) {
@@ -150,7 +151,8 @@ ffi::Error WindowTransfer::WriteSlot(int rank, double weight,
                                      const std::byte* value) {
   const int record = window_->RecordOf(rank);
   WindowMemory::Record& slot = window_->own().record(record);
-  JFOG_RETURN_IF_ERROR(window_->Acquire(slot.lock, comm().rank(), Title()));
+  JFOG_RETURN_IF_ERROR(
+      window_->Acquire(slot.lock, comm().rank(), [this] { return Title(); }));
   WriteScaled(window_->PayloadAt(value), weight,
               window_->own().payload(record));
   slot.version.fetch_add(1, std::memory_order_relaxed);

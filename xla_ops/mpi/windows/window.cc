@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <random>
 #include <utility>
 
@@ -196,16 +197,17 @@ int Window::RecordAt(int destination) const {
 }
 
 ffi::Error Window::Acquire(TicketLock& lock, int rank,
-                           const std::string& title) {
-  const Clock::time_point start = Clock::now();
+                           const std::function<std::string()>& title) {
+  std::optional<Clock::time_point> start;  // of a long wait
   const auto may_wait = [&] {
-    const std::chrono::duration<double> waited = Clock::now() - start;
+    if (!start) start = Clock::now();
+    const std::chrono::duration<double> waited = Clock::now() - *start;
     return !comm_->failed() && waited.count() < comm_->timeout();
   };
   if (lock.Acquire(may_wait)) return ffi::Error::Success();
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   comm_->Fail(ffi::ErrorCode::kDeadlineExceeded,
-              title + " waited for a lock that another rank holds on rank " +
+              title() + " waited for a lock that another rank holds on rank " +
                   std::to_string(rank) +
                   "; has it died, or does it keep a win_mutex? (the limit is "
                   "jfog.init(timeout=...))");

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -69,8 +70,9 @@ class Window {
   int RecordAt(int destination) const;
 
   // Acquires a lock in the memory of `rank`. Fails the communicator after its
-  // timeout.
-  ffi::Error Acquire(TicketLock& lock, int rank, const std::string& title);
+  // timeout, with the title of the operation.
+  ffi::Error Acquire(TicketLock& lock, int rank,
+                     const std::function<std::string()>& title);
 
   // The operations in flight on this rank, which `Free` waits for.
   void BeginOperation() { active_.fetch_add(1, std::memory_order_relaxed); }
