@@ -20,6 +20,10 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 DEADLINE = 1200  # seconds of one job
 
 
+class JobTimeoutError(Exception):
+  """A job has not ended within its deadline, and was ended."""
+
+
 def arguments(description, ranks):
   """The parser of a benchmark: what all of them take."""
   parser = argparse.ArgumentParser(description=description)
@@ -73,7 +77,7 @@ def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
   return _run(script, job, command, environment)
 
 
-def xla_job(script, ranks, job, processes, environment=None):
+def xla_job(script, ranks, job, processes, environment=None, deadline=DEADLINE):
   """The same without MPI: `ranks` devices in 1 or `ranks` processes."""
   environment = {**(environment or {})}
   if processes == 1:
@@ -89,10 +93,10 @@ def xla_job(script, ranks, job, processes, environment=None):
       for i in range(processes)
     ]
 
-  return _run(script, job, command, environment)
+  return _run(script, job, command, environment, deadline)
 
 
-def _run(script, job, command, environment):
+def _run(script, job, command, environment, deadline=DEADLINE):
   with tempfile.TemporaryDirectory() as folder:
     result = pathlib.Path(folder) / "result.json"
     job = json.dumps({**job, "result": str(result)})
@@ -107,7 +111,12 @@ def _run(script, job, command, environment):
       for words in commands
     ]
     try:
-      codes = [process.wait(timeout=DEADLINE) for process in started]
+      end = time.monotonic() + deadline
+      codes = [p.wait(max(0.0, end - time.monotonic())) for p in started]
+    except subprocess.TimeoutExpired as error:
+      raise JobTimeoutError(
+        f"a job of {script.name} did not end within {deadline} s"
+      ) from error
     finally:
       for process in started:
         process.terminate()

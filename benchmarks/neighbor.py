@@ -6,6 +6,7 @@ Run it as `python benchmarks/neighbor.py`; it starts the jobs itself.
 import importlib.util
 import json
 import pathlib
+import sys
 import tempfile
 
 import _measure
@@ -30,7 +31,9 @@ CHECKED = (4 * 2**10, 2**20)  # bytes, one sent eagerly and one not
 GRAPHS = ("ring", "exponential", "one-peer exponential")
 MPI_PEERS = ("raw MPI", "mpi4py", "mpi4jax")
 XLA_PEERS = ("XLA, one process", "XLA, gloo")
+ABSENT = {"XLA, gloo": "did not end"}
 TARGET = 0.03  # seconds of one timing
+GLOO_DEADLINE = 300  # seconds of one job; a job at 4 ranks takes half of it
 
 
 def main():
@@ -70,7 +73,7 @@ def in_turns(ranks, cases, turns, rounds, target):
         SCRIPT, ranks, {**job, "place": "mpi", "library": library}
       ),
       lambda: _measure.xla_job(SCRIPT, ranks, {**job, "place": "mesh"}, 1),
-      lambda: _measure.xla_job(SCRIPT, ranks, {**job, "place": "gloo"}, ranks),
+      lambda: gloo_job(ranks, job),
     ]
     for turn in range(turns):
       for run in jobs[turn % 3 :] + jobs[: turn % 3]:
@@ -78,6 +81,17 @@ def in_turns(ranks, cases, turns, rounds, target):
           for peer, values in times.items():
             found.setdefault(case, {}).setdefault(peer, []).append(values)
   return found
+
+
+def gloo_job(ranks, job):
+  """The job of XLA's gloo collectives, which have hung: then without times."""
+  try:
+    return _measure.xla_job(
+      SCRIPT, ranks, {**job, "place": "gloo"}, ranks, deadline=GLOO_DEADLINE
+    )
+  except _measure.JobTimeoutError as error:
+    print(f"{error}; this turn goes without it", file=sys.stderr)
+    return {}
 
 
 def key(graph, size):
@@ -177,8 +191,10 @@ def ratios(times, peer):
   if peer not in times:
     return []
   if peer in XLA_PEERS:  # another job: only its median belongs to a turn
-    medians = [[np.median(turn) for turn in times[p]] for p in (peer, "jfog")]
-    return _measure.ratios(*medians)
+    # Fewer turns where a job of gloo did not end.
+    turns = zip(times[peer], times["jfog"], strict=False)
+    medians = [[np.median(a), np.median(b)] for a, b in turns]
+    return _measure.ratios(*zip(*medians, strict=True))
   return _measure.ratios(*(np.concatenate(times[p]) for p in (peer, "jfog")))
 
 
@@ -195,7 +211,9 @@ def rows_of(measured, cases, time, cell):
       times = found[key(graph, size)]
       shown = _measure.duration(float(time(times["jfog"])))
       cells = [
-        cell(times, peer) if peer in times else "not installed"
+        cell(times, peer)
+        if peer in times
+        else ABSENT.get(peer, "not installed")
         for peer in (*MPI_PEERS, *XLA_PEERS)
       ]
       rows.append([n, graph, _measure.size_name(size), shown, *cells])

@@ -84,6 +84,7 @@ def pytest_configure(config):
       raise pytest.UsageError(f"{difference}; {freshness.REMEDY}.")
     folder = tempfile.TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
+    config.add_cleanup(compilation.end)
     _PROGRAMS = folder.name
     if config.getoption("--backend") == "emulated":
       emulated.build(_PROGRAMS)

@@ -52,8 +52,9 @@ ALLOWED_IMPORTS = [("jfog.runtime._extensions", "jfog")]
 # The rooms of xla_ops below its operations.
 TRANSPORT = {
   *("mpi/buffer_pool", "mpi/communicator", "mpi/consistency_check"),
-  *("mpi/control_messages", "mpi/datatypes", "mpi/operation", "mpi/payload"),
-  *("mpi/progress_engine", "mpi/shared_memory", "mpi/shared_memory_channel"),
+  *("mpi/control_messages", "mpi/datatypes", "mpi/mailboxes", "mpi/operation"),
+  *("mpi/payload", "mpi/progress_engine", "mpi/shared_memory"),
+  *("mpi/shared_memory_channel",),
   *("mpi/wire_format", "nccl/api", "nccl/communicator", "nccl/device"),
   *("nccl/dynamic_library", "nccl/group", "nccl/in_flight", "nccl/operation"),
   *("nccl/operation_spec", "nccl/watchdog"),

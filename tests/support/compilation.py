@@ -55,3 +55,12 @@ def share(folder):
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def end():
+  """Lets programs that are compiled from here on stay in this process."""
+  if jax.config.jax_compilation_cache_dir:
+    from jax._src import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

@@ -25,6 +25,7 @@ FULL_FILES = {
   "test_failures.py": "jobs that fail",
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
   "test_gpu_check.py": "the driver of the GPU check",
+  "test_mailboxes.py": "every length, graph and number of machines",
   "test_mpi4jax.py": "mpi4jax in the same program",
   "test_shared_memory_channel.py": "every length, graph and number of hosts",
 }
@@ -33,6 +34,8 @@ QUICK_TESTS = {
   "test_an_exception_on_one_rank",
   "test_resource_allocation",
   "test_leaves_across_chunks",
+  "test_lengths_and_graphs_in_turn",
+  "test_more_in_flight_than_slots",
   "test_ranks_may_weight_differently",
 }
 
@@ -92,7 +95,22 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_every_size_in_simulation": (),
   "test_exact_diffusion_does_not_drift_in_float32": ("mesh", "mpi"),
   "test_the_exchange_goes_on_while_nobody_waits": (),
+  # Windows: the mesh runs the same program as the simulation.
+  "test_any_interleaving_is_the_models": ("simulate",),
+  "test_push_sum_finds_the_average_and_loses_nothing": ("simulate",),
+  # Compressors, whose recursions are quick tests
+  "test_power_gossip_in_full_rank_is_plain_gossip_in_even_steps": (),
+  "test_codes_of_all_widths_fill_their_bytes": (),
   # Jobs of their own
+  "test_a_world_that_is_not_the_job_says_so": (),
+  "test_handlers_are_registered_after_the_backends_have_started": (),
+  "test_a_rank_that_never_connects": (),
+  "test_no_library_at_all": (),
+  "test_without_gpus_a_world_takes_mpi": (),
+  "test_where_there_is_no_gpu_one_line_says_so": (),
+  "test_the_library_that_is_loaded_comes_first": (),
+  "test_three_ranks_move_and_fail_as_with_nccl": (),
+  "test_two_processes_run_each_test_once_and_report_it": (),
   "test_mpirun_that_does_not_end_is_ended": (),
   "test_killed_rank_ends_the_job": (),
   "test_a_rank_that_leaves_mpi_unfinished_ends_the_job": (),

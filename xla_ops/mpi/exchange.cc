@@ -65,7 +65,7 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   ComputeOffsets();
 }
 
-// Both ends of an edge decide alike: by the machine and the length. A later
+// Both ends of an edge decide by the same values, machine and length. A later
 // round starts out of program order, in which mail is numbered.
 bool Exchange::UsesMailbox(int rank, std::size_t bytes) const {
   return comm().mailboxes() != nullptr && !edges_.is_followup &&
