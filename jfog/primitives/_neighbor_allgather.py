@@ -62,7 +62,9 @@ def neighbor_allgather(
     step: the index into a `Schedule`, as in `neighbor_allreduce`.
     axis_sizes: the length of axis 0 on every rank of the communicator, one int
       for each, where they differ; the same for all leaves. On a mesh all ranks
-      have one shape, so there they must be equal.
+      have one shape, so there they must be equal. They are static: new lengths
+      compile the program again (some 20 ms). Where lengths change from call to
+      call, pad the leaves to one length and gather the length as one more leaf.
     pad: whether the result has the length of the longest one of any rank (and,
       for a traced step, of any round), with zeros behind the last part. Needed
       where ranks have different numbers of in-neighbors on a mesh, and where

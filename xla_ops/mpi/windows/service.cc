@@ -44,10 +44,12 @@ class WindowService {
   }
 
  private:
-  // A put or an accumulate whose payload is in flight.
+  // A put or an accumulate whose payload is in flight, or has arrived with the
+  // request.
   struct Arrival {
     WindowRequest request;
-    Buffer payload;
+    Buffer message;
+    const std::byte* payload = nullptr;
     MPI_Request receive = MPI_REQUEST_NULL;
   };
   struct Sent {
@@ -73,28 +75,39 @@ class WindowService {
         return any;
       }
       any = true;
-      WindowRequest request;
-      if (MPI_Recv(&request, sizeof(request), MPI_BYTE, status.MPI_SOURCE,
+      int bytes = 0;
+      MPI_Get_count(&status, MPI_BYTE, &bytes);
+      Buffer message(static_cast<std::size_t>(bytes));
+      if (MPI_Recv(message.get(), bytes, MPI_BYTE, status.MPI_SOURCE,
                    kRequestTag, comm_->control_comm(),
                    MPI_STATUS_IGNORE) != MPI_SUCCESS) {
         return any;
       }
-      Handle(status.MPI_SOURCE, request);
+      Handle(status.MPI_SOURCE, std::move(message));
     }
   }
 
-  void Handle(int source, const WindowRequest& request) {
+  void Handle(int source, Buffer message) {
+    WindowRequest request;
+    std::memcpy(&request, message.get(), sizeof(request));
     std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
     switch (request.kind) {
       case WindowRequest::kPut:
       case WindowRequest::kAccumulate: {
+        Arrival& arrival = arriving_[source].emplace_back();
+        arrival.request = request;
+        if (request.MessageBytes() > sizeof(request)) {
+          arrival.message = std::move(message);
+          arrival.payload = arrival.message.get() + WindowRequest::kPayload;
+          return;
+        }
         // Received even if the window is gone: the source sends the payload
         // together with the request.
-        Arrival arrival{request, Buffer(request.bytes)};
-        MPI_Irecv(arrival.payload.get(),
+        arrival.message = Buffer(request.bytes);
+        arrival.payload = arrival.message.get();
+        MPI_Irecv(arrival.message.get(),
                   static_cast<int>(request.bytes / kLineBytes), Line(), source,
                   kRequestPayloadTag, comm_->control_comm(), &arrival.receive);
-        arriving_[source].push_back(std::move(arrival));
         return;
       }
       case WindowRequest::kGet:
@@ -119,7 +132,7 @@ class WindowService {
       Arrival& first = arriving.front();
       int done = 0;
       if (MPI_Test(&first.receive, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
-        first.payload.Leak();
+        first.message.Leak();
       } else if (!done) {
         return true;
       } else {
@@ -139,7 +152,7 @@ class WindowService {
     if (window->Acquire(record.lock, comm_->rank(), [] { return "a put"; })
             .failure())
       return;
-    const Payload value = window->PayloadAt(arrival.payload.get());
+    const Payload value = window->PayloadAt(arrival.payload);
     std::byte* slot = window->own().payload(request.record);
     if (request.kind == WindowRequest::kPut) {
       WriteScaled(value, request.weight, slot);

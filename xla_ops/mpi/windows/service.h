@@ -4,16 +4,18 @@
 
 #include <mpi.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
 #include "common/cache_line.h"
 #include "mpi/communicator.h"
+#include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 
-// First message of a remote operation. The payload of a put or an accumulate
-// follows it.
+// First message of a remote operation. A short payload of a put or an
+// accumulate lies behind it in the same message, a longer one follows it.
 struct WindowRequest {
   enum Kind : std::int32_t { kPut, kAccumulate, kGet, kLock, kUnlock };
   std::uint64_t window = 0;  // its global id
@@ -23,7 +25,17 @@ struct WindowRequest {
   std::int32_t record = 0;
   std::int32_t tag = 0;  // of the reply
   std::int32_t padding = 0;
+
+  // Where a payload lies in the message.
+  static constexpr std::size_t kPayload = kCacheLine;
+  // The longest short payload.
+  static constexpr std::size_t kShort = kEnvelope - kPayload;
+  std::size_t MessageBytes() const {
+    return bytes > 0 && bytes <= kShort ? kPayload + bytes
+                                        : sizeof(WindowRequest);
+  }
 };
+static_assert(sizeof(WindowRequest) <= WindowRequest::kPayload);
 
 // Completes a request. The payload of a get follows it.
 struct WindowReply {

@@ -34,9 +34,11 @@ ffi::Error WindowTransfer::Post() {
     if (outcome_.success()) outcome_ = std::move(error);
   }
   if (remote_transfers_.empty()) return ffi::Error::Success();
-  // MPI sends from a buffer of this operation: the operands are XLA's, and may
+  // MPI sends from buffers of this operation: the operands are XLA's, and may
   // be reused before a send completes that fails or is abandoned.
-  if (has_payload()) value_.Stage();
+  if (has_payload() && value_.payload_bytes > WindowRequest::kShort) {
+    value_.Stage();
+  }
   Resize(remote_transfers_.size() * kMessages);
   for (std::size_t i = 0; i < remote_transfers_.size(); ++i) {
     JFOG_RETURN_IF_ERROR(SendRequest(i));
@@ -95,8 +97,14 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   request.kind = kind_;
   request.record = has_payload() ? window_->RecordAt(rank) : 0;
   request.tag = remote.tag = ReplyTag(comm().NextRequest());
-  remote.request = Buffer(sizeof(request));
+  const std::size_t bytes = request.MessageBytes();
+  const bool is_short = bytes > sizeof(request);
+  remote.request = Buffer(bytes);
   std::memcpy(remote.request.get(), &request, sizeof(request));
+  if (is_short) {
+    value_.CopyOut(0, request.bytes,
+                   remote.request.get() + WindowRequest::kPayload);
+  }
   remote.reply = Buffer(sizeof(WindowReply));
   const std::size_t first = number * kMessages;
   // The receive goes first, so that the reply finds it posted.
@@ -104,14 +112,15 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
       MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
                 remote.tag, comm().control_comm(), Slot(first + kReply)));
   JFOG_MPI_RETURN_IF_ERROR(
-      MPI_Isend(remote.request.get(), sizeof(request), MPI_BYTE, rank,
+      MPI_Isend(remote.request.get(), static_cast<int>(bytes), MPI_BYTE, rank,
                 kRequestTag, comm().control_comm(), Slot(first + kRequest)));
   if (!has_payload()) return ffi::Error::Success();
+  comm().CountSent(rank, value_.bytes);
+  if (is_short) return ffi::Error::Success();
   JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
       value_.staging.get(), static_cast<int>(value_.payload_bytes / kLineBytes),
       Line(), rank, kRequestPayloadTag, comm().control_comm(),
       Slot(first + kPayload)));
-  comm().CountSent(rank, value_.bytes);
   return ffi::Error::Success();
 }
 
