@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -26,6 +27,8 @@ class JobTimeoutError(Exception):
 
 def arguments(description, ranks):
   """The parser of a benchmark: what all of them take."""
+  if importlib.util.find_spec("matplotlib") is None:
+    raise SystemExit("the benchmarks draw plots: pip install matplotlib")
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument(
     "--quick", action="store_true", help="fewer cases and repetitions"

@@ -50,7 +50,7 @@ class WindowService {
     WindowRequest request;
     Buffer message;
     const std::byte* payload = nullptr;
-    MPI_Request receive = MPI_REQUEST_NULL;
+    std::vector<MPI_Request> receives;
   };
   struct Sent {
     Buffer bytes;
@@ -105,9 +105,15 @@ class WindowService {
         // together with the request.
         arrival.message = Buffer(request.bytes);
         arrival.payload = arrival.message.get();
-        MPI_Irecv(arrival.message.get(),
-                  static_cast<int>(request.bytes / kLineBytes), Line(), source,
-                  kRequestPayloadTag, comm_->control_comm(), &arrival.receive);
+        for (std::size_t at = 0; at < request.bytes;
+             at += PieceBytes(request.bytes)) {
+          const std::size_t bytes =
+              std::min(PieceBytes(request.bytes), request.bytes - at);
+          MPI_Irecv(arrival.message.get() + at,
+                    static_cast<int>(bytes / kLineBytes), Line(), source,
+                    kRequestPayloadTag, comm_->control_comm(),
+                    &arrival.receives.emplace_back());
+        }
         return;
       }
       case WindowRequest::kGet:
@@ -131,7 +137,9 @@ class WindowService {
     while (!arriving.empty()) {
       Arrival& first = arriving.front();
       int done = 0;
-      if (MPI_Test(&first.receive, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+      if (MPI_Testall(static_cast<int>(first.receives.size()),
+                      first.receives.data(), &done,
+                      MPI_STATUSES_IGNORE) != MPI_SUCCESS) {
         first.message.Leak();
       } else if (!done) {
         return true;

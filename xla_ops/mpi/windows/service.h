@@ -49,6 +49,19 @@ constexpr int kRequestPayloadTag = 6;
 int ReplyTag(std::uint64_t request);
 int ReplyPayloadTag(int reply_tag);
 
+// A payload that follows its request goes in pieces, as MPI sends a message of
+// their length at once; a long one leaves it to MPI, which then asks the
+// receiver first, to cut it.
+constexpr std::size_t kLongestInPieces = 4 << 20;
+// The length of all pieces but the last.
+constexpr std::size_t PieceBytes(std::size_t payload) {
+  return payload <= kLongestInPieces ? kChunk : payload;
+}
+constexpr std::size_t Pieces(std::size_t payload) {
+  return (payload + PieceBytes(payload) - 1) / PieceBytes(payload);
+}
+static_assert(kChunk % kCacheLine == 0);
+
 // Payloads are counted in cache lines, to which they are padded, since MPI
 // counts in an int.
 constexpr int kLineBytes = static_cast<int>(kCacheLine);

@@ -1,6 +1,7 @@
 // Puts, accumulates and gets: operations on windows of other ranks.
 #include "mpi/windows/transfer.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -39,7 +40,8 @@ ffi::Error WindowTransfer::Post() {
   if (has_payload() && value_.payload_bytes > WindowRequest::kShort) {
     value_.Stage();
   }
-  Resize(remote_transfers_.size() * kMessages);
+  messages_ = kPayload + (has_payload() ? Pieces(value_.payload_bytes) : 0);
+  Resize(remote_transfers_.size() * messages_);
   for (std::size_t i = 0; i < remote_transfers_.size(); ++i) {
     JFOG_RETURN_IF_ERROR(SendRequest(i));
   }
@@ -106,7 +108,7 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
                    remote.request.get() + WindowRequest::kPayload);
   }
   remote.reply = Buffer(sizeof(WindowReply));
-  const std::size_t first = number * kMessages;
+  const std::size_t first = number * messages_;
   // The receive goes first, so that the reply finds it posted.
   JFOG_MPI_RETURN_IF_ERROR(
       MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
@@ -117,17 +119,22 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   if (!has_payload()) return ffi::Error::Success();
   comm().CountSent(rank, value_.bytes);
   if (is_short) return ffi::Error::Success();
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
-      value_.staging.get(), static_cast<int>(value_.payload_bytes / kLineBytes),
-      Line(), rank, kRequestPayloadTag, comm().control_comm(),
-      Slot(first + kPayload)));
+  std::size_t slot = first + kPayload;
+  for (std::size_t at = 0; at < request.bytes;
+       at += PieceBytes(request.bytes)) {
+    const std::size_t piece =
+        std::min(PieceBytes(request.bytes), request.bytes - at);
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
+        value_.staging.get() + at, static_cast<int>(piece / kLineBytes), Line(),
+        rank, kRequestPayloadTag, comm().control_comm(), Slot(slot++)));
+  }
   return ffi::Error::Success();
 }
 
 ffi::Error WindowTransfer::Completed(std::size_t slot) {
-  RemoteTransfer& remote = remote_transfers_[slot / kMessages];
+  RemoteTransfer& remote = remote_transfers_[slot / messages_];
   const int rank = peers_[remote.peer];
-  switch (slot % kMessages) {
+  switch (slot % messages_) {
     case kReply: {
       WindowReply reply;
       std::memcpy(&reply, remote.reply.get(), sizeof(reply));

@@ -32,8 +32,9 @@ class WindowTransfer : public Operation {
     int tag = 0;
     bool answered = false;
   };
-  // Request slots of a remote peer.
-  enum { kRequest, kPayload, kReply, kValue, kMessages };
+  // Request slots of a remote peer; those from `kPayload` on are of the pieces
+  // of a payload.
+  enum { kRequest, kReply, kValue, kPayload };
 
   ffi::Error Post() override;
   ffi::Error Completed(std::size_t slot) override;
@@ -59,7 +60,8 @@ class WindowTransfer : public Operation {
   std::vector<int> peers_;
   std::vector<double> weights_;
   std::vector<RemoteTransfer> remote_transfers_;
-  ffi::Error outcome_;  // of all peers: the first error
+  std::size_t messages_ = 0;  // slots of each
+  ffi::Error outcome_;        // of all peers: the first error
 };
 
 // Locks or unlocks the mutex of a remote rank; blocking.
