@@ -6,14 +6,12 @@ reached: memory that ranks share, also where MPI's own messages go over TCP, and
 messages alone, over shared memory and over TCP.
 """
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
+from support import jobs
 
-from jfog import launch, runtime
+from jfog import runtime
 
 pytestmark = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
@@ -46,20 +44,12 @@ def fails(code, call):
 
 def run(program, ranks, transport="shared memory", **environment):
   """Runs a program on ranks; returns code, stdout and stderr."""
-  command = launch.command_line(["-np", str(ranks), sys.executable, "-c"])
-  done = subprocess.run(
-    [*command, HEAD + program],
-    env={
-      **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-      **TRANSPORTS[transport],
-      **environment,
-    },
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
+  return jobs.run_program(
+    HEAD + program,
+    ranks,
+    deadline=DEADLINE,
+    environment={**TRANSPORTS[transport], **environment},
   )
-  return done.returncode, done.stdout, done.stderr
 
 
 def succeeds(program, ranks, transport="shared memory", **environment):

@@ -1,13 +1,11 @@
 """Jobs in which a rank dies or errs: they end soon, with a plain message."""
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
+from support import jobs
 
 from jfog import launch, runtime
 
@@ -33,17 +31,9 @@ def falls():
 
 def run(program, ranks=3, head=HEAD, command=None):
   """Runs a program on ranks; returns code, stdout, stderr and the end time."""
-  command = command or launch.command_line(["-np", str(ranks)])
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  done = subprocess.run(
-    [*command, sys.executable, "-c", head + textwrap.dedent(program)],
-    env=environment,
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
-  )
-  return done.returncode, done.stdout, done.stderr, time.time()
+  program = head + textwrap.dedent(program)
+  done = jobs.run_program(program, ranks, deadline=DEADLINE, command=command)
+  return *done, time.time()
 
 
 def seconds_after(stdout, end):

@@ -6,8 +6,9 @@ import sys
 import textwrap
 
 import pytest
+from support import jobs
 
-from jfog import launch, runtime
+from jfog import runtime
 
 pytestmark = [
   pytest.mark.full,
@@ -30,19 +31,12 @@ average = jax.jit(lambda x: jfog.neighbor_allreduce(x, graph))
 
 def run(program, ranks=2, head=HEAD, **environment):
   """Runs a program on ranks; returns its exit code, stdout and stderr."""
-  inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  done = subprocess.run(
-    [
-      *launch.command_line(["-np", str(ranks)]),
-      *(sys.executable, "-c", head + textwrap.dedent(program)),
-    ],
-    env={**inherited, **environment},
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
+  return jobs.run_program(
+    head + textwrap.dedent(program),
+    ranks,
+    deadline=DEADLINE,
+    environment=environment,
   )
-  return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("order", ["", "strict"])

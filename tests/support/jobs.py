@@ -89,3 +89,27 @@ def run(
         nodeid, outcome, text = json.loads(line)
         results.setdefault(nodeid, {})[rank] = (outcome, text)
   return Job(size, results, output)
+
+
+def run_program(program, ranks, *, deadline, command=None, environment=None):
+  """Runs a Python program on ranks; returns its exit code, stdout and stderr.
+
+  Args:
+    program: its text.
+    ranks: their number.
+    deadline: seconds; then `subprocess.TimeoutExpired`.
+    command: what to launch it by instead of jfog's launcher.
+    environment: variables beside the inherited ones, of which XLA_FLAGS is left
+      out.
+  """
+  command = command or jfog.launch.command_line(["-np", str(ranks)])
+  inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  done = subprocess.run(
+    [*command, sys.executable, "-c", program],
+    env={**inherited, **(environment or {})},
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=deadline,
+  )
+  return done.returncode, done.stdout, done.stderr
