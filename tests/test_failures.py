@@ -104,6 +104,40 @@ def test_ranks_may_end_at_different_times():
   assert out.count("DONE") == 3
 
 
+SUSPENDED = {
+  "the waiting rank": (300.0, "kill -STOP {0}; sleep 3; kill -CONT {0}"),
+  "all ranks": (2.0, "kill -STOP {0} {1}; sleep 4; kill -CONT {0} {1}"),
+}
+
+
+@pytest.mark.parametrize("memory", ["shared memory", "messages"])
+@pytest.mark.parametrize("who", SUSPENDED)
+def test_a_rank_that_is_suspended_is_late_and_not_wrong(who, memory):
+  """Also where the other rank has ended meanwhile, or for longer than the timeout."""
+  timeout, commands = SUSPENDED[who]
+  code, out, err, _ = run(
+    f"""
+    import subprocess
+    jfog.shutdown()
+    jfog.init(timeout={timeout})
+    pids = jfog.allgather(jnp.array([os.getpid()], jnp.int32))
+    if rank == 1:
+      time.sleep(0.5)  # rank 0 waits
+      subprocess.Popen(["sh", "-c", {commands!r}.format(*pids)])
+      time.sleep(1)
+    y = average(jnp.full(3, float(rank))).block_until_ready()
+    print("MEAN", y[0], flush=True)
+    """,
+    ranks=2,
+    command=[
+      *("env", f"JFOG_SHARED_MEMORY={int(memory == 'shared memory')}"),
+      *launch.command_line(["-np", "2"]),
+    ],
+  )
+  assert code == 0, err
+  assert out.count("MEAN 0.5") == 2
+
+
 def test_operations_under_way_at_the_end_are_finished():
   code, _, err, _ = run("""
     for k in range(50):

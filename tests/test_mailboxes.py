@@ -204,6 +204,32 @@ def test_a_reader_that_does_not_come(world):
   time.sleep(2)
 
 
+@asleep
+def test_handles_in_another_order_beside_a_late_rank(place, in_job):
+  """A later number of a peer proves nothing where its mail has no room."""
+  if in_job:
+    jfog.shutdown()
+    jfog.init(timeout=8.0)
+  n, rank = place.size, jfog.rank()
+  graph = topology.fully_connected(n)
+  starts = 2 * SLOTS + 1
+  run = jax.jit(
+    lambda x, order: [
+      jfog.neighbor_allreduce_start(x + k, graph) for k in range(starts)
+    ],
+    static_argnums=1,
+  )
+  # Compiled by all before one of them is late, a quarter of the timeout.
+  jfog.neighbor_allreduce(jnp.ones(3), graph).block_until_ready()
+  if rank == 2:
+    time.sleep(2.0)
+  handles = run(jnp.full(3, float(rank)), None)
+  first = (SLOTS + 1, starts - 1, 0)[rank]
+  order = [first, *(k for k in range(starts) if k != first)]
+  for k in order:
+    close(jfog.wait(handles[k]), np.mean(np.arange(n)) + k)
+
+
 OTHERS = {
   "collective": lambda x: jfog.allreduce(x),
   "hierarchical": lambda x: jfog.hierarchical_neighbor_allreduce(

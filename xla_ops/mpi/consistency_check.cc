@@ -68,6 +68,8 @@ class GraphAgreement : public Operation {
     return others;
   }
   void Leak() override { buffer_.Leak(); }
+  // Its number counts graphs and not operations.
+  bool is_ordered() const override { return false; }
 
   std::uint64_t* numbers() const {
     return reinterpret_cast<std::uint64_t*>(buffer_.get());

@@ -375,6 +375,23 @@ void Exchange::Ended() {
   }
 }
 
+// A peer posts its mail before it passes this operation, but for mail that
+// finds the mailbox full: there the reader is behind, who may wait for a third
+// rank.
+bool Exchange::IsOverdue(int rank) const {
+  for (std::size_t d = 0; d < destinations().size(); ++d) {
+    if (destinations()[d] == rank && sent_mail_[d].is_open) return false;
+  }
+  for (std::size_t s = 0; s < sources().size(); ++s) {
+    const Mail& mail = received_mail_[s];
+    if (sources()[s] == rank && mail.is_open &&
+        !mailboxes().HasRoom(rank, mail.number)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 std::vector<int> Exchange::Missing() const {
   const std::size_t edges = sources().size() + destinations().size();
   std::vector<int> missing;

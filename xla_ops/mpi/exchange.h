@@ -86,6 +86,7 @@ class Exchange : public Operation {
   ffi::Error Completed(std::size_t slot) override;
   void Ended() override;
   std::vector<int> Missing() const override;
+  bool IsOverdue(int rank) const override;
   void Leak() override { buffer_.Leak(); }
   ffi::Error Stalled() override;
 

@@ -35,8 +35,8 @@ Mailboxes::Message* Mailboxes::Place(int rank, std::uint64_t number) const {
   Ring& ring = RingOf(me_, local_[rank]);
   const std::size_t slot = number % kSlots;
   Message& message = ring.messages[slot];
-  // The stamp of the message before it in this slot, which may be unwritten.
-  const std::uint64_t before = number < kSlots ? 0 : number - kSlots + 1;
+  // The message before it may be unwritten.
+  const std::uint64_t before = StampBefore(number);
   const bool is_free =
       message.stamp.load(std::memory_order_relaxed) == before &&
       ring.done[slot].number.load(std::memory_order_acquire) == before;
@@ -54,6 +54,12 @@ void Mailboxes::Done(int rank, std::uint64_t number) const {
   RingOf(local_[rank], me_)
       .done[number % kSlots]
       .number.store(number + 1, std::memory_order_release);
+}
+
+bool Mailboxes::HasRoom(int rank, std::uint64_t number) const {
+  return RingOf(local_[rank], me_)
+             .done[number % kSlots]
+             .number.load(std::memory_order_relaxed) == StampBefore(number);
 }
 
 std::optional<OperationHeader> Mailboxes::Peek(int rank) const {

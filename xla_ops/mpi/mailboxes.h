@@ -56,6 +56,8 @@ class Mailboxes {
   // A message; null until it is published.
   const Message* Find(int rank, std::uint64_t number) const;
   void Done(int rank, std::uint64_t number) const;
+  // Whether the slot of a message from a rank is free of the one before it.
+  bool HasRoom(int rank, std::uint64_t number) const;
   // The header of a message from a rank that no operation here has come to.
   std::optional<OperationHeader> Peek(int rank) const;
 
@@ -72,6 +74,10 @@ class Mailboxes {
     return counter.fetch_add(1, std::memory_order_relaxed);
   }
   Ring& RingOf(int writer, int reader) const;
+  // The stamp of the message before this one in its slot.
+  static std::uint64_t StampBefore(std::uint64_t number) {
+    return number < kSlots ? 0 : number - kSlots + 1;
+  }
 
   std::vector<int> local_;  // of each rank its rank on the machine, or -1
   int me_ = 0;              // on the machine

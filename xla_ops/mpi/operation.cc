@@ -15,6 +15,8 @@ namespace {
 constexpr std::chrono::milliseconds kStalledAfter{50};
 // Messages that a rank sent before it left may still be in transit.
 constexpr std::chrono::seconds kGrace{1};
+// A longer time between two looks is a pause of this process.
+constexpr std::chrono::seconds kPause{1};
 // A thread that drives an operation to completion yields this long before it
 // sleeps.
 constexpr std::chrono::microseconds kYieldFor{500};
@@ -93,6 +95,7 @@ void Operation::Renew() {
   comm_->CountOperation();
   finished_.store(false, std::memory_order_relaxed);
   awaited_since_.store(0, std::memory_order_relaxed);
+  left_at_.reset();
   deadline_.Reset();
 }
 
@@ -218,26 +221,49 @@ ffi::Error Operation::Complete() {
 
 void Operation::CheckStall(Clock::time_point now) {
   const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
-  const Clock::duration waited =
-      since == 0 ? Clock::duration::zero()
-                 : now.time_since_epoch() - Clock::duration(since);
-  if (!comm_->failed() && waited < kStalledAfter) return;
+  const bool is_recent =
+      since == 0 ||
+      now.time_since_epoch() < Clock::duration(since) + kStalledAfter;
+  if (!comm_->failed() && is_recent) return;
   std::lock_guard<std::mutex> lock(advancing_);
   if (finished()) return;
-  ffi::Error error = FindStall(waited);
+  ffi::Error error = FindStall(CountWait(now));
   if (error.failure()) End(std::move(error));
+}
+
+Clock::duration Operation::CountWait(Clock::time_point now) {
+  const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
+  if (since == 0) return Clock::duration::zero();
+  Clock::time_point begin{Clock::duration(since)};
+  const Clock::duration unseen = now - std::max(begin, looked_at_);
+  if (unseen > kPause) {
+    begin += unseen;
+    awaited_since_.store(begin.time_since_epoch().count(),
+                         std::memory_order_relaxed);
+  }
+  looked_at_ = now;
+  return now - begin;
 }
 
 ffi::Error Operation::FindStall(Clock::duration waited) {
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   comm_->ReadControlMessages();
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  // Messages that were sent before the control messages may have come with
+  // them.
+  bool moved = false;
+  JFOG_RETURN_IF_ERROR(Poll(&moved));
+  if (moved) {
+    if (awaited_since_.load(std::memory_order_relaxed) != 0) Await();
+    return ffi::Error::Success();
+  }
   const std::vector<int> missing = Missing();
   std::vector<int> left;
   for (int rank : missing) {
     if (comm_->HasLeft(rank)) left.push_back(rank);
   }
-  if (!left.empty() && waited > kGrace) {
+  if (left.empty() || !left_at_ || *left_at_ > waited) left_at_ = waited;
+  if (!left.empty() && waited - *left_at_ > kGrace) {
     return Fail(ffi::ErrorCode::kAborted, "waits for " + RankList(left) +
                                               ", which has already ended (" +
                                               leaves_.Describe() + ")");
@@ -283,7 +309,8 @@ ffi::Error Operation::CheckControlMessages(const std::vector<int>& missing,
     // The peer waits, too: in the same operation, or in a later one without
     // having sent the message that this rank waits for. A sent message would
     // have arrived long before the announcement.
-    if (message->sequence == sequence() || deadline_.IsLong(waited)) {
+    if (message->sequence == sequence() ||
+        (deadline_.IsLong(waited) && IsOverdue(rank))) {
       JFOG_RETURN_IF_ERROR(CheckHeader(rank, *message));
     }
   }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -90,6 +91,9 @@ class Operation {
   virtual void Ended() {}
   // Whether other ranks come to the same operation, in the same order.
   virtual bool is_ordered() const { return true; }
+  // Whether the header of a missing rank must have arrived if that rank has
+  // passed this operation.
+  virtual bool IsOverdue(int) const { return true; }
   // Called now and then while nothing moves: looks for reasons of its own.
   virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 
@@ -127,6 +131,9 @@ class Operation {
  private:
   ffi::Error MpiFailure(int code, const std::string& what);
   ffi::Error Poll(bool* moved);
+  // The time that this rank has waited and looked. Time without a look is left
+  // out: a process that is suspended does not wait.
+  Clock::duration CountWait(Clock::time_point now);
   ffi::Error FindStall(Clock::duration waited);
   // Compares with the mail of ranks that are in another operation now.
   ffi::Error CheckMail(const std::vector<int>& missing);
@@ -146,6 +153,9 @@ class Operation {
   std::atomic<bool> finished_{false};
   ffi::Error error_;
   std::atomic<Clock::rep> awaited_since_{0};  // 0: no caller waits
+  Clock::time_point looked_at_;
+  // The wait in which a missing rank was found to have left.
+  std::optional<Clock::duration> left_at_;
   Deadline deadline_;
 };
 
