@@ -205,11 +205,10 @@ def test_a_reader_that_does_not_come(world):
 
 
 @asleep
-def test_handles_in_another_order_beside_a_late_rank(place, in_job):
+def test_handles_in_another_order_beside_a_late_rank(place, world):
   """A later number of a peer proves nothing where its mail has no room."""
-  if in_job:
-    jfog.shutdown()
-    jfog.init(timeout=8.0)
+  jfog.shutdown()
+  jfog.init(timeout=8.0)
   n, rank = place.size, jfog.rank()
   graph = topology.fully_connected(n)
   starts = 2 * SLOTS + 1
