@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
   jax does not stay in memory while the job runs.
   """
   arguments = sys.argv[1:] if arguments is None else arguments
+  # Before argparse: everything behind `run` is the launcher's or the program's.
   if arguments[:1] == ["run"]:
     command = launch.command_line(arguments[1:])
     sys.stdout.flush()
@@ -78,6 +79,8 @@ def _doctor(options: argparse.Namespace) -> int:
   _row("devices", _jax_devices())
   _row("GPUs", _gpus())
   _row("NCCL", _nccl())
+  # Without MPI there is nothing to launch, which is no error: simulation and
+  # meshes work.
   try:
     mpi = launch.installed_mpi()
   except RuntimeError as error:
@@ -127,6 +130,7 @@ def _nccl() -> str:
 
 def _exchange_problem() -> str:
   """Returns the failure of an allreduce by two ranks; "" if it works."""
+  # A job of its own: this process must not start MPI, as it may go on without.
   program = [sys.executable, "-c", _EXCHANGE]
   arguments = ["-np", "2", "--timeout", "120", *program]
   done = subprocess.run(
@@ -139,6 +143,7 @@ def _exchange_problem() -> str:
   )
   if done.returncode == 0:
     return ""
+  # The launcher's own report comes last.
   report = done.stderr[done.stderr.rfind("jfog run: ") :].strip()
   return f"an exchange fails with exit code {done.returncode}:\n{report}"
 

@@ -104,6 +104,7 @@ def _mesh_broadcast(x: jax.Array, root: Any, comm: Any) -> jax.Array:
   """The sum of the root's bits and zeros; a sum of floats would lose a -0."""
   if comm.backend == "single":
     return x
+  # Complex numbers have no bitcast, and bool no sum.
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     parts = (_mesh_broadcast(part, root, comm) for part in (x.real, x.imag))
     return lax.complex(*parts)
@@ -120,11 +121,15 @@ def _mesh_broadcast_jvp(comm: Any, primals: Any, tangents: Any) -> Any:
   (x, root), (dx, _) = primals, tangents
   if comm.backend == "single":
     return x, dx
+  # Tangents are floats whose sign of zero does not matter: no bitcast, so that
+  # JAX can transpose the sum.
   return _mesh_broadcast(x, root, comm), _from_root(dx, root, comm)
 
 
 def _from_root(x: jax.Array, root: Any, comm: Any) -> jax.Array:
   x = _compat.varying(x, comm.axes)
+  # A traced root is not known here; on a mesh there are no errors at run time, so
+  # one that is out of range counts as the nearest rank.
   root = jnp.clip(root, 0, comm.size - 1)
   own = jnp.where(comm.rank == root, x, jnp.zeros_like(x))
   return lax.psum(own, comm.axes)
@@ -143,6 +148,7 @@ def _transpose(
 ) -> Any:
   del fixed, params
   # y[i] = x[root] for all i, so ct_x[root] = sum_i ct_y[i].
+  # Every rank takes part, as the others cannot know whose cotangents are zero.
   totals = allreduce_p.bind(*cotangents, fixed=0, op="sum", comm=comm)
   return [jnp.where(root == comm.rank, ct, jnp.zeros_like(ct)) for ct in totals]
 

@@ -209,9 +209,10 @@ def _on_mesh(
   comm: Communicator,
 ) -> list[jax.Array]:
   if not isinstance(comm, Axis):
-    return [leaf[:0] for leaf in leaves]
+    return [leaf[:0] for leaf in leaves]  # a world of one has no neighbors
   assert table is not None  # check_ranks refuses Peers on a mesh
   leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
+  # All rounds and ranks have results of one shape, that of the most in-neighbors.
   slots = max(len(t.in_neighbors(i)) for t in table for i in range(t.size))
   pick = _picked if _mesh.are_virtual(comm.axes) else _permuted
 
@@ -238,6 +239,7 @@ def _picked(
 ) -> jax.Array:
   """On virtual ranks: each picks its in-neighbors' values."""
   table = neighbor_table(topology)
+  # The table of this round may have fewer slots than the longest round.
   behind = [(0, 0), (0, slots - table.sources.shape[2])]
   sources = jnp.asarray(np.pad(table.sources[0], behind))[comm.rank]
   present = jnp.asarray(np.pad(table.present[0], behind))[comm.rank]
@@ -307,6 +309,7 @@ def _attributes(
   check: bool,
   comm: Any,
 ) -> dict[str, Any]:
+  # The attributes of a graph in CSR form, whose weights nobody reads here.
   rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
   unused = [0.0] * len(rows)
   return {
@@ -326,6 +329,7 @@ def _attributes(
 def _to_transpose(
   cotangents: Sequence[Any], *operands: Any, **params: Any
 ) -> Sequence[jax.Array]:
+  # Cotangents travel against the edges: each in-neighbor gets its own part back.
   return neighbor_allgather_transpose_p.bind(*operands, *cotangents, **params)
 
 

@@ -145,6 +145,7 @@ def _row(weights: Any, comm: Communicator) -> jax.Array:
     raise TypeError(
       "neighbor_allreduce: weights is complex; pass real weights."
     )
+  # The handler reads float32 and float64; integers and half floats are widened.
   if weights.dtype != jnp.float64:
     weights = weights.astype(jnp.float32)
   return weights[comm.rank]
@@ -170,6 +171,8 @@ def _on_mesh(
   ) -> list[jax.Array]:
     return mix_on_mesh(leaves, topology, row, axes, comm.rank)
 
+  # A known step compiles its own round, a traced one all of them: branches have
+  # equal shapes, and every device takes the same.
   if not isinstance(index, jax.Array):
     return mix(graph.rounds[index], leaves, row)
   branches = [functools.partial(mix, topology) for topology in graph.rounds]
@@ -226,6 +229,8 @@ def _mix_permuted(
     receives = np.zeros(topology.size, np.bool_)
     for src, dst in group:
       sources[dst], receives[dst] = src, True
+    # x travels in its own dtype, and is widened where it is summed. A rank that
+    # receives nothing in this group gets zeros, which `receives` leaves out.
     value = lax.ppermute(x, axes, group)
     if row is not None:
       weight = row[jnp.asarray(sources)[rank]]
@@ -339,6 +344,7 @@ def _weighted_by(
   gathered = neighbor_allgather(
     [x[None] for x in leaves], graph, step, pad=True, comm=comm
   )
+  # `pad` gives every round and rank equally many slots, as a traced step needs.
   # Slot k of a gathered leaf is the k-th in-neighbor's; empty ones are zero.
   table = neighbor_table(graph)
   step = step % len(graph)
@@ -349,6 +355,7 @@ def _weighted_by(
   for x, received in zip(leaves, gathered, strict=True):
     wide = _dtypes.accumulation(x.dtype)
     real = _dtypes.real(wide)
+    # Sums in the accumulation dtype, as the handler computes them.
     term = drow[comm.rank].astype(real) * x.astype(wide)
     term += jnp.tensordot(row.astype(wide), received.astype(wide), axes=1)
     terms.append(term.astype(x.dtype))
@@ -388,7 +395,7 @@ def _attributes(
   weighting: Weighting,
   comm: Any,
 ) -> dict[str, Any]:
-  del leaves
+  del leaves  # their shapes are in the call frame of the handler
   return {
     "context": np.int64(comm.context),
     "graph": np.int64(_ffi_attributes.fingerprint(graph)),

@@ -156,11 +156,13 @@ def _mix_on_mesh(
   if isinstance(comm, Axis):
     varying = _mesh.varying(x, comm)
     if isinstance(peer, tuple) and not _mesh.are_virtual(comm.axes):
+      # A table of peers is a permutation, as each rank names the one that names it.
       pairs = [(source, rank) for rank, source in enumerate(peer)]
       value = lax.ppermute(varying, comm.axes, pairs)
     else:
       if isinstance(peer, tuple):
         peer = jnp.asarray(peer)[comm.rank]
+      # A permutation has to be known when the program is compiled.
       value = _mesh.gather(varying, comm.axes)[peer]
   # own x + other value: the weights do not sum to 1, or are traced.
   if not difference:

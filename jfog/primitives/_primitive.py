@@ -108,9 +108,12 @@ class OperationRules:
   def register(self) -> Primitive:
     """Registers the rules with JAX; returns the blocking primitive."""
     blocking, start = self.blocking, self.start
+    # `start_of` and `wait_params` find the rules by the primitive's name.
     _rules[self.name] = self
     ad.primitive_jvps[blocking] = self.jvp
     ad.primitive_jvps[start] = self.start_jvp
+    # `start` has no transpose: `start_jvp` binds the blocking primitive for the
+    # tangents, and that one is transposed.
     if self.transpose is not None:
       ad.primitive_transposes[blocking] = self.transpose_leaves
     batching.primitive_batchers[blocking] = self.batch
@@ -129,6 +132,8 @@ class OperationRules:
     self, mode: Mode, operands: Sequence[Any], fixed: int, params: Any
   ) -> dict[str, Any]:
     """Attributes of the handler, the mode included."""
+    # Scalar operands are values of the call; an attribute is known when the
+    # program is compiled.
     leaves = operands[fixed:]
     return {"mode": np.int64(mode), **self.attributes(*leaves, **params)}
 
@@ -137,7 +142,7 @@ class OperationRules:
   ) -> tuple[list[jax.core.ShapedArray], Any]:
     """Avals and tree structure of the weights that a handle carries."""
     if self.on_gpus is None:
-      return [], None
+      return [], None  # the handler on the host computes the results
     on_gpus = self.on_gpus
     # Shapes only: the weights are computed in the lowering.
     tree = jax.eval_shape(lambda *s: on_gpus.weights(s, **params), *scalars)
@@ -170,6 +175,8 @@ class OperationRules:
     The tangents of the results are computed by a blocking operation at the
     start. The placeholders carry them to `wait`, which returns them.
     """
+    # First the operation itself, then that of the tangents: all ranks post the
+    # two in this order.
     results = self.start.bind(*primals, **params)
     # The number and the weights precede the placeholders, one for each leaf.
     count = len(results) - (len(primals) - params["fixed"])
@@ -211,6 +218,8 @@ class OperationRules:
     Batched scalar operands select different rounds or weights, so they take one
     operation for each element of the batch.
     """
+    # Ranks with batches of different sizes send leaves of different sizes, which
+    # the headers show.
     axis, fixed = self._batch_axis(self.blocking), params["fixed"]
     if any(dim is not None for dim in dims[:fixed]):
       return _map_batch(self.blocking, operands, dims, **params)
@@ -230,6 +239,7 @@ class OperationRules:
       )
     moved, out = _move_batches(operands[fixed:], dims[fixed:], axis)
     results = self.start.bind(*operands[:fixed], *moved, **params)
+    # The number and the weights are those of one operation, without a batch.
     count = len(results) - len(moved)
     return results, [None] * count + out(results[count:])
 
@@ -265,6 +275,7 @@ def wait_params(
   """Static parameters of `wait_p`, fixed when the operation starts."""
   rules = _rules[primitive.name]
   weights, structure = rules.weights(scalars, params)
+  # Known at the start and nowhere else: `wait` sees neither graph nor scalars.
   static = () if rules.on_gpus is None else rules.on_gpus.static(**params)
   return (
     ("operation", rules.name),
@@ -300,6 +311,8 @@ def _map_batch(
   **params: Any,
 ) -> tuple[Any, list[int]]:
   """One operation for each element of the batch, in their order."""
+  # Other ranks may batch other operands: what has to match is the number of
+  # operations and their order, which `lax.map` keeps.
   mapped = [d is not None for d in dims]
   moved = [
     jnp.moveaxis(x, d, 0)
@@ -391,7 +404,7 @@ def _poll_abstract_eval(
 def _poll_jvp(
   primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[Any, Any]:
-  del tangents
+  del tangents  # a bool has none
   results = poll_p.bind(*primals, **params)
   return results, [zero_tangent(results[0])]
 
@@ -399,7 +412,7 @@ def _poll_jvp(
 def _poll_batch(
   operands: Sequence[Any], dims: Sequence[Any], **params: Any
 ) -> tuple[Any, Any]:
-  del dims
+  del dims  # one operation for the whole batch, so one answer
   return poll_p.bind(*operands, **params), [None]
 
 

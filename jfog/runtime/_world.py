@@ -132,6 +132,7 @@ def shutdown() -> None:
     >>> jfog.shutdown()
   """
   global _world
+  # From here on operations are refused in Python, before the parts are closed.
   world, _world = _world, None
   if isinstance(world, ProcessCommunicator):
     parts = (world, world.local_part, world.machines_part)
@@ -140,6 +141,7 @@ def shutdown() -> None:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
     open_handles = 0
     for part in parts:
+      # Parts of one rank have no communicator.
       if isinstance(part, ProcessCommunicator):
         open_handles += _extensions.mpi().close(part.context)
         if part.backend == "nccl":
@@ -151,6 +153,8 @@ def shutdown() -> None:
         ResourceWarning,
         stacklevel=2,
       )
+  # Programs hold the communicator's number as a constant, and are traced again
+  # for the next one.
   if world is not None:
     jax.clear_caches()
 

@@ -18,6 +18,7 @@ def svg(graph: Any) -> str:
     >>> svg(Topology([[0.5, 0.5], [0.5, 0.5]])).startswith("<svg")
     True
   """
+  # Dots of neighboring ranks on the circle do not touch, and labels fit into them.
   places = _places(graph.size)
   dot = max(1.5, min(9.0, 120.0 / graph.size))
   parts = [
@@ -66,8 +67,10 @@ def plot(graph: Any, ax: Any = None) -> Any:
     ax = pyplot.subplots()[1]
   network = nx.DiGraph()
   network.add_nodes_from(range(graph.size))
+  # matplotlib's y points up, SVG's down.
   places = dict(enumerate((x, -y) for x, y in _places(graph.size)))
   for color, edges in zip(_colors(graph), _edges_by_round(graph), strict=True):
+    # Edges of both directions are one line without a head.
     for arrows in ("-", "-|>"):
       chosen = [
         (src, dst) for src, dst, both in edges if both == (arrows == "-")
@@ -138,7 +141,7 @@ def _line(
   (x0, y0), (x1, y1) = places[src], places[dst]
   length = math.hypot(x1 - x0, y1 - y0)
   dx, dy = (x1 - x0) / length, (y1 - y0) / length
-  x1, y1 = x1 - dot * dx, y1 - dot * dy
+  x1, y1 = x1 - dot * dx, y1 - dot * dy  # the head ends at the rim of the dot
   path = f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"
   if not both:
     for side in (-0.4, 0.4):

@@ -76,7 +76,7 @@ def exchange(
       equal slices.
     receive_counts: likewise, of the received buffers.
   """
-  equal = [-1]
+  equal = [-1]  # an FFI array may not be empty
   attributes = {
     **common_attributes(mode, comm, operation or target, variant, like),
     **csr_attributes([(s, d) for s, d in rounds]),
@@ -92,6 +92,8 @@ def exchange(
       equal if receive_counts is None else receive_counts, np.int64
     ),
   }
+  # An operand, so that other steps run the same program: the handler reads it
+  # from the device where the rounds differ.
   selector = jnp.atleast_1d(jnp.asarray(selector, jnp.int32))
   return Send(target, attributes, [selector, *leaves])
 
@@ -170,6 +172,8 @@ def average(
 ) -> list[jax.Array]:
   """Decodes a weighted sum of packed leaves."""
   del static
+  # Own and received values lie in the packing's buffers alike, so the sum is one
+  # fused kernel for each buffer and not one for each leaf.
   packing = Packing.of(own)
   return packing.unpack(
     _weighted_sum.combine(packing.pack(own), received, *row)

@@ -155,6 +155,7 @@ def _exchange_parts(
   graph: Topology | Schedule,
   **kwargs: Any,
 ) -> Send:
+  # Distinguishes it from a neighbor_allreduce on the same graph.
   variant = (_ffi_attributes.fingerprint(graph), "hierarchical")
   return _exchange.exchange(
     _NAME,
@@ -186,6 +187,7 @@ def _encode_start(
   comm: Any,
 ) -> Send:
   rounds = _exchange.rounds_of(graph, comm.machine_rank)
+  # A part of one rank has no communicator of its own: -1 stands for none.
   inside = getattr(comm.local, "context", -1)
   across = getattr(comm.machines, "context", -1)
   if comm.machine_size == 1:

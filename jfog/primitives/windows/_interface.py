@@ -230,9 +230,13 @@ def _send(
   spec = _arguments.require_window(win, operation)
   leaves = _arguments.require_like(spec, x, operation)
   weights = _arguments.edge_weights(spec, dst_weights, "dst_weights", operation)
+  # On a mesh the window's state is arrays of the program, sent by lax; between
+  # processes it lies in C++, and the program has its number.
   if spec.comm.backend in ("mesh", "single"):
     state = _mesh.send(spec, win._state, leaves, weights, accumulate)
     return _done(Window(spec, state))
+  # The neighbors that have a weight are attributes, the weights an operand: other
+  # weights run the same program.
   peers, row = _arguments.own_edges(
     spec.topology.out_neighbors(spec.comm.rank), weights
   )
