@@ -153,6 +153,10 @@ def operation(prepare: Callable[..., Any]) -> Callable[..., Any]:
 # Types of arguments that `_with_eager_form` makes static: they are hashable, and
 # few values of them occur in one program.
 _STATIC = {Topology, Schedule, ExactAverage, str, bool, type(None)}
+# Numbers are weights. A program usually has few of them; one that computes them
+# anew for each call would compile each of these calls.
+_NUMBERS = {int, float}
+_MOST_NUMBERS = 16
 
 
 def _with_eager_form(
@@ -163,25 +167,42 @@ def _with_eager_form(
   Called eagerly, `run` costs some 0.3 ms of Python: it checks its arguments and
   looks up what they mean. The jitted form does so once for each structure,
   shapes and dtypes of `x` and each graph, and then costs what JAX costs. Its
-  traced arguments are `x`, a step and a root; where another argument is not
-  static, as runtime weights and `Peers`, `run` itself is called.
+  traced arguments are `x`, a window, a step, a root and a peer; where another
+  argument is not static, as arrays of weights and `Peers`, `run` itself is
+  called.
   """
   names = tuple(inspect.signature(prepare).parameters)[1:]
   run.__name__ = prepare.__name__  # of the programs in profiles
+  numbers: set[tuple[Any, ...]] = set()  # static ones of earlier calls
+
+  def has_few_numbers(given: dict[str, Any]) -> bool:
+    found = tuple(x for x in given.values() if type(x) in _NUMBERS)
+    if found and found not in numbers:
+      if len(numbers) == _MOST_NUMBERS:
+        return False
+      numbers.add(found)
+    return True
 
   @functools.wraps(prepare)
   def call(*args: Any, **kwargs: Any) -> Any:
-    if args and _compat.at_top_level():
+    if args and len(args) <= 1 + len(names) and _compat.at_top_level():
       given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
-      comm = given.pop("comm", None) or world()
+      if "comm" in names:
+        comm = given.pop("comm", None) or world()
+        call_comm = {"comm": comm}
+      else:  # that of the window, unless it was freed: the flag is not traced
+        is_freed = getattr(args[0], "_freed", True)
+        comm, call_comm = None if is_freed else args[0].comm, {}
       if (
         isinstance(comm, ProcessCommunicator)
-        and len(args) <= 1 + len(names)
         and (traced := _take_traced(given, comm)) is not None
-        and _STATIC.issuperset(map(type, given.values()))
+        and _are_static(given)
+        and has_few_numbers(given)
       ):
-        jitted = _jitted(run, comm, *given.items())
+        # With types, for 1, 1.0 and True are equal.
+        static = {**call_comm, **given}
         try:
+          jitted = _jitted(run, *((k, v, type(v)) for k, v in static.items()))
           return jitted(args[0], traced)
         except (TypeError, ValueError):
           # Raised while it is traced, so nothing is sent. Called eagerly, `run`
@@ -195,7 +216,7 @@ def _with_eager_form(
 def _take_traced(
   given: dict[str, Any], comm: ProcessCommunicator
 ) -> dict[str, Any] | None:
-  """Takes the step and the root out of the arguments; None if one is refused."""
+  """Takes the traced arguments out of the given ones; None if one is refused."""
   traced = {}
   if (step := given.pop("step", None)) is not None:
     if type(step) is int:
@@ -206,23 +227,42 @@ def _take_traced(
     elif not isinstance(step, jax.Array):
       return None
     traced["step"] = step
-  if "root" in given and comm.backend == "mpi":
-    root = given.pop("root")
-    if type(root) is not int or not 0 <= root < comm.size:
-      return None
-    traced["root"] = np.int32(root)
+  # A known rank is checked here: a traced one is refused when the operation runs.
+  for name in ("root", "peer") if comm.backend == "mpi" else ():
+    if name in given:
+      rank = given.pop(name)
+      if type(rank) is not int or not 0 <= rank < comm.size:
+        return None
+      traced[name] = np.int32(rank)
+  if "x" in given:  # of a window, which is the first argument
+    traced["x"] = given.pop("x")
   return traced
+
+
+def _are_static(given: dict[str, Any]) -> bool:
+  """Whether the other arguments can be static; a list of sizes is made a tuple."""
+  sizes = given.get("axis_sizes")
+  if type(sizes) in (list, tuple):
+    given["axis_sizes"] = sizes = tuple(sizes)
+    if not {int}.issuperset(map(type, sizes)):
+      return False
+  elif sizes is not None:
+    return False
+  return all(
+    type(value) in _STATIC or type(value) in _NUMBERS or name == "axis_sizes"
+    for name, value in given.items()
+  )
 
 
 @functools.lru_cache(maxsize=1024)
 def _jitted(
-  run: Callable[..., Any], comm: Communicator, *given: tuple[str, Any]
+  run: Callable[..., Any], *given: tuple[str, Any, type]
 ) -> Callable[..., Any]:
   """The jitted form of `run` for these static arguments."""
-  static = dict(given)
+  static = {name: value for name, value, _ in given}
 
   def eager(x: Any, traced: dict[str, Any]) -> Any:
-    return run(x, comm=comm, **static, **traced)
+    return run(x, **static, **traced)
 
   eager.__name__ = run.__name__
   return jax.jit(eager)
