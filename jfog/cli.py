@@ -79,8 +79,7 @@ def _doctor(options: argparse.Namespace) -> int:
   _row("devices", _jax_devices())
   _row("GPUs", _gpus())
   _row("NCCL", _nccl())
-  # Without MPI there is nothing to launch, which is no error: simulation and
-  # meshes work.
+  # Without MPI there is nothing to launch, and simulation and meshes work.
   try:
     mpi = launch.installed_mpi()
   except RuntimeError as error:

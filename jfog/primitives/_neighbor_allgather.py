@@ -309,7 +309,7 @@ def _attributes(
   check: bool,
   comm: Any,
 ) -> dict[str, Any]:
-  # The attributes of a graph in CSR form, whose weights nobody reads here.
+  # The attributes of a graph in CSR form, whose weights are not read here.
   rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
   unused = [0.0] * len(rows)
   return {

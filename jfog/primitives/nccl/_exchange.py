@@ -172,7 +172,7 @@ def average(
 ) -> list[jax.Array]:
   """Decodes a weighted sum of packed leaves."""
   del static
-  # Own and received values lie in the packing's buffers alike, so the sum is one
+  # Own and received values lie in equal buffers of the packing, so the sum is one
   # fused kernel for each buffer and not one for each leaf.
   packing = Packing.of(own)
   return packing.unpack(
