@@ -219,6 +219,32 @@ def in_job() -> bool:
 
 
 @pytest.fixture
+def world(request, place, in_job):
+  """A world for failures, with the timeout of the module's `TIMEOUT`."""
+  if not in_job:
+    yield None
+    return
+  jfog.shutdown()
+  yield jfog.init(timeout=request.module.TIMEOUT)
+  jfog.shutdown()
+  jfog.init(timeout=60)
+
+
+@pytest.fixture(params=["one machine", "small machines"])
+def machines(request, place, in_job):
+  """A world of one machine, or of pretended ones: 2 of a pair, else of a rank."""
+  if not in_job:
+    yield None
+    return
+  local_size = None
+  if request.param == "small machines":
+    local_size = 2 if place.size == 4 else 1
+  jfog.shutdown()
+  yield jfog.init(timeout=60, local_size=local_size)
+  jfog.shutdown()
+
+
+@pytest.fixture
 def soak(request) -> bool:
   """Whether stress tests run at length."""
   return request.config.getoption("--soak")

@@ -27,32 +27,6 @@ pytestmark = [
 asleep = pytest.mark.mpi(3)
 
 
-@pytest.fixture(params=["one machine", "small machines"])
-def machines(request, place, in_job):
-  """One machine of all ranks, or pretended ones: pairs, or single ranks."""
-  if not in_job:
-    yield
-    return
-  local_size = None
-  if request.param == "small machines":
-    local_size = 2 if place.size == 4 else 1
-  jfog.shutdown()
-  yield jfog.init(timeout=60, local_size=local_size)
-  jfog.shutdown()
-
-
-@pytest.fixture
-def world(place, in_job):
-  """A communicator with a short timeout, for failures."""
-  if not in_job:
-    yield None
-    return
-  jfog.shutdown()
-  yield jfog.init(timeout=TIMEOUT)
-  jfog.shutdown()
-  jfog.init(timeout=60)
-
-
 def failure(operation):
   """The text of the operation's error."""
   with pytest.raises(jax.errors.JaxRuntimeError) as caught:

@@ -19,18 +19,6 @@ TIMEOUT = 3.0
 asleep = pytest.mark.places("mpi-3")
 
 
-@pytest.fixture
-def world(place, in_job):
-  """A world of its own, with a short limit, for a failure spoils it."""
-  if not in_job:
-    yield None
-    return
-  jfog.shutdown()
-  yield jfog.init(timeout=TIMEOUT)
-  jfog.shutdown()
-  jfog.init(timeout=60)
-
-
 def outcome(operation):
   """The text of the error, or None if the operation went well."""
   try:

@@ -25,21 +25,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["one machine", "small machines"])
-def machines(request, place, in_job):
-  """One machine of all ranks, or pretended ones: 3 of a rank, 2 of a pair."""
-  if not in_job:
-    yield
-    return
-  local_size = None
-  if request.param == "small machines":
-    local_size = 2 if place.size == 4 else 1
-  jfog.shutdown()
-  jfog.init(timeout=60, local_size=local_size)
-  yield
-  jfog.shutdown()
-
-
 def values(count, ranks):
   """Different everywhere; float64, shape (ranks, count)."""
   own = np.arange(count) % 251 / 16.0

@@ -66,7 +66,11 @@ std::optional<OperationHeader> Mailboxes::Peek(int rank) const {
   const std::uint64_t number = received_[rank].load(std::memory_order_relaxed);
   const Message* message = Find(rank, number);
   if (message == nullptr) return std::nullopt;
-  return message->header;
+  const OperationHeader header = message->header;
+  // Another thread may have consumed it meanwhile, and the writer reused it.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (Find(rank, number) == nullptr) return std::nullopt;
+  return header;
 }
 
 }  // namespace jfog::mpi

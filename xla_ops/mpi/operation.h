@@ -154,7 +154,7 @@ class Operation {
   ffi::Error error_;
   std::atomic<Clock::rep> awaited_since_{0};  // 0: no caller waits
   Clock::time_point looked_at_;
-  // The wait in which a missing rank was found to have left.
+  // The wait at the last look by which no missing rank had left.
   std::optional<Clock::duration> left_at_;
   Deadline deadline_;
 };
