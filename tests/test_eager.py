@@ -119,3 +119,75 @@ def test_equal_numbers_of_other_types_are_different(place):
     jfog.allgather(x, axis_sizes=2)
   jfog.barrier()
   jfog.win_free(win)
+
+
+def test_other_peers_and_weights_of_this_rank_compile_once(place):
+  n, rank = place.size, jfog.rank()
+  x = jnp.arange(3.0) + rank
+
+  def shifted(shift, own):
+    source, destination = (rank - shift) % n, (rank + shift) % n
+    peers = jfog.Peers(own, {source: 1 - own}, {destination: 0.5})
+    return jfog.wait(jfog.neighbor_allreduce_start(x, peers)), source
+
+  shifted(1, 0.5)
+  with compilations() as found:
+    for shift in range(1, n):
+      for own in (0.25, 0.75):
+        y, source = shifted(shift, own)
+        wanted = own * (np.arange(3.0) + rank)
+        wanted += (1 - own) * 0.5 * (np.arange(3.0) + source)
+        np.testing.assert_allclose(y, wanted, rtol=1e-6)
+  assert not found
+  # Weights of 1 at all senders, which sum to 1: another form, with equal bits.
+  y = jfog.neighbor_allreduce(
+    jnp.full(2, 0.1), jfog.Peers(0.9, {(rank + 1) % n: 0.1}, [(rank - 1) % n])
+  )
+  np.testing.assert_array_equal(y, jnp.full(2, 0.1))
+  with pytest.raises(ValueError, match="self_weight for this rank"):
+    jfog.neighbor_allreduce(x, jfog.Peers(0.5, {rank: 0.5}, []))
+  with pytest.raises(ValueError, match="weights= out"):
+    jfog.neighbor_allreduce(x, jfog.Peers(1.0, {}, []), weights=np.eye(n))
+
+
+def test_other_weights_compile_once(place):
+  n, rank = place.size, jfog.rank()
+  graph = topology.ring(n)
+  x = jnp.arange(2.0) + rank
+  truth = np.arange(2.0) + np.arange(n)[:, None]
+  random = np.random.default_rng(5)
+  neighbors = list(graph.in_neighbors(rank))
+  win = jfog.win_create(x, graph)
+
+  def run(kind):
+    matrix = random.random((n, n))
+    y = jfog.neighbor_allreduce(x, graph, weights=kind(matrix))
+    wanted = matrix[rank, rank] * truth[rank]
+    wanted += matrix[rank, neighbors] @ truth[neighbors]
+    np.testing.assert_allclose(y, wanted, rtol=1e-5)
+    put = {r: kind(matrix[r, rank]) for r in neighbors}
+    nonlocal win
+    win = jfog.win_put(win, x, dst_weights=put)
+    jfog.barrier()
+    update = {r: kind(2 * matrix[0, r]) for r in neighbors}
+    own = kind(matrix[0, 0])
+    y, win = jfog.win_update(win, x, self_weight=own, src_weights=update)
+    wanted = matrix[0, 0] * truth[rank]
+    for r in neighbors:
+      wanted += 2 * matrix[0, r] * matrix[rank, r] * truth[r]
+    np.testing.assert_allclose(y, wanted, rtol=1e-5)
+    jfog.barrier()
+
+  for kind in (np.asarray, jnp.asarray, lambda w: w if w.ndim else float(w)):
+    run(kind)
+    with compilations() as found:
+      run(kind)
+    assert not found, kind
+  with pytest.raises(ValueError, match="not an out-neighbor"):
+    jfog.win_put(win, x, dst_weights={rank: 1.0})
+  with pytest.raises(TypeError, match="real numbers"):
+    jfog.win_put(win, x, dst_weights={neighbors[0]: True})
+  with pytest.raises(TypeError, match="complex"):
+    jfog.neighbor_allreduce(x, graph, weights=jnp.eye(n) * 1j)
+  jfog.barrier()
+  jfog.win_free(win)

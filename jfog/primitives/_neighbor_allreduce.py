@@ -22,7 +22,7 @@ from jfog.primitives import (
 )
 from jfog.primitives._neighbor_allgather import neighbor_allgather
 from jfog.primitives._operation import Operation
-from jfog.primitives._peers import Peers, peers_call
+from jfog.primitives._peers import PackedPeers, Peers, pack, peers_call
 from jfog.primitives._weighted_sum import Weighting
 from jfog.primitives.nccl._neighbor_allreduce import NeighborAllreduce
 from jfog.runtime import Axis, Communicator, resolve
@@ -31,7 +31,7 @@ from jfog.topology._edge_coloring import permutations
 from jfog.topology._neighbor_table import neighbor_table
 
 
-@_operation.operation
+@functools.partial(_operation.operation, pack={Peers: pack})
 def neighbor_allreduce(
   x: Any,
   graph: Topology | Schedule | Peers,
@@ -97,7 +97,7 @@ def neighbor_allreduce(
   comm = resolve(comm)
   leaves, names, structure = _pytree.flatten(x, "neighbor_allreduce")
   _pytree.require_inexact(leaves, names, "neighbor_allreduce")
-  if isinstance(graph, Peers):
+  if isinstance(graph, (Peers, PackedPeers)):
     if weights is not None:
       raise ValueError(
         "neighbor_allreduce: Peers hold their own weights; leave weights= out."

@@ -1,8 +1,6 @@
 """Operations, blocking or split into a start and a wait, and their handles."""
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +11,8 @@ from jax.extend.core import Primitive
 
 from jfog import _compat
 from jfog.primitives import _mesh, _primitive, _pytree
-from jfog.runtime import Communicator, ProcessCommunicator, world
-from jfog.topology import ExactAverage, Schedule, Topology
+from jfog.primitives._eager import Pack, with_eager_form
+from jfog.runtime import Communicator
 
 
 @dataclasses.dataclass
@@ -132,10 +130,17 @@ class Handle:
     return cls(*static, *children)
 
 
-def operation(prepare: Callable[..., Any]) -> Callable[..., Any]:
+def operation(
+  prepare: Callable[..., Any],
+  pack: Pack | None = None,
+) -> Callable[..., Any]:
   """Turns a function that returns an `Operation` into the public, blocking one.
 
-  The function is annotated with the types of the public one.
+  Args:
+    prepare: annotated with the types of the public one.
+    pack: from the type of an argument to the function that turns it into arrays,
+      for a communicator; `prepare` takes these in its place, and an eager call
+      with other arrays is not compiled again.
   """
 
   def run(*args: Any, **kwargs: Any) -> Any:
@@ -147,125 +152,7 @@ def operation(prepare: Callable[..., Any]) -> Callable[..., Any]:
       results = _pytree.cast_like(results, prepared.leaves)
     return prepared.structure.unflatten(results)
 
-  return _with_eager_form(prepare, run)
-
-
-# Types of arguments that `_with_eager_form` makes static: they are hashable, and
-# few values of them occur in one program.
-_STATIC = {Topology, Schedule, ExactAverage, str, bool, type(None)}
-# Numbers are weights. A program usually has few of them; one that computes them
-# anew for each call would compile each of these calls.
-_NUMBERS = {int, float}
-_MOST_NUMBERS = 16
-
-
-def _with_eager_form(
-  prepare: Callable[..., Any], run: Callable[..., Any]
-) -> Callable[..., Any]:
-  """`run`, whose eager calls between processes are calls of a jitted function.
-
-  Called eagerly, `run` costs some 0.3 ms of Python: it checks its arguments and
-  looks up what they mean. The jitted form does so once for each structure,
-  shapes and dtypes of `x` and each graph, and then costs what JAX costs. Its
-  traced arguments are `x`, a window, a step, a root and a peer; where another
-  argument is not static, as arrays of weights and `Peers`, `run` itself is
-  called.
-  """
-  names = tuple(inspect.signature(prepare).parameters)[1:]
-  run.__name__ = prepare.__name__  # of the programs in profiles
-  numbers: set[tuple[Any, ...]] = set()  # static ones of earlier calls
-
-  def has_few_numbers(given: dict[str, Any]) -> bool:
-    found = tuple(x for x in given.values() if type(x) in _NUMBERS)
-    if found and found not in numbers:
-      if len(numbers) == _MOST_NUMBERS:
-        return False
-      numbers.add(found)
-    return True
-
-  @functools.wraps(prepare)
-  def call(*args: Any, **kwargs: Any) -> Any:
-    if args and len(args) <= 1 + len(names) and _compat.at_top_level():
-      given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
-      if "comm" in names:
-        comm = given.pop("comm", None) or world()
-        call_comm = {"comm": comm}
-      else:  # that of the window, unless it was freed: the flag is not traced
-        is_freed = getattr(args[0], "_freed", True)
-        comm, call_comm = None if is_freed else args[0].comm, {}
-      if (
-        isinstance(comm, ProcessCommunicator)
-        and (traced := _take_traced(given, comm)) is not None
-        and _are_static(given)
-        and has_few_numbers(given)
-      ):
-        # With types, for 1, 1.0 and True are equal.
-        static = {**call_comm, **given}
-        try:
-          jitted = _jitted(run, *((k, v, type(v)) for k, v in static.items()))
-          return jitted(args[0], traced)
-        except (TypeError, ValueError):
-          # Raised while it is traced, so nothing is sent. Called eagerly, `run`
-          # knows the values, and so the better text of the same error.
-          pass
-    return run(*args, **kwargs)
-
-  return call
-
-
-def _take_traced(
-  given: dict[str, Any], comm: ProcessCommunicator
-) -> dict[str, Any] | None:
-  """Takes the traced arguments out of the given ones; None if one is refused."""
-  traced = {}
-  if (step := given.pop("step", None)) is not None:
-    if type(step) is int:
-      graph = given.get("graph", given.get("machine_graph"))
-      if not isinstance(graph, (Topology, Schedule)):
-        return None
-      step = np.int32(step % len(graph))
-    elif not isinstance(step, jax.Array):
-      return None
-    traced["step"] = step
-  # A known rank is checked here: a traced one is refused when the operation runs.
-  for name in ("root", "peer") if comm.backend == "mpi" else ():
-    if name in given:
-      rank = given.pop(name)
-      if type(rank) is not int or not 0 <= rank < comm.size:
-        return None
-      traced[name] = np.int32(rank)
-  if "x" in given:  # of a window, which is the first argument
-    traced["x"] = given.pop("x")
-  return traced
-
-
-def _are_static(given: dict[str, Any]) -> bool:
-  """Whether the other arguments can be static; a list of sizes is made a tuple."""
-  sizes = given.get("axis_sizes")
-  if type(sizes) in (list, tuple):
-    given["axis_sizes"] = sizes = tuple(sizes)
-    if not {int}.issuperset(map(type, sizes)):
-      return False
-  elif sizes is not None:
-    return False
-  return all(
-    type(value) in _STATIC or type(value) in _NUMBERS or name == "axis_sizes"
-    for name, value in given.items()
-  )
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(
-  run: Callable[..., Any], *given: tuple[str, Any, type]
-) -> Callable[..., Any]:
-  """The jitted form of `run` for these static arguments."""
-  static = {name: value for name, value, _ in given}
-
-  def eager(x: Any, traced: dict[str, Any]) -> Any:
-    return run(x, **static, **traced)
-
-  eager.__name__ = run.__name__
-  return jax.jit(eager)
+  return with_eager_form(prepare, run, pack or {})
 
 
 def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
@@ -297,7 +184,7 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
       tuple(arrays[count:]),
     )
 
-  start = _with_eager_form(prepare, begin)
+  start = with_eager_form(prepare, begin, run.pack)  # type: ignore[attr-defined]
   start.__name__ = start.__qualname__ = f"{name}_start"
   start.__annotations__ = {**prepare.__annotations__, "return": Handle}
   del start.__wrapped__  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Average with one other rank."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,42 @@ from jfog.primitives._peers import (
 from jfog.runtime import Axis, Communicator, resolve
 
 
-@_operation.operation
+def _checked_peer(peer: Any, comm: Communicator) -> Any:
+  """A rank, as an int or a traced integer scalar; or a tuple, on a mesh."""
+  if isinstance(peer, (Sequence, np.ndarray)) and np.ndim(peer) == 1:
+    if len(peer) != comm.size:
+      raise ValueError(
+        f"pair_gossip: peer={peer!r} names {len(peer)} peers for {comm.size} "
+        f"ranks; name one for each rank."
+      )
+    label = "pair_gossip: peer"
+    peers = tuple(_validation.rank_of_comm(p, comm.size, label) for p in peer)
+    for rank, other in enumerate(peers):
+      if peers[other] != rank:
+        raise ValueError(
+          f"pair_gossip: rank {rank} names rank {other}, which names rank "
+          f"{peers[other]}; both ranks of a pair name each other."
+        )
+    return peers if isinstance(comm, Axis) else peers[comm.rank]
+  if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
+    return _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
+  peer = jnp.asarray(peer)
+  if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
+    raise TypeError(
+      f"pair_gossip: peer has dtype {peer.dtype} and shape {peer.shape}; pass "
+      f"an integer scalar."
+    )
+  return peer
+
+
+def _own_peer(peers: Sequence[int], comm: Communicator) -> Any:
+  """This rank's entry of a table of peers, as an operand."""
+  return np.int32(_checked_peer(peers, comm))
+
+
+@functools.partial(
+  _operation.operation, pack={list: _own_peer, tuple: _own_peer}
+)
 def pair_gossip(
   x: Any,
   peer: Any,
@@ -113,34 +149,6 @@ pair_gossip_start = _operation.start_of(
     >>> jfog.simulate(swap, 2)(jnp.array([0.0, 2.0]))
     Array([1., 1.], dtype=float32)""",
 )
-
-
-def _checked_peer(peer: Any, comm: Communicator) -> Any:
-  """A rank, as an int or a traced integer scalar; or a tuple, on a mesh."""
-  if isinstance(peer, (Sequence, np.ndarray)) and np.ndim(peer) == 1:
-    if len(peer) != comm.size:
-      raise ValueError(
-        f"pair_gossip: peer={peer!r} names {len(peer)} peers for {comm.size} "
-        f"ranks; name one for each rank."
-      )
-    label = "pair_gossip: peer"
-    peers = tuple(_validation.rank_of_comm(p, comm.size, label) for p in peer)
-    for rank, other in enumerate(peers):
-      if peers[other] != rank:
-        raise ValueError(
-          f"pair_gossip: rank {rank} names rank {other}, which names rank "
-          f"{peers[other]}; both ranks of a pair name each other."
-        )
-    return peers if isinstance(comm, Axis) else peers[comm.rank]
-  if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
-    return _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
-  peer = jnp.asarray(peer)
-  if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
-    raise TypeError(
-      f"pair_gossip: peer has dtype {peer.dtype} and shape {peer.shape}; pass "
-      f"an integer scalar."
-    )
-  return peer
 
 
 def _mix_on_mesh(

@@ -167,39 +167,69 @@ def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
         )
 
 
-def peers_call(
-  leaves: Sequence[jax.Array],
-  names: Sequence[str],
-  structure: Any,
-  peers: Peers,
-  comm: Communicator,
-) -> Operation:
-  """The operation of `neighbor_allreduce` with `Peers`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedPeers:
+  """`Peers` as operands: other ranks and weights run the same program.
+
+  Attributes:
+    ranks: the sources and then the destinations, each ascending; int32.
+    weights: of this rank, the sources and the destinations.
+    sources: the number of sources.
+    scales: whether a destination has another weight than 1.
+    difference: whether the sum is evaluated in the difference form.
+    check: whether to check new peers.
+  """
+
+  ranks: Any
+  weights: Any
+  sources: int = dataclasses.field(metadata={"static": True})
+  scales: bool = dataclasses.field(metadata={"static": True})
+  difference: bool = dataclasses.field(metadata={"static": True})
+  check: bool = dataclasses.field(metadata={"static": True})
+
+
+def pack(peers: Peers, comm: Communicator) -> PackedPeers:
+  """Peers as operands, checked."""
   check_ranks(peers, comm, "neighbor_allreduce")
   # Ascending, as in a graph: the sum has one order and the same bits.
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
   weights = [peers.self_weight, *sources.values()]
-  # Weights of 1 at the sender need no copy of the leaves for each destination.
-  scales = any(
-    not is_static(weight) or weight != 1 for weight in destinations.values()
+  return PackedPeers(
+    np.array([*sources, *destinations], np.int32),
+    as_weights([*weights, *destinations.values()], "the weights of Peers"),
+    sources=len(sources),
+    # Weights of 1 at the sender need no copy of the leaves for each destination.
+    scales=any(not is_static(w) or w != 1 for w in destinations.values()),
+    difference=sum_to_one(weights),
+    check=peers.check,
   )
+
+
+def peers_call(
+  leaves: Sequence[jax.Array],
+  names: Sequence[str],
+  structure: Any,
+  peers: Peers | PackedPeers,
+  comm: Communicator,
+) -> Operation:
+  """The operation of `neighbor_allreduce` with `Peers`."""
+  if isinstance(peers, Peers):
+    peers = pack(peers, comm)
   if not leaves or comm.backend == "single":
-    (own,) = as_weights([peers.self_weight], "self_weight")
+    own = peers.weights[0]
     return Operation(leaves, structure, [scaled(own, x) for x in leaves])
   return Operation(
     leaves,
     structure,
     primitive=peer_allreduce_p,
-    fixed=(
-      np.array([*sources, *destinations], np.int32),
-      as_weights([*weights, *destinations.values()], "the weights of Peers"),
-    ),
+    fixed=(peers.ranks, peers.weights),
     operands=_pytree.to_native(leaves, names, "neighbor_allreduce"),
     params={
-      "sources": len(sources),
-      "scales": scales,
-      "difference": sum_to_one(weights),
+      "sources": peers.sources,
+      "scales": peers.scales,
+      "difference": peers.difference,
       "pair": False,
       "check": peers.check,
       "comm": comm,
@@ -224,6 +254,8 @@ def sum_to_one(weights: list[Any]) -> bool:
 def as_weights(weights: list[Any], name: str) -> Any:
   """Weights as one vector, in the widest float dtype that JAX has enabled."""
   for weight in weights:
+    if type(weight) in (int, float):
+      continue
     if jnp.shape(weight) != ():
       raise ValueError(
         f"{name} has shape {jnp.shape(weight)}; pass a scalar for every weight."
