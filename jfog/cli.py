@@ -9,8 +9,10 @@ import subprocess
 import sys
 from typing import Any
 
-from jfog import launch, runtime
-from jfog.runtime import _gpu_placement
+import jfog
+from jfog import launch
+
+# What imports JAX is imported where it is used: `jfog --help` does not need it.
 
 _EXCHANGE = """
 import jax.numpy as jnp, jfog
@@ -46,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     prog="jfog", description="Decentralized training for JAX."
   )
   parser.set_defaults(action=None)
+  parser.add_argument(
+    "--version", action="version", version=f"jfog {jfog.__version__}"
+  )
   commands = parser.add_subparsers(metavar="command")
   commands.add_parser("run", help="run a command on N ranks: jfog run --help")
   doctor = commands.add_parser(
@@ -113,6 +118,8 @@ def _jax_devices() -> str:
 
 
 def _gpus() -> str:
+  from jfog.runtime import _gpu_placement
+
   found = _gpu_placement.gpus()
   if not found.names:
     return f"none: {found.reason}"
@@ -120,6 +127,8 @@ def _gpus() -> str:
 
 
 def _nccl() -> str:
+  from jfog import runtime
+
   try:
     version, path = runtime.nccl_library()
   except RuntimeError as error:

@@ -6,3 +6,5 @@ from jfog.diagnostics._counters import counters as counters
 from jfog.diagnostics._counters import reset_counters as reset_counters
 from jfog.diagnostics._trace import Trace as Trace
 from jfog.diagnostics._trace import trace as trace
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -100,3 +100,5 @@ from jfog.optimizers.contrib import dmsgd_sync as dmsgd_sync
 from jfog.optimizers.contrib import nids as nids
 from jfog.optimizers.contrib import power_gossip as power_gossip
 from jfog.optimizers.contrib import relay_sum as relay_sum
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -86,6 +86,9 @@ class Single(Communicator):
   size = 1
   rank = 0
 
+  def __repr__(self) -> str:
+    return "<jfog communicator: rank 0 of 1, single>"
+
   @property
   def backend(self) -> str:
     """`"single"`."""

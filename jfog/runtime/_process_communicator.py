@@ -21,16 +21,21 @@ class ProcessCommunicator(Communicator):
   size: int
   rank: int
   # The index of each rank's machine; empty if all ranks share one machine.
-  machine_of: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+  machine_of: tuple[int, ...] = ()
   # None if the part is this communicator itself or has a single rank.
-  local_part: Communicator | None = dataclasses.field(default=None, repr=False)
-  machines_part: Communicator | None = dataclasses.field(
-    default=None, repr=False
-  )
+  local_part: Communicator | None = None
+  machines_part: Communicator | None = None
   carrier: str = "mpi"  # or "nccl", for arrays on GPUs
   timeout: float = dataclasses.field(  # seconds, of every operation
-    default=DEFAULT_TIMEOUT, compare=False, repr=False
+    default=DEFAULT_TIMEOUT, compare=False
   )
+
+  def __repr__(self) -> str:
+    machines = self.machine_size
+    return (
+      f"<jfog communicator: rank {self.rank} of {self.size}, {self.backend}, "
+      f"{machines} machine{'s' if machines > 1 else ''}>"
+    )
 
   def __hash__(self) -> int:
     # Of the key alone: operations are looked up by their communicator.

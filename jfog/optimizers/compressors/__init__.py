@@ -8,3 +8,5 @@ from jfog.optimizers.compressors._quantize import quantize as quantize
 from jfog.optimizers.compressors._quantize import sign as sign
 from jfog.optimizers.compressors._sparsify import random_k as random_k
 from jfog.optimizers.compressors._sparsify import top_k as top_k
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,7 +1,9 @@
 """The `Compressor` contract, and the parts that all compressors share."""
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,32 @@ class Compressor(NamedTuple):
   encode: Callable[[Any, Any, Any], tuple[Any, Any]]
   decode: Callable[[Any, Any], Any]
 
+  def __repr__(self) -> str:
+    # `with_repr` names the function after the call that made it.
+    text = getattr(self.encode, "__qualname__", repr(self.encode))
+    made = text.removesuffix(").encode")
+    return f"{made})" if made != text else f"Compressor({text})"
 
+
+P = ParamSpec("P")
+
+
+def with_repr(factory: Callable[P, Compressor]) -> Callable[P, Compressor]:
+  """The factory of compressors whose repr is the call that made them."""
+  signature = inspect.signature(factory)
+
+  @functools.wraps(factory)
+  def make(*args: P.args, **kwargs: P.kwargs) -> Compressor:
+    compressor = factory(*args, **kwargs)
+    given = signature.bind(*args, **kwargs).arguments
+    text = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    compressor.encode.__qualname__ = f"{factory.__name__}({text}).encode"
+    return compressor
+
+  return make
+
+
+@with_repr
 def identity() -> Compressor:
   """Sends every leaf unchanged.
 

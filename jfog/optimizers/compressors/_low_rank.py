@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jfog import _validation
 from jfog.optimizers.compressors import _base
-from jfog.optimizers.compressors._base import Compressor
+from jfog.optimizers.compressors._base import Compressor, with_repr
 
 
+@with_repr
 def low_rank(rank: int) -> Compressor:
   """Sends a product of two thin matrices in place of each matrix.
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from jfog import _validation
 from jfog.optimizers.compressors import _base
-from jfog.optimizers.compressors._base import Compressor
+from jfog.optimizers.compressors._base import Compressor, with_repr
 
 
+@with_repr
 def quantize(bits: int) -> Compressor:
   """Rounds every element stochastically to one of `2^bits - 1` levels.
 
@@ -84,6 +85,7 @@ def quantize(bits: int) -> Compressor:
   )
 
 
+@with_repr
 def sign() -> Compressor:
   """Sends one bit per element, and the mean modulus of each leaf.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jfog import _validation
 from jfog.optimizers.compressors import _base
-from jfog.optimizers.compressors._base import Compressor
+from jfog.optimizers.compressors._base import Compressor, with_repr
 
 
 class Sparsifier(Compressor):
@@ -19,6 +19,7 @@ class Sparsifier(Compressor):
   __slots__ = ()
 
 
+@with_repr
 def top_k(k: int | None = None, fraction: float | None = None) -> Compressor:
   """Sends the `k` elements of largest modulus of each leaf, and their indices.
 
@@ -72,6 +73,7 @@ def top_k(k: int | None = None, fraction: float | None = None) -> Compressor:
   return _base.leafwise("top_k", encode_leaf, decode_leaf, check, Sparsifier)
 
 
+@with_repr
 def random_k(
   k: int | None = None,
   fraction: float | None = None,

@@ -16,3 +16,5 @@ from jfog.optimizers.contrib._power_gossip import (
 from jfog.optimizers.contrib._power_gossip import power_gossip as power_gossip
 from jfog.optimizers.contrib._relay_sum import RelaySumState as RelaySumState
 from jfog.optimizers.contrib._relay_sum import relay_sum as relay_sum
+
+__all__ = [name for name in dir() if not name.startswith("_")]
