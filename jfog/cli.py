@@ -9,10 +9,9 @@ import subprocess
 import sys
 from typing import Any
 
-import jfog
 from jfog import launch
 
-# What imports JAX is imported where it is used: `jfog --help` does not need it.
+# Modules that import JAX are imported where they are used, so `jfog --help` is quick.
 
 _EXCHANGE = """
 import jax.numpy as jnp, jfog
@@ -49,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.set_defaults(action=None)
   parser.add_argument(
-    "--version", action="version", version=f"jfog {jfog.__version__}"
+    "--version", action="version", version=f"jfog {_version('jfog')}"
   )
   commands = parser.add_subparsers(metavar="command")
   commands.add_parser("run", help="run a command on N ranks: jfog run --help")

@@ -38,6 +38,7 @@ LAYERS = {
   },
 }
 LAYERS["cli"] = set(LAYERS)
+LAYERS["__main__"] = {"cli"}
 
 # The root package itself is looked at in one place only.
 ROOT_IMPORTERS = {
