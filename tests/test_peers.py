@@ -101,6 +101,7 @@ def test_derivative_of_pair_gossip(place, values):
 
 
 def test_bad_pairs(place, values):
+  mine = jfog.rank  # itself: a pair on every place
   for peer, error, text in (
     (place.size, ValueError, "out of range"),
     (-1, ValueError, "out of range"),
@@ -112,9 +113,33 @@ def test_bad_pairs(place, values):
   with pytest.raises(TypeError, match="expects floating-point"):
     place.run(lambda x: jfog.pair_gossip(x.astype(jnp.int32), 0), values)
   with pytest.raises(ValueError, match="scalar"):
-    place.run(lambda x: jfog.pair_gossip(x, 0, pair_weight=jnp.ones(2)), values)
+    place.run(
+      lambda x: jfog.pair_gossip(x, mine(), pair_weight=jnp.ones(2)), values
+    )
   with pytest.raises(TypeError, match="complex"):
-    place.run(lambda x: jfog.pair_gossip(x, 0, pair_weight=1j), values)
+    place.run(lambda x: jfog.pair_gossip(x, mine(), pair_weight=1j), values)
+
+
+@pytest.mark.places("simulate-5", "mesh-5", "mesh-2")
+def test_ranks_that_do_not_name_each_other_get_nan_on_a_mesh(place, values):
+  n = place.size
+  small = values[:, :3]
+  swap = np.arange(n) ^ 1
+  named = {
+    "one way": np.where(np.arange(n) == n - 1, 0, swap),
+    "out of range": np.where(np.arange(n) == 1, n, swap),
+    "negative": np.where(np.arange(n) == 1, -1, swap),
+  }
+  for peers in named.values():
+    peers = peers.astype(np.int32)
+    y = place.run(jax.jit(jfog.pair_gossip), small, peers)
+    inside = np.clip(peers, 0, n - 1)
+    mutual = (inside == peers) & (peers[inside] == np.arange(n))
+    truth = np.where(mutual[:, None], (small + small[inside]) / 2, np.nan)
+    np.testing.assert_allclose(y, truth, rtol=1e-6)
+    assert not mutual.all()
+  with pytest.raises(ValueError, match=r"would name rank 1.*jfog\.rank\(\)"):
+    place.run(lambda x: jfog.pair_gossip(x, 1), values)
 
 
 @pytest.mark.places(*ON_MPI)

@@ -39,7 +39,14 @@ def _checked_peer(peer: Any, comm: Communicator) -> Any:
         )
     return peers if isinstance(comm, Axis) else peers[comm.rank]
   if isinstance(peer, (int, np.integer)) and not isinstance(peer, bool):
-    return _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
+    peer = _validation.rank_of_comm(peer, comm.size, "pair_gossip: peer")
+    if isinstance(comm, Axis) and comm.size > 1:
+      raise ValueError(
+        f"pair_gossip: on a mesh all {comm.size} ranks would name rank {peer}, "
+        f"and both ranks of a pair name each other; pass the peers of all ranks, "
+        f"as [1, 0, 3, 2], or a function of jfog.rank()."
+      )
+    return peer
   peer = jnp.asarray(peer)
   if not jnp.issubdtype(peer.dtype, jnp.integer) or peer.shape != ():
     raise TypeError(
@@ -73,7 +80,8 @@ def pair_gossip(
   other. A rank that names itself uses its own value twice. Weights that sum to 1
   are evaluated as `x[i] + pair_weight (x[peer[i]] - x[i])`. On a mesh, a table of
   all peers is one permutation; with a traced peer the operation gathers the
-  values of all ranks and selects one.
+  values of all ranks and selects one; a rank whose traced peer is out of range or
+  names another rank gets NaN.
 
   Linear in `x`, with itself as transpose (each rank then weights what it sends
   with its own `pair_weight`).
@@ -95,7 +103,8 @@ def pair_gossip(
 
   Raises:
     ValueError: if `peer` is an int that is out of range, or a table in which two
-      ranks do not name each other.
+      ranks do not name each other, or on a mesh an int, which all ranks would
+      name.
     TypeError: for integer or bool leaves, or a `peer` of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`; and if a
@@ -119,7 +128,11 @@ def pair_gossip(
   own, other, *_ = pair = as_weights([*weights, 1.0], "a weight")
 
   def on_mesh(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_mix_on_mesh(x, peer, own, other, difference, comm) for x in leaves]
+    mix = functools.partial(_mix_on_mesh, peer, own, other, difference, comm)
+    if not isinstance(comm, Axis) or isinstance(peer, tuple):
+      return [mix(x) for x in leaves]
+    mutual = _names_back(peer, comm)
+    return [jnp.where(mutual, mix(x), jnp.nan).astype(x.dtype) for x in leaves]
 
   return Operation(
     leaves,
@@ -151,13 +164,20 @@ pair_gossip_start = _operation.start_of(
 )
 
 
+def _names_back(peer: jax.Array, comm: Axis) -> jax.Array:
+  """Whether the traced peer of this rank is a rank that names this one."""
+  peers = _mesh.gather(_mesh.varying(peer, comm), comm.axes)
+  named = peers[jnp.clip(peer, 0, comm.size - 1)]
+  return (peer >= 0) & (peer < comm.size) & (named == comm.rank)
+
+
 def _mix_on_mesh(
-  x: jax.Array,
   peer: Any,
   own: Any,
   other: Any,
   difference: bool,
   comm: Communicator,
+  x: jax.Array,
 ) -> jax.Array:
   """Mesh rendition: a permutation, or for a traced peer a gather of all ranks."""
   value = x
