@@ -1,5 +1,9 @@
 """Diagnostics: traces of a training, consensus distance, bytes sent."""
 
+from jfog.diagnostics._applied_updates import CheckedState as CheckedState
+from jfog.diagnostics._applied_updates import (
+  check_applied_updates as check_applied_updates,
+)
 from jfog.diagnostics._consensus import consensus_distance as consensus_distance
 from jfog.diagnostics._counters import bytes_per_step as bytes_per_step
 from jfog.diagnostics._counters import counters as counters

@@ -56,7 +56,8 @@ def exact_diffusion(
 
   Args:
     inner: the local optimizer; any optax transformation. The method is exact
-      for plain gradient descent.
+      for plain gradient descent. Scale, clip and decay in it: what an
+      `optax.chain` puts behind this optimizer changes the average, too.
     topology: the mixing graph: a symmetric `Topology`, or a function
       `(params, step) -> params`.
     check: whether the topology must be one symmetric, doubly stochastic

@@ -33,7 +33,9 @@ def adapt_then_combine(
   `adapt_with_combine`. A rank without in-neighbors keeps `x + u`.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     graph: the mixing graph: a `Topology`, a `Schedule`, read at the number of
       communications so far, or a function `(params, step) -> params`.
     every: communicate in every `every`-th update only.
@@ -105,7 +107,9 @@ def adapt_with_combine(
   gets the averaged ones; the two differ for weight decay.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     graph: as in `adapt_then_combine`.
     every: communicate in every `every`-th update only.
     check: whether the graph must be row-stochastic.

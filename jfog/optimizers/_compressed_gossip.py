@@ -70,7 +70,9 @@ def choco(
   which every receiver can derive.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: the mixing graph: one symmetric, doubly stochastic `Topology`, as
       `s` is a sum over its neighbors.
     compressor: the encoding of the differences, the same on all ranks.

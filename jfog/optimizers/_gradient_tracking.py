@@ -52,8 +52,9 @@ def gradient_tracking(
   first step) and allows larger steps.
 
   Args:
-    inner: the local optimizer, with `q` in place of the gradient; any
-      optax transformation.
+    inner: the local optimizer, with `q` in place of the gradient; any optax
+      transformation. Scale, clip and decay in it: what an `optax.chain` puts
+      behind this optimizer changes the average, too.
     graph: the mixing graph: a `Topology` or a `Schedule`, every round
       doubly stochastic, or a function `(params, step) -> params`.
     form: "awc" or "atc".

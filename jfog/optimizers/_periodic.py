@@ -33,7 +33,9 @@ def local_sgd(
   The averaging updates wait for all ranks.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     every: average in every `every`-th update only.
     mean: the averaging: `None` for an allreduce, or a graph whose rounds reach
       the exact average, such as `jfog.topology.ceca(size)`.
@@ -95,7 +97,9 @@ def gossip_pga(
   smaller than that of `adapt_then_combine`, above all on large sparse graphs.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     graph: the mixing graph: a `Topology`, a `Schedule`, read at the number of
       updates, those with a global average included, every round doubly
       stochastic, or a function `(params, step) -> params`.
@@ -183,7 +187,9 @@ def slow_momentum(
   the unit of the parameters: it is the paper's momentum times the step size.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     graph: the mixing graph between the slow steps, as in `gossip_pga`; `None`
       for local steps.
     every: take the slow step in every `every`-th update.
@@ -288,7 +294,9 @@ def diloco(
   over rounds and is not sent.
 
   Args:
-    inner: the local optimizer, `optax.adamw` in the paper.
+    inner: the local optimizer, `optax.adamw` in the paper. Scale, clip and
+      decay in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     outer: the optimizer of the rounds: `optax.sgd(0.7, momentum=0.9,
       nesterov=True)` in the paper. `optax.sgd(1.0)` makes this `local_sgd`.
     every: the number of updates in a round.

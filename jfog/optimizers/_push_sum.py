@@ -50,6 +50,8 @@ def push_sum(
   Args:
     inner: the local optimizer; any optax transformation. It sees the rank's own
       gradient and the parameters where that was taken; its updates go to `xs`.
+      Scale, clip and decay in it: what an `optax.chain` puts behind this
+      optimizer changes the average, too.
     graph: the mixing graph: a column-stochastic `Topology` or `Schedule`, for
       example with `weights="uniform_out"`, or a function of `((params, w),
       step)`.

@@ -51,6 +51,9 @@ def window_put(
   If every put arrives before the average is taken, as on a mesh and in
   simulation without delays, this is `adapt_with_combine`.
 
+  Ranks at different paces lose the mean: two that start at 0 and 10 can agree on
+  6.67. `window_push_sum` keeps it in any interleaving.
+
   On MPI `init` is collective, since it creates a window, and `update` is not. A
   window is valid in its process only. To continue from a checkpoint, use a
   fresh window: `init(params)._replace(step=..., inner_state=...)`. Free it when
@@ -60,7 +63,9 @@ def window_put(
       jfog.win_free(optax.tree_utils.tree_get(state, "window"))
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: a row-stochastic `Topology`: each source puts to its destinations.
     every: put and average in every `every`-th update of this rank only.
     delay: for research, on a mesh and in simulation: number of averages by
@@ -134,11 +139,16 @@ def window_get(
   before any of them gets, as on a mesh and in simulation without delays, this
   is `adapt_with_combine`.
 
+  Ranks at different paces lose the mean, as with `window_put`; `window_push_sum`
+  keeps it in any interleaving.
+
   On MPI `init` is collective, since it creates a window; see `window_put` for
   checkpoints and how to free it.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: a row-stochastic `Topology`: each destination gets from its
       sources.
     every: expose, get and average in every `every`-th update of this rank only.
@@ -247,7 +257,9 @@ def window_push_sum(
   updates belong into `inner`.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: a column-stochastic `Topology` with the weights `A[dst, src]`,
       possibly directed.
     every: send and collect in every `every`-th update of this rank only.

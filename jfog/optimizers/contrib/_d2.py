@@ -33,7 +33,9 @@ def d2(
   `exact_diffusion`.
 
   Args:
-    inner: the local optimizer, as in `exact_diffusion`.
+    inner: the local optimizer, as in `exact_diffusion`. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: the mixing graph: a symmetric `Topology` with
       `lambda_min > -1/3`, or a function `(params, step) -> params`.
     check: whether the topology must meet this and be one `Topology`.

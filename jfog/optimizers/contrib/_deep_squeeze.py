@@ -50,7 +50,9 @@ def deep_squeeze(
   not converge. Messages and random numbers are those of `choco`.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: the mixing graph: one row-stochastic `Topology`.
     compressor: the encoding of the parameters, the same on all ranks.
     eta: the consensus step size, in (0, 1]; may be traced.

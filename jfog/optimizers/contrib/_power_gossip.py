@@ -67,7 +67,9 @@ def power_gossip(
   between two ranks stays orthogonal to the factors.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     topology: the mixing graph: a symmetric, connected `Topology`.
     rank: the number of columns of the factors; 1 or 2 is usual.
     seed: seed of the factors, the same on all ranks.

@@ -55,7 +55,9 @@ def relay_sum(
   every rank.
 
   Args:
-    inner: the local optimizer; any optax transformation.
+    inner: the local optimizer; any optax transformation. Scale, clip and decay
+      in it: what an `optax.chain` puts behind this optimizer changes the
+      average, too.
     tree: the communication graph: an undirected spanning tree, for example
       `jfog.topology.chain(size)` or `jfog.topology.from_networkx(graph)`. Its
       weights are not used.

@@ -125,6 +125,10 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
   `w[j]` times this rank's. When it returns, the value is in the slot. The
   operation does not wait for the other rank's program.
 
+  Averages of what was put do not keep the mean of all ranks where these update at
+  different paces. Push-sum does: `win_accumulate` with an associated p and
+  `win_update_then_collect`, or `jfog.optimizers.window_push_sum`.
+
   Args:
     win: the window.
     x: a pytree like the window's.
