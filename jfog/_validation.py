@@ -6,6 +6,7 @@ own name in front.
 """
 
 import operator
+import reprlib
 from typing import Any
 
 import jax
@@ -205,3 +206,43 @@ def random_state(seed: Any) -> np.random.RandomState:
   if seed >= 2**32:
     raise ValueError(f"seed is too large, got {seed}; {remedy}.")
   return np.random.RandomState(seed)
+
+
+def unlike_graph(
+  value: Any, label: str, kinds: str = "Topology or Schedule"
+) -> str:
+  """Describes a value that is not a graph, and how to make one of it.
+
+  Example:
+    >>> unlike_graph(np.ones(1), "graph")
+    'graph=array([1.]) is ndarray; make it a Topology by jfog.topology.Topology(W)'
+  """
+  remedy = f"pass a jfog.topology.{kinds}, made for example by"
+  maker = "ring(size)"
+  if isinstance(value, (np.ndarray, jax.Array)):
+    remedy, maker = "make it a Topology by", "Topology(W)"
+  elif type(value).__module__.startswith("networkx."):
+    remedy, maker = "make it a Topology by", "from_networkx(graph)"
+  return (
+    f"{label}={reprlib.repr(value)} is {type(value).__name__}; {remedy} "
+    f"jfog.topology.{maker}"
+  )
+
+
+def other_size(graph_size: int, size: int, label: str) -> str:
+  """Describes a graph that does not fit a communicator of `size` ranks.
+
+  Example:
+    >>> other_size(3, 4, "f")
+    'f: the graph has 3 ranks, the communicator has 4; make the graph with size=4.'
+  """
+  remedy = f"make the graph with size={size}."
+  if size == 1:
+    remedy = (
+      f"run {graph_size} ranks, by jfog.simulate(fun, {graph_size}) or "
+      f"`jfog run -np {graph_size}`, or {remedy}"
+    )
+  return (
+    f"{label}: the graph has {graph_size} ranks, the communicator has {size}; "
+    f"{remedy}"
+  )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jfog import _validation
 from jfog.optimizers._requirements import (
   AVERAGING,
   Requirement,
@@ -73,8 +74,8 @@ def as_averaging(
       lambda x, y: x + (y - x) / 2, params, graph(params, step)
     )
   raise TypeError(
-    f"{name}: graph={graph!r} is {type(graph).__name__}; pass a Topology, a "
-    f"Schedule, or a function (params, step) -> params."
+    f"{_validation.unlike_graph(graph, f'{name}: graph')}; or pass a function "
+    f"(params, step) -> params."
   )
 
 

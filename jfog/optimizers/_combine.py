@@ -138,7 +138,7 @@ def adapt_with_combine(
   name = "adapt_with_combine"
   average = _averaging.as_averaging(graph, name, check, comm)
   every = _requirements.check_every(every, name)
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
 
   def init_fn(params: optax.Params) -> Any:
     return AdaptWithCombineState(jnp.zeros([], jnp.int32), inner.init(params))

@@ -59,7 +59,7 @@ def gradient_allreduce(
   Source: `DistributedGradientAllreduceOptimizer` of BlueFog.
   """
   every = _requirements.check_every(every, "gradient_allreduce")
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, "gradient_allreduce")
 
   def init_fn(params: optax.Params) -> Any:
     accumulated = None

@@ -90,7 +90,7 @@ def gradient_tracking(
   average = _averaging.as_averaging(
     graph, name, check, comm, _requirements.DOUBLY_STOCHASTIC
   )
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
 
   def init_fn(params: optax.Params) -> Any:
     return GradientTrackingState(

@@ -342,7 +342,7 @@ def diloco(
     )
   else:
     average = _between(graph, name, check, comm)
-  outer = optax.with_extra_args_support(outer)
+  outer = _requirements.as_inner(outer, name, "outer")
 
   def start(params: optax.Params) -> tuple:
     anchor = _tree.copy(params)

@@ -87,7 +87,7 @@ def push_sum(
   """
   name = "push_sum"
   push = _pushing(graph, name, check, comm)
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
 
   def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)

@@ -123,11 +123,32 @@ def require_topology(topology: Any, name: str) -> None:
   Raises:
     TypeError: with the type that was given.
   """
-  if not isinstance(topology, Topology):
+  if isinstance(topology, Schedule):
     raise TypeError(
-      f"{name}: topology={topology!r} is {type(topology).__name__}; {name} needs "
-      f"one that stays the same, so pass a jfog.topology.Topology."
+      f"{name}: topology={topology!r} is a Schedule; {name} needs one that stays "
+      f"the same, so pass a jfog.topology.Topology."
     )
+  if not isinstance(topology, Topology):
+    label = f"{name}: topology"
+    raise TypeError(f"{_validation.unlike_graph(topology, label, 'Topology')}.")
+
+
+def as_inner(
+  inner: Any, name: str, argument: str = "inner"
+) -> optax.GradientTransformationExtraArgs:
+  """An optax transformation as one that takes extra arguments.
+
+  Raises:
+    TypeError: if it has no functions `init` and `update`.
+  """
+  if not callable(getattr(inner, "init", None)) or not callable(
+    getattr(inner, "update", None)
+  ):
+    raise TypeError(
+      f"{name}: {argument}={inner!r} is {type(inner).__name__}; pass an optax "
+      f"transformation, for example optax.sgd(0.1)."
+    )
+  return optax.with_extra_args_support(inner)
 
 
 def as_learning_rate(

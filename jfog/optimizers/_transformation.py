@@ -67,7 +67,7 @@ def wrap_inner(
     combine: from `h`, in the accumulation dtypes, and the state to the tuple of
       the new parameters and the `rest` of the new state.
   """
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
 
   def init_fn(params: optax.Params) -> Any:
     step = jnp.zeros([], jnp.int32)

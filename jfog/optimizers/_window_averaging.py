@@ -295,7 +295,7 @@ def window_push_sum(
   if check:
     _requirements.COLUMN_STOCHASTIC.check(topology, name)
   every = _requirements.check_every(every, name)
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
   # Static per graph, so computed once in NumPy.
   least = _least_kept(topology.mixing_matrix)
 
@@ -382,7 +382,7 @@ def _averaging_in_window(
   if check:
     _requirements.AVERAGING.check(topology, name)
   every = _requirements.check_every(every, name)
-  inner = optax.with_extra_args_support(inner)
+  inner = _requirements.as_inner(inner, name)
 
   def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)

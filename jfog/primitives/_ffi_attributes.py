@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jfog import _validation
 from jfog.topology import ExactAverage, Schedule, Topology
 from jfog.topology._neighbor_table import neighbor_table
 
@@ -18,15 +19,10 @@ def check_graph(graph: Any, size: int, operation: str) -> Topology | Schedule:
     )
   if not isinstance(graph, (Topology, Schedule)):
     raise TypeError(
-      f"{operation}: graph={graph!r} is {type(graph).__name__}; pass a "
-      f"jfog.topology.Topology or Schedule, made for example by "
-      f"jfog.topology.ring(size)."
+      f"{_validation.unlike_graph(graph, f'{operation}: graph')}."
     )
   if graph.size != size:
-    raise ValueError(
-      f"{operation}: the graph has {graph.size} ranks, the communicator has "
-      f"{size}; make the graph with size={size}."
-    )
+    raise ValueError(_validation.other_size(graph.size, size, operation))
   return graph
 
 

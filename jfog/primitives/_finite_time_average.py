@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jfog import _compat, _dtypes
+from jfog import _compat, _dtypes, _validation
 from jfog.primitives import (
   _allreduce,
   _ffi_attributes,
@@ -120,10 +120,7 @@ def _rounds(graph: Any, comm: Communicator) -> int:
       )
     return rounds
   if graph.size != comm.size:
-    raise ValueError(
-      f"{_NAME}: the graph has {graph.size} ranks, the communicator has "
-      f"{comm.size}; make the graph with size={comm.size}."
-    )
+    raise ValueError(_validation.other_size(graph.size, comm.size, _NAME))
   return len(graph)
 
 

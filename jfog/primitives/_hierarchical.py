@@ -122,10 +122,16 @@ def _check_machine_graph(graph: Any, comm: Communicator) -> Topology | Schedule:
   """Checks that the ranks of the graph are the machines."""
   machines = comm.machine_size
   if isinstance(graph, (Topology, Schedule)) and graph.size != machines:
+    remedy = f"make the graph with size={machines}"
+    if comm.size == 1:
+      remedy = (
+        f"run {graph.size} machines of n ranks, by jfog.simulate(fun, "
+        f"{graph.size} * n, local_size=n) or `jfog run`"
+      )
     raise ValueError(
       f"{_NAME}: the machine graph has {graph.size} ranks, but there are "
-      f"{machines} machines of {comm.local_size} ranks; make the graph with "
-      f"size={machines}, or use neighbor_allreduce for a graph of ranks."
+      f"{machines} machines of {comm.local_size} ranks; {remedy}, or use "
+      f"neighbor_allreduce for a graph of ranks."
     )
   return _ffi_attributes.check_graph(graph, machines, _NAME)
 

@@ -159,6 +159,11 @@ def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
     )
   for name in ("src_weights", "dst_weights"):
     for rank in getattr(peers, name):
+      if comm.size == 1:
+        raise ValueError(
+          f"{operation}: {name} has the rank {rank} in a world of one; start the "
+          f"ranks by `jfog run -np N`, or pass Peers without neighbors."
+        )
       if rank >= comm.size or rank == comm.rank:
         raise ValueError(
           f"{operation}: {name} has the rank {rank} on rank {comm.rank} of "

@@ -62,8 +62,10 @@ def simulate(
   def simulated(*args: Any, **kwargs: Any) -> Any:
     axes = _leaf_axes(in_axes, args)
     keyword_axes = _leaf_axes(0, kwargs)
-    _check_stacked(args, axes, size)
-    _check_stacked(kwargs, keyword_axes, size)
+    _check_stacked(args, axes, size, "pass in_axes=None")
+    _check_stacked(
+      kwargs, keyword_axes, size, "pass it by position, in_axes=None"
+    )
     if local_size == 1:
       run = jax.vmap(
         fun, in_axes, out_axes, axis_name=AXIS_NAME, axis_size=size
@@ -136,8 +138,10 @@ def spmd(
     size = int(np.prod([over.shape[name] for name in names]))
     axes = _leaf_axes(in_axes, args)
     keyword_axes = _leaf_axes(0, kwargs)
-    _check_stacked(args, axes, size)
-    _check_stacked(kwargs, keyword_axes, size)
+    _check_stacked(args, axes, size, "pass in_axes=None")
+    _check_stacked(
+      kwargs, keyword_axes, size, "pass it by position, in_axes=None"
+    )
 
     def body(args: Any, kwargs: Any) -> Any:
       # shard_map keeps a rank's axis of length 1, which `fun` does not see.
@@ -211,15 +215,17 @@ def _map_leaves(
   )
 
 
-def _check_stacked(tree: Any, axes: Sequence[int | None], size: int) -> None:
+def _check_stacked(
+  tree: Any, axes: Sequence[int | None], size: int, shared: str
+) -> None:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   for (path, leaf), axis in zip(leaves, axes, strict=True):
     shape = jnp.shape(leaf)
     if axis is not None and (axis >= len(shape) or shape[axis] != size):
       raise ValueError(
         f"argument {jax.tree_util.keystr(path)} of shape {shape} is not stacked "
-        f"over {size} ranks along axis {axis}; stack it, or pass in_axes=None "
-        f"for a value that all ranks share."
+        f"over {size} ranks along axis {axis}; stack it, or {shared}, for a "
+        f"value that all ranks share."
       )
 
 

@@ -10,7 +10,7 @@ from jfog.primitives._operation import Operation
 from jfog.primitives.windows import _arguments, _delay, _mesh, _native
 from jfog.primitives.windows._window import Spec, Window
 from jfog.runtime import Communicator, resolve
-from jfog.topology import Topology
+from jfog.topology import Schedule, Topology
 
 
 @_operation.operation
@@ -76,10 +76,10 @@ def win_create(
   Source: `win_create` of BlueFog; MPI 4.0, chapter 12.
   """
   comm = resolve(comm)
-  if not isinstance(topology, Topology):
+  if isinstance(topology, Schedule):
     raise TypeError(
-      f"win_create: topology={topology!r} is {type(topology).__name__}; a window "
-      f"keeps its neighbors, so pass a jfog.topology.Topology."
+      f"win_create: topology={topology!r} is a Schedule; a window keeps its "
+      f"neighbors, so pass a jfog.topology.Topology."
     )
   _ffi_attributes.check_graph(topology, comm.size, "win_create")
   leaves, names, structure = _pytree.flatten(x, "win_create")
