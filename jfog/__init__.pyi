@@ -53,10 +53,14 @@ from .runtime import local_rank as local_rank
 from .runtime import local_size as local_size
 from .runtime import machine_rank as machine_rank
 from .runtime import machine_size as machine_size
+from .runtime import map_ranks as map_ranks
+from .runtime import num_ranks as num_ranks
 from .runtime import rank as rank
+from .runtime import shard as shard
 from .runtime import shutdown as shutdown
 from .runtime import simulate as simulate
 from .runtime import size as size
 from .runtime import spmd as spmd
+from .runtime import stack as stack
 
 __version__: str

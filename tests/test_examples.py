@@ -21,11 +21,13 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
-def run(name, folder, *arguments, ranks=0):
-  """Runs an example, alone or on MPI ranks; returns what it printed."""
+def run(name, folder, *arguments, ranks=0, devices=0):
+  """Runs an example, alone, on devices or on MPI ranks; returns what it printed."""
   prefix = launch.command_line(["-np", str(ranks)]) if ranks else []
   flags = os.environ["XLA_FLAGS"].split()  # those that save time
   flags = [flag for flag in flags if "device_count" not in flag]
+  if devices:
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
   done = subprocess.run(
     [*prefix, sys.executable, str(EXAMPLES / name), *arguments],
     cwd=folder,
@@ -100,6 +102,22 @@ def test_digits_on_virtual_ranks(tmp_path):
   assert shared["consensus_distance"][-1] < alone["consensus_distance"][-1]
   assert alone["bytes_per_step"] == 0
   assert is_png(tmp_path / "digits.png")
+
+
+def test_minimal_trains_on_virtual_ranks_and_devices(tmp_path):
+  text = run("minimal.py", tmp_path)
+  assert "on 8 ranks" in text
+  assert re.search(r"y = (2\.99|3\.0[01]) x \+ (0\.99|1\.0[01])", text)
+  assert len((EXAMPLES / "minimal.py").read_text().splitlines()) <= 50
+  on_devices = run("minimal.py", tmp_path, devices=8)
+  assert on_devices.splitlines()[-1] == text.splitlines()[-1]
+
+
+@needs_mpi
+def test_minimal_trains_on_mpi(tmp_path):
+  text = run("minimal.py", tmp_path, ranks=3)
+  assert "on 3 ranks" in text
+  assert re.search(r"y = (2\.99|3\.0[01]) x \+ (0\.99|1\.0[01])", text)
 
 
 @needs_mpi

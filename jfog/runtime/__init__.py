@@ -11,6 +11,10 @@ from jfog.runtime._communicator import Single as Single
 from jfog.runtime._extensions import build as build
 from jfog.runtime._extensions import mpi as mpi
 from jfog.runtime._extensions import nccl_library as nccl_library
+from jfog.runtime._map_ranks import map_ranks as map_ranks
+from jfog.runtime._map_ranks import num_ranks as num_ranks
+from jfog.runtime._map_ranks import shard as shard
+from jfog.runtime._map_ranks import stack as stack
 from jfog.runtime._process_communicator import (
   MpiCommunicator as MpiCommunicator,
 )

@@ -60,8 +60,8 @@ def simulate(
 
   @functools.wraps(fun)
   def simulated(*args: Any, **kwargs: Any) -> Any:
-    axes = _leaf_axes(in_axes, args)
-    keyword_axes = _leaf_axes(0, kwargs)
+    axes = leaf_axes(in_axes, args)
+    keyword_axes = leaf_axes(0, kwargs)
     _check_stacked(args, axes, size, "pass in_axes=None")
     _check_stacked(
       kwargs, keyword_axes, size, "pass it by position, in_axes=None"
@@ -81,10 +81,10 @@ def simulate(
     # The outer vmap maps the axis in the caller's position and removes it,
     # after which the inner one finds the local ranks in the same position.
     split = functools.partial(_split_axis, sizes=(machines, local_size))
-    args = _map_leaves(split, args, axes)
-    kwargs = _map_leaves(split, kwargs, keyword_axes)
+    args = map_leaves(split, args, axes)
+    kwargs = map_leaves(split, kwargs, keyword_axes)
     out = outer(*args, **kwargs)
-    return _map_leaves(_join_axis, out, _leaf_axes(out_axes, out))
+    return map_leaves(_join_axis, out, leaf_axes(out_axes, out))
 
   return simulated
 
@@ -136,8 +136,8 @@ def spmd(
     # At the call, not before: making a mesh starts JAX's backends.
     over = _default_mesh(names) if mesh is None else mesh
     size = int(np.prod([over.shape[name] for name in names]))
-    axes = _leaf_axes(in_axes, args)
-    keyword_axes = _leaf_axes(0, kwargs)
+    axes = leaf_axes(in_axes, args)
+    keyword_axes = leaf_axes(0, kwargs)
     _check_stacked(args, axes, size, "pass in_axes=None")
     _check_stacked(
       kwargs, keyword_axes, size, "pass it by position, in_axes=None"
@@ -145,10 +145,10 @@ def spmd(
 
     def body(args: Any, kwargs: Any) -> Any:
       # shard_map keeps a rank's axis of length 1, which `fun` does not see.
-      args = _map_leaves(jnp.squeeze, args, axes)
-      kwargs = _map_leaves(jnp.squeeze, kwargs, keyword_axes)
+      args = map_leaves(jnp.squeeze, args, axes)
+      kwargs = map_leaves(jnp.squeeze, kwargs, keyword_axes)
       out = fun(*args, **kwargs)
-      return _map_leaves(jnp.expand_dims, out, _leaf_axes(out_axes, out))
+      return map_leaves(jnp.expand_dims, out, leaf_axes(out_axes, out))
 
     run = jax.shard_map(
       body,
@@ -186,7 +186,7 @@ def _is_none(x: Any) -> bool:
   return x is None
 
 
-def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
+def leaf_axes(axes: Any, tree: Any) -> list[int | None]:
   """The axis of every leaf of `tree`; `axes` is a prefix of it, as for `vmap`."""
   if isinstance(axes, list):
     axes = tuple(axes)
@@ -204,7 +204,7 @@ def _leaf_axes(axes: Any, tree: Any) -> list[int | None]:
   return flat
 
 
-def _map_leaves(
+def map_leaves(
   fun: Callable[..., Any], tree: Any, axes: Sequence[int | None]
 ) -> Any:
   """Applies `fun(leaf, axis)` to the leaves that have an axis."""
