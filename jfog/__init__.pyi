@@ -23,6 +23,8 @@ from .primitives import (
 from .primitives import (
   hierarchical_neighbor_allreduce_start as hierarchical_neighbor_allreduce_start,
 )
+from .primitives import infer_destinations as infer_destinations
+from .primitives import infer_sources as infer_sources
 from .primitives import neighbor_allgather as neighbor_allgather
 from .primitives import neighbor_allgather_start as neighbor_allgather_start
 from .primitives import neighbor_allreduce as neighbor_allreduce
@@ -49,6 +51,7 @@ from .runtime import Axis as Axis
 from .runtime import Communicator as Communicator
 from .runtime import NotInitializedError as NotInitializedError
 from .runtime import init as init
+from .runtime import is_homogeneous as is_homogeneous
 from .runtime import local_rank as local_rank
 from .runtime import local_size as local_size
 from .runtime import machine_rank as machine_rank

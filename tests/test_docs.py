@@ -41,7 +41,9 @@ def public_names():
   for module in PUBLIC:
     listing = importlib.import_module(module)
     is_package = hasattr(listing, "__path__")
-    for name, value in vars(listing).items():
+    # `jfog` imports its names at their first use: `vars` has only some of them.
+    for name in dir(listing):
+      value = getattr(listing, name)
       own = getattr(value, "__module__", module) == module
       if name.startswith("_") or not (is_package or own):
         continue  # what a module imports is its own affair

@@ -73,6 +73,7 @@ WITHOUT_SOURCE = {
   "broadcast": "in collectives.cc, with which it shares its base",
   "finite_time_average": "rounds of neighbor_allreduce and neighbor_allgather",
   "pair_gossip": "neighbor_allreduce with one in-neighbor",
+  "infer_peers": "an allgather",
   "peers": "neighbor_allreduce with the edges of one call",
 }
 TESTED_BY = {

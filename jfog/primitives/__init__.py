@@ -20,6 +20,10 @@ from jfog.primitives._hierarchical import (
 from jfog.primitives._hierarchical import (
   hierarchical_neighbor_allreduce_start as hierarchical_neighbor_allreduce_start,
 )
+from jfog.primitives._infer_peers import (
+  infer_destinations as infer_destinations,
+)
+from jfog.primitives._infer_peers import infer_sources as infer_sources
 from jfog.primitives._mesh import uniform as uniform
 from jfog.primitives._mesh import varying as varying
 from jfog.primitives._neighbor_allgather import (

@@ -59,6 +59,11 @@ class Communicator(abc.ABC):
     """The ranks that have this local rank, one of each machine."""
 
   @property
+  def is_homogeneous(self) -> bool:
+    """Whether all machines hold the same number of ranks."""
+    return True
+
+  @property
   def local_rank(self) -> Any:
     """The index of this rank among the ranks of its machine."""
     return self.local.rank

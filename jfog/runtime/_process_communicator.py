@@ -80,6 +80,12 @@ class ProcessCommunicator(Communicator):
     """The number of machines."""
     return max(self.machine_of) + 1 if self.machine_of else 1
 
+  @property
+  def is_homogeneous(self) -> bool:
+    """Whether all machines hold the same number of ranks."""
+    counts = [len(self.ranks_of(m)) for m in range(self.machine_size)]
+    return len(set(counts)) == 1
+
   def ranks_of(self, machine: int) -> tuple[int, ...]:
     """The ranks on a machine, ascending."""
     if not self.machine_of:
@@ -95,8 +101,8 @@ class ProcessCommunicator(Communicator):
     Raises:
       ValueError: naming the number of ranks on every machine.
     """
-    counts = [len(self.ranks_of(m)) for m in range(self.machine_size)]
-    if len(set(counts)) > 1:
+    if not self.is_homogeneous:
+      counts = [len(self.ranks_of(m)) for m in range(self.machine_size)]
       raise ValueError(
         f"{name}: the machines hold different numbers of ranks, {counts}; "
         f"start as many ranks on every machine, or set local_size in jfog.init."

@@ -213,6 +213,20 @@ def size() -> int:
   return resolve().size
 
 
+def is_homogeneous() -> bool:
+  """Whether all machines hold the same number of ranks.
+
+  `jfog.hierarchical_neighbor_allreduce` and `comm.machines` need it.
+
+  Example:
+    >>> import jfog
+    >>> world = jfog.init()
+    >>> jfog.is_homogeneous()
+    True
+  """
+  return resolve().is_homogeneous
+
+
 def local_rank() -> Any:
   """This rank's place on its machine, in the default communicator.
 
