@@ -55,6 +55,22 @@ def public_names():
   return sorted(seen.values(), key=lambda pair: pair[0])
 
 
+def test_reference_has_all_public_names():
+  text = "\n".join(
+    page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")
+  )
+  listed = re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)$", text, re.M)
+  assert len(set(listed)) == len(listed)
+  modules = [jfog, jfog.topology, jfog.optimizers, jfog.diagnostics]
+  wanted = {
+    f"{module.__name__}.{name}"
+    for module in modules
+    for name in module.__all__
+    if not isinstance(getattr(module, name), (types.ModuleType, str))
+  }
+  assert set(listed) == wanted
+
+
 def public_members():
   """The same of the methods and properties that a public class adds."""
   members = {}

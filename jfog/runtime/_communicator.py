@@ -38,7 +38,7 @@ class Communicator(abc.ABC):
   @property
   @abc.abstractmethod
   def backend(self) -> str:
-    """The carrier of the data: `"mpi"`, `"nccl"`, `"mesh"` or `"single"`."""
+    """`"mpi"`, `"nccl"`, `"mesh"` or `"single"`, after what carries the data."""
 
   @property
   def is_native(self) -> bool:

@@ -193,12 +193,12 @@ class Topology:
 
   @functools.cached_property
   def is_row_stochastic(self) -> bool:
-    """Whether every row sums to 1 up to 1e-9: equal values stay as they are."""
+    """Whether every row sums to 1 up to 1e-9, so that equal values stay so."""
     return _sums_to_one(self.mixing_matrix, axis=1)
 
   @functools.cached_property
   def is_column_stochastic(self) -> bool:
-    """Whether every column sums to 1 up to 1e-9: the mean is preserved."""
+    """Whether every column sums to 1 up to 1e-9, so that the mean is kept."""
     return _sums_to_one(self.mixing_matrix, axis=0)
 
   @property
