@@ -107,6 +107,19 @@ def test_allreduce_of_a_pytree(place, x):
   assert y["empty"].shape[-1] == 0
 
 
+@pytest.mark.mpi(2, 3)
+@pytest.mark.parametrize("op", ["sum", "prod"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_small_integers_wrap_around(place, dtype, op):
+  """Also where there are enough of them for vector instructions."""
+  limits = np.iinfo(dtype)
+  x = np.linspace(limits.min, limits.max, place.size * 1003).astype(dtype)
+  x = x.reshape(place.size, 1003)
+  y = place.run(jax.jit(lambda x: jfog.allreduce(x, op)), x)
+  truth = getattr(np, op)(x, axis=0, dtype=dtype)
+  np.testing.assert_array_equal(y, everywhere(place, truth))
+
+
 @pytest.mark.mpi(3)
 @pytest.mark.parametrize("op", ["min", "max"])
 def test_nan_wins(place, op):

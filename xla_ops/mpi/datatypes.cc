@@ -1,6 +1,7 @@
 // MPI datatypes and reductions of leaves, and the type in which they travel.
 #include "mpi/datatypes.h"
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
@@ -19,25 +20,51 @@ void Extremum(void* in, void* inout, int* length, MPI_Datatype*) {
   }
 }
 
-template <typename T, bool kMaximum>
-MPI_Op ExtremumOp() {
+// Sums of small integers, which wrap around as XLA's do: Open MPI's own
+// saturate where its component for AVX adds them, from 16 elements on (5.0).
+template <typename T>
+void Sum(void* in, void* inout, int* length, MPI_Datatype*) {
+  const T* a = static_cast<const T*>(in);
+  T* b = static_cast<T*>(inout);
+  for (int i = 0; i < *length; ++i) b[i] = static_cast<T>(a[i] + b[i]);
+}
+
+template <MPI_User_function* kFunction>
+MPI_Op UserOp() {
   static const MPI_Op op = [] {
     MPI_Op made = MPI_OP_NULL;
-    MPI_Op_create(&Extremum<T, kMaximum>, /*commute=*/1, &made);
+    MPI_Op_create(kFunction, /*commute=*/1, &made);
     return made;
   }();
   return op;
+}
+
+MPI_Op SumOf(DataType type) {
+  switch (type) {
+    case DataType::S8:
+      return UserOp<&Sum<std::int8_t>>();
+    case DataType::U8:
+      return UserOp<&Sum<std::uint8_t>>();
+    case DataType::S16:
+      return UserOp<&Sum<std::int16_t>>();
+    case DataType::U16:
+      return UserOp<&Sum<std::uint16_t>>();
+    case DataType::PRED:
+      return MPI_LOR;
+    default:
+      return MPI_SUM;
+  }
 }
 
 // 16-bit floats travel as float32, and complex numbers have no order.
 template <bool kMaximum>
 MPI_Op ExtremumOf(DataType type) {
   switch (type) {
-#define JFOG_EXTREMUM(dtype, name, stored, ...)   \
-  case DataType::dtype:                           \
-    if constexpr (std::is_arithmetic_v<stored>) { \
-      return ExtremumOp<stored, kMaximum>();      \
-    }                                             \
+#define JFOG_EXTREMUM(dtype, name, stored, ...)     \
+  case DataType::dtype:                             \
+    if constexpr (std::is_arithmetic_v<stored>) {   \
+      return UserOp<&Extremum<stored, kMaximum>>(); \
+    }                                               \
     return MPI_OP_NULL;
     JFOG_FOR_EACH_SUMMABLE_DTYPE(JFOG_EXTREMUM)
 #undef JFOG_EXTREMUM
@@ -81,13 +108,12 @@ MPI_Datatype MpiType(DataType type) {
 }
 
 MPI_Op MpiOp(Reduction reduction, DataType type) {
-  const bool is_bool = type == DataType::PRED;
   switch (reduction) {
     case kSum:
     case kMean:
-      return is_bool ? MPI_LOR : MPI_SUM;
+      return SumOf(type);
     case kProd:
-      return is_bool ? MPI_LAND : MPI_PROD;
+      return type == DataType::PRED ? MPI_LAND : MPI_PROD;
     case kMin:
     case kMax: {
       const bool maximum = reduction == kMax;
