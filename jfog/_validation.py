@@ -215,17 +215,16 @@ def unlike_graph(
 
   Example:
     >>> unlike_graph(np.ones(1), "graph")
-    'graph=array([1.]) is ndarray; make it a Topology by jfog.topology.Topology(W)'
+    'graph=array([1.]) is ndarray; pass a jfog.topology.Topology or Schedule, here jfog.topology.Topology(W)'
   """
-  remedy = f"pass a jfog.topology.{kinds}, made for example by"
-  maker = "ring(size)"
+  remedy = "made for example by jfog.topology.ring(size)"
   if isinstance(value, (np.ndarray, jax.Array)):
-    remedy, maker = "make it a Topology by", "Topology(W)"
+    remedy = "here jfog.topology.Topology(W)"
   elif type(value).__module__.startswith("networkx."):
-    remedy, maker = "make it a Topology by", "from_networkx(graph)"
+    remedy = "here jfog.topology.from_networkx(graph)"
   return (
-    f"{label}={reprlib.repr(value)} is {type(value).__name__}; {remedy} "
-    f"jfog.topology.{maker}"
+    f"{label}={reprlib.repr(value)} is {type(value).__name__}; pass a "
+    f"jfog.topology.{kinds}, {remedy}"
   )
 
 

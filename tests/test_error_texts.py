@@ -108,5 +108,7 @@ def test_shared_arguments_of_simulate(place):
 
 
 def test_peers_in_a_world_of_one(place):
-  with pytest.raises(ValueError, match=r"rank 1 in a world of one.*jfog run"):
+  with pytest.raises(
+    ValueError, match=r"rank 1 on rank 0 of 1.*world of one.*jfog run"
+  ):
     jfog.neighbor_allreduce(X, jfog.Peers(0.5, {1: 0.5}, [1]))

@@ -120,7 +120,7 @@ def test_bad_pairs(place, values):
     place.run(lambda x: jfog.pair_gossip(x, mine(), pair_weight=1j), values)
 
 
-@pytest.mark.places("simulate-5", "mesh-5", "mesh-2")
+@pytest.mark.places("simulate-5", "mesh-4")
 def test_ranks_that_do_not_name_each_other_get_nan_on_a_mesh(place, values):
   n = place.size
   small = values[:, :3]

@@ -161,8 +161,8 @@ def check_ranks(peers: Peers, comm: Communicator, operation: str) -> None:
     for rank in getattr(peers, name):
       if comm.size == 1:
         raise ValueError(
-          f"{operation}: {name} has the rank {rank} in a world of one; start the "
-          f"ranks by `jfog run -np N`, or pass Peers without neighbors."
+          f"{operation}: {name} has the rank {rank} on rank 0 of 1; use other ranks, "
+          f"which a world of one lacks: start them by `jfog run -np N`."
         )
       if rank >= comm.size or rank == comm.rank:
         raise ValueError(
