@@ -1,4 +1,4 @@
-"""The names of `__init__.py`, which imports each at its first use."""
+"""The public names, each of which `__init__.py` imports at its first use."""
 
 from . import diagnostics as diagnostics
 from . import optimizers as optimizers
