@@ -1,0 +1,1 @@
+"""The soak: random programs, faults, suspensions and limits, from one seed."""
