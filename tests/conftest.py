@@ -277,7 +277,7 @@ _STARTING_JOBS = {
   "test_runtime.py",
 }
 # Their jobs have deadlines that need a quiet machine.
-_ALONE = {"test_asynchrony.py", "test_failures.py"}
+_ALONE = {"test_asynchrony.py", "test_failures.py", "test_soak.py"}
 
 
 def _mpi_size(item) -> int | None:

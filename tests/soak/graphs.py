@@ -74,7 +74,9 @@ class RandomPeers:
     if rng.random() < 0.5:
       self.dst_weights = rng.choice([0.5, 1.0, 2.0], (ranks, ranks))
     # The order of the keys is that of a gather.
-    self.order = [[int(r) for r in rng.permutation(ranks)] for _ in range(ranks)]
+    self.order = [
+      [int(r) for r in rng.permutation(ranks)] for _ in range(ranks)
+    ]
 
   def sources(self, rank):
     """In the order of this rank."""

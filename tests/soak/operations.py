@@ -87,7 +87,10 @@ def neighbor_allreduce(rng, ranks, world):
   def arguments(step):
     step = step if known is None else known
     given = weights is not None and {"weights": jnp.asarray(weights, "float32")}
-    return (graph, step if isinstance(graph, topology.Schedule) else None), given or {}
+    return (
+      graph,
+      step if isinstance(graph, topology.Schedule) else None,
+    ), given or {}
 
   def matrix(step):
     dense = graphs.dense(graph, step if known is None else known)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,9 @@ class Step:
 
   def __str__(self):
     other = f" or {self.other.name}" if self.other else ""
-    return f"{self.transformation} {self.operation.name}{other} of {self.source}"
+    return (
+      f"{self.transformation} {self.operation.name}{other} of {self.source}"
+    )
 
 
 def applied(step: Step, x: Any, number: Any) -> Any:
@@ -105,11 +108,19 @@ class Program:
   Args:
     seed: it determines the program and its inputs.
     world: the communicator.
+    pause: is called before each operation, where a rank may be late; in a
+      jitted program before each run.
   """
 
-  def __init__(self, seed: tuple[int, ...], world: Any):
+  def __init__(
+    self,
+    seed: tuple[int, ...],
+    world: Any,
+    pause: Callable[[], None] | None = None,
+  ):
     rng = np.random.default_rng(seed)
     self.seed, self.ranks, self.world = seed, world.size, world
+    self.pause = pause
     self.x64 = bool(rng.random() < 0.4)
     self.mode = str(rng.choice(["jit", "jit", "parts", "eager"]))
     self.donates = bool(rng.random() < 0.3) and self.mode == "jit"
@@ -136,9 +147,7 @@ class Program:
         depth += LOOPS
       self.steps.append(step)
       self.depths.append(depth)
-      by_rank = truth_of(
-        step, trees[step.source], self.numbers[0], self.ranks
-      )
+      by_rank = truth_of(step, trees[step.source], self.numbers[0], self.ranks)
       same = step.operation.kept and step.transformation != "start"
       small = all(values.largest(y) < _MOST for y in by_rank)
       # A result in flight, one of another shape or a large one is the last.
@@ -202,8 +211,12 @@ class Program:
     own = np.random.default_rng([*self.seed, 3, rank])
     for step in self.steps:
       x = pool[step.source]
+      if self.pause is not None and self.mode != "jit":
+        self.pause()
       if step.transformation == "start":
-        open_handles[len(pool)] = self._compiled(step.operation.start)(x, number)
+        open_handles[len(pool)] = self._compiled(step.operation.start)(
+          x, number
+        )
         pool.append(None)
       else:
         one = lambda x, number, step=step: applied(step, x, number)  # noqa: E731
@@ -232,6 +245,8 @@ class Program:
     found = []
     for number, stacked in zip(self.numbers, self.inputs, strict=True):
       own = jax.tree.map(lambda x: jnp.asarray(x[rank]), stacked)
+      if self.pause is not None and self.mode == "jit":
+        self.pause()
       results = call(own, jnp.int32(number))
       if self.awaits:
         jax.block_until_ready(results)
@@ -248,9 +263,7 @@ class Program:
   def _truths(self, run):
     pool, truths = list(self.inputs[run]), []
     for step in self.steps:
-      by_rank = truth_of(
-        step, pool[step.source], self.numbers[run], self.ranks
-      )
+      by_rank = truth_of(step, pool[step.source], self.numbers[run], self.ranks)
       truths.append(by_rank)
       stacked = None
       with contextlib.suppress(ValueError):  # ranks with other shapes
@@ -273,10 +286,14 @@ def _is_extreme(trees):
   return not all(np.isfinite(values.wide(x)).all() for x in leaves)
 
 
-def run(seed: tuple[int, ...], world: Any) -> dict[str, Any]:
+def run(
+  seed: tuple[int, ...],
+  world: Any,
+  pause: Callable[[], None] | None = None,
+) -> dict[str, Any]:
   """Runs the program of a seed; returns its line of the report."""
   start = time.monotonic()
-  program = Program(seed, world)
+  program = Program(seed, world, pause)
   problems = program.run()
   return {
     "name": str(program),

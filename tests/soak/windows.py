@@ -7,6 +7,7 @@ are checked by a count that only exclusive access keeps right.
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,24 +29,40 @@ LOCKS = 3  # of each rank, in a program with a mutex
 
 
 class WindowProgram:
-  """A window and a sequence of operations on it, the same on all ranks."""
+  """A window and a sequence of operations on it, the same on all ranks.
 
-  def __init__(self, seed: tuple[int, ...], world: Any):
+  Args:
+    seed: it determines the program and its values.
+    world: the communicator.
+    pause: is called before each operation outside of `jit`, where a rank may be
+      late.
+  """
+
+  def __init__(
+    self,
+    seed: tuple[int, ...],
+    world: Any,
+    pause: Callable[[], None] | None = None,
+  ):
     rng = np.random.default_rng(seed)
+    self.pause = pause or (lambda: None)
     self.world, n = world, world.size
     self.dtype = str(rng.choice(list(ROUNDING)))
     self.mode = str(rng.choice(["jit", "parts", "eager"]))
     self.graph = graphs.random_topology(rng, n)
     self.zero_init = bool(rng.random() < 0.5)
     self.locks = bool(rng.random() < 0.4)
-    self.folder = os.environ.get("JFOG_SOAK_FOLDER", "")
+    self.folder = os.environ["JFOG_SOAK_FOLDER"]
     count = rng.choice([1, 1, 2, 3])
     self.shapes = [SHAPES[rng.integers(len(SHAPES))] for _ in range(count)]
     self.sizes = [int(np.prod(shape)) for shape in self.shapes]
     self.name = "-".join(map(str, seed))
     self.x = self._values(rng)
     self.kinds = [str(rng.choice(KINDS)) for _ in range(rng.integers(2, 9))]
-    self.starts = [bool(rng.random() < 0.3) for _ in self.kinds]
+    self.starts = [
+      bool(rng.random() < 0.3) and kind in ("put", "accumulate", "get")
+      for kind in self.kinds
+    ]
     self.noise = [self._values(rng) for _ in self.kinds]
     # Slots accumulate: weights that sum to less than 1 keep values small.
     self.weights = rng.integers(0, 5, (len(self.kinds), n, n)) / (4 * n)
@@ -178,9 +195,11 @@ class WindowProgram:
       if self.mode == "parts":
         found = []
         for k in steps:
+          self.pause()
           x, win, seen = operate(k, win, x, noise[k])
           found.append((x, seen))
       else:
+        self.pause()
         win, found = whole(win, x, noise)
         x = found[-1][0]
       scale = 1.0
@@ -210,7 +229,7 @@ class WindowProgram:
 
   def _count(self, win):
     """Increments a count in a file, which the mutex alone protects."""
-    path = pathlib.Path(self.folder or "/tmp", f"count-{self.name}")
+    path = pathlib.Path(self.folder, "own", f"count-{self.name}")
     if self.world.rank == 0:
       path.write_text("0")
     jfog.barrier()
@@ -228,10 +247,14 @@ class WindowProgram:
     return []
 
 
-def run(seed: tuple[int, ...], world: Any) -> dict[str, Any]:
+def run(
+  seed: tuple[int, ...],
+  world: Any,
+  pause: Callable[[], None] | None = None,
+) -> dict[str, Any]:
   """Runs the program of a seed; returns its line of the report."""
   start = time.monotonic()
-  program = WindowProgram(seed, world)
+  program = WindowProgram(seed, world, pause)
   with jax.enable_x64(program.dtype == "float64"):
     problems = program.run()
   return {
