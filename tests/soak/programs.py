@@ -233,7 +233,7 @@ class Program:
   def run(self) -> list[str]:
     """Runs the program; returns how results differ from the truth."""
     with jax.enable_x64(self.x64), warnings.catch_warnings():
-      # What cannot be donated is copied.
+      # Inputs that cannot be donated are copied.
       warnings.filterwarnings("ignore", message="Some donated buffers")
       return self._run()
 
