@@ -66,7 +66,7 @@ def test_ranks_that_disagree(number):
   require(plan.run(plan.Job(SEED, number, "mismatches", 5)))
 
 
-@pytest.mark.parametrize("cell", cells())
+@pytest.mark.parametrize("cell", list(cells()))
 def test_faults(cell):
   number = faults.CELLS.index(cell)
   line = {"kind": "fault", **faults.run(cell, (SEED, number))}
