@@ -54,6 +54,7 @@ class Operation:
     """The truth of the transposed operation on the result, of a stacked leaf."""
     if self.normal is not None:
       return self.normal(x, step)
+    assert self.matrix is not None
     matrix = self.matrix(step)
     return product(matrix.T, product(matrix, x))
 

@@ -243,10 +243,14 @@ _KINDS: dict[str, Callable[..., list[dict[str, Any]]]] = {
   "many ranks": _many_ranks,
 }
 KINDS = tuple(_KINDS)
+_CASES = ("programs", "windows")  # of a job of programs
 
 
 def run(job: Job) -> list[dict[str, Any]]:
   """Runs a job; returns the lines of its report, each with its command."""
   rng = np.random.default_rng([job.seed, job.number])
   lines = _KINDS[job.kind](job, rng)
+  for line in lines:
+    if job.kind in ("late", "suspended") and line["kind"] in _CASES:
+      line["kind"] = job.kind
   return [{**line, "command": job.command} for line in lines]

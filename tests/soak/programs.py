@@ -139,7 +139,7 @@ class Program:
     self.steps: list[Step] = []
     self.depths = [1] * len(self.specs)
     trees = list(self.inputs[0])
-    kinds = list(self.specs)
+    kinds: list[dict[str, Any] | None] = list(self.specs)
     for _ in range(rng.integers(1, 7)):
       step = self._step(rng, trees, kinds)
       depth = self.depths[step.source] + 1
@@ -199,9 +199,10 @@ class Program:
         choices += ["scan", "while", "cond"]
       step.transformation = str(rng.choice(choices))
       if step.transformation == "cond":
-        step.other = operations.draw(rng, self.ranks, self.world)
-        if not (step.other.kept and _accepts(step.other, leaves)):
+        other = operations.draw(rng, self.ranks, self.world)
+        if not (other.kept and _accepts(other, leaves)):
           continue
+        step.other = other
       return step
 
   def call(self, inputs: list[Any], number: Any) -> list[Any]:
@@ -214,6 +215,7 @@ class Program:
       if self.pause is not None and self.mode != "jit":
         self.pause()
       if step.transformation == "start":
+        assert step.operation.start is not None
         open_handles[len(pool)] = self._compiled(step.operation.start)(
           x, number
         )

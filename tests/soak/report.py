@@ -5,6 +5,8 @@ import json
 import pathlib
 from typing import Any
 
+_PROGRAMS = ("programs", "windows", "late", "suspended")
+_FAULTS = ("fault", "mismatches", "suspension", "limit")
 _LONGEST = 4000  # characters of a finding's output
 
 
@@ -42,6 +44,9 @@ class Report:
       f"| {kind} | {n:.0f} | {k:.0f} | {bad:.0f} | {seconds:.0f} |"
       for kind, (n, k, bad, seconds) in sorted(sums.items())
     ]
+    faults = sum(sums[kind][0] for kind in _FAULTS if kind in sums)
+    programs = sum(sums[kind][0] for kind in _PROGRAMS if kind in sums)
+    rows += ["", f"{programs:.0f} programs, {faults:.0f} faults"]
     return "\n".join(rows)
 
   def left_out(self) -> list[str]:
