@@ -43,14 +43,20 @@ def cells():
 
 
 def test_a_wrong_number_is_found():
-  truth = {"a": np.ones((2, 3), np.float32), "b": np.arange(3)}
-  same = {"a": jnp.ones((2, 3)) + 1e-7, "b": jnp.arange(3)}
+  truth = {"a": np.ones((2, 3), np.float32), "b": np.arange(3, dtype=np.int32)}
+  same = {"a": jnp.ones((2, 3)) + 1e-7, "b": jnp.arange(3, dtype=np.int32)}
   assert not values.difference(same, truth, 1)
-  wrong = {"a": jnp.ones((2, 3)).at[1, 2].set(1.001), "b": jnp.arange(3)}
+  wrong = {
+    "a": jnp.ones((2, 3)).at[1, 2].set(1.001),
+    "b": jnp.arange(3, dtype=np.int32),
+  }
   assert "at (1, 2)" in values.difference(wrong, truth, 1)
-  nan = {"a": jnp.ones((2, 3)).at[0, 0].set(jnp.nan), "b": jnp.arange(3)}
+  nan = {
+    "a": jnp.ones((2, 3)).at[0, 0].set(jnp.nan),
+    "b": jnp.arange(3, dtype=np.int32),
+  }
   assert "at (0, 0)" in values.difference(nan, truth, 1)
-  other = {"a": jnp.ones((3, 2)), "b": jnp.arange(3)}
+  other = {"a": jnp.ones((3, 2)), "b": jnp.arange(3, dtype=np.int32)}
   assert "(3, 2)" in values.difference(other, truth, 1)
 
 

@@ -1,5 +1,6 @@
 """The jobs of a run: kinds in turns, each determined by the seed and its number."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -165,12 +166,13 @@ def _suspended(job, rng):
 
 
 def _signal(pids, number):
-  try:
-    for pid in pids:
+  """Signals those processes that live; whether any does."""
+  found = False
+  for pid in pids:
+    with contextlib.suppress(ProcessLookupError):
       os.kill(pid, number)
-  except ProcessLookupError:
-    return False
-  return True
+      found = True
+  return found
 
 
 def _mismatches(job, rng):
