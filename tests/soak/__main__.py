@@ -20,7 +20,7 @@ def _parsed(arguments=None):
   parser.add_argument("--minutes", type=float, default=1.0)
   parser.add_argument("--seed", type=int, default=1)
   parser.add_argument(
-    "--count", type=int, default=40, help="programs in one job"
+    "--count", type=int, default=60, help="programs in one job"
   )
   parser.add_argument(
     "--long", action="store_true", help="with the long limits and many ranks"

@@ -15,12 +15,12 @@ import numpy as np
 
 from soak import faults, limits, rank, runner
 
-DEADLINE = 240.0  # seconds of a job of many cases; it takes a tenth of that
+DEADLINE = 120.0, 6.0  # seconds of a job of many cases, and of each of them
 TIMEOUT = 60.0  # of operations where no rank is late
 LATE = 6.0  # of operations where a rank is late or suspended
 LATE_FAR = 12.0  # of operations where a rank is late by 90 % of it
 SHARES = (0.05, 0.2, 0.9)  # of the timeout by which ranks are late
-MISMATCHES = 10  # of one job
+MISMATCHES = 30  # of one job
 # The kinds of jobs in turns: of faults one job each, of others many cases.
 TURNS = (
   *("programs", "fault", "fault", "mismatches", "fault", "suspended"),
@@ -81,6 +81,7 @@ def _place(rng, ranks):
 def _many(job, arguments, ranks, place, watch=None):
   """Runs a job of many cases; returns the lines of its report."""
   environment, name = place
+  deadline = DEADLINE[0] + DEADLINE[1] * job.count
   with tempfile.TemporaryDirectory() as programs:
     ended = runner.run(
       [
@@ -89,7 +90,7 @@ def _many(job, arguments, ranks, place, watch=None):
         *("--ranks", str(ranks)),
       ],
       ranks,
-      deadline=DEADLINE,
+      deadline=deadline,
       environment={"JFOG_TEST_PROGRAMS": programs, **environment},
       watch=watch,
     )
@@ -104,7 +105,7 @@ def _many(job, arguments, ranks, place, watch=None):
       else:
         lines.append({"problems": [], **line})
   if ended.code is None:
-    problems.append(f"did not end within {DEADLINE:g} s")
+    problems.append(f"did not end within {deadline:g} s")
   elif ended.code:
     problems.append(f"exit code {ended.code}")
   problems += [f"left behind: {text}" for text in ended.left]
@@ -118,7 +119,7 @@ def _many(job, arguments, ranks, place, watch=None):
 
 
 def _programs(job, rng, options=(), watch=None, most=5):
-  ranks = int(rng.choice([n for n in (2, 3, 3, 4, 4, 5) if n <= most]))
+  ranks = int(rng.choice([n for n in (2, 2, 3, 3, 4, 5) if n <= most]))
   lines, whole = _many(
     job, ["programs", *options], ranks, _place(rng, ranks), watch
   )
@@ -142,7 +143,7 @@ def _suspended(job, rng):
   suspensions = []
 
   def watch(running):
-    first = running.await_line(rank.MARK, DEADLINE / 2)
+    first = running.await_line(rank.MARK, DEADLINE[0])
     while first and running.is_running:
       pids = list(running.ranks().values())
       everyone = rng.random() < 0.4

@@ -122,7 +122,7 @@ class Program:
     self.seed, self.ranks, self.world = seed, world.size, world
     self.pause = pause
     self.x64 = bool(rng.random() < 0.4)
-    self.mode = str(rng.choice(["jit", "jit", "parts", "eager"]))
+    self.mode = str(rng.choice(["jit", "jit", "jit", "parts", "eager"]))
     self.donates = bool(rng.random() < 0.3) and self.mode == "jit"
     self.awaits = bool(rng.random() < 0.5)  # each run before the next
     self.specs = [
