@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -50,6 +51,8 @@ def _chosen(options):
 
 def main() -> int:
   """Runs jobs until the time is over; 1 if there is a finding."""
+  # Its running job is ended, too.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   options = _parsed()
   start, figures = time.monotonic(), report.Report()
   for job in _chosen(options):

@@ -226,6 +226,8 @@ class Program:
     # Work of another length on each rank, beside the operations.
     work = jnp.tanh(jnp.arange(1000.0 * (1 + own.integers(40)))).sum()
     for k in own.permutation(list(open_handles)):
+      if self.mode == "eager" and own.random() < 0.3:
+        jfog.poll(open_handles[int(k)])
       pool[int(k)] = jfog.wait(open_handles[int(k)])
     return [*pool[len(inputs) :], work]
 
