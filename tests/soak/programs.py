@@ -191,7 +191,7 @@ class Program:
       choices = ["plain", "plain", "jit"]
       if operation.start is not None:
         choices += ["start", "start"]
-      if kind["rows"] and "lengths" not in operation.name:
+      if kind["rows"] and leaves and "lengths" not in operation.name:
         choices += ["vmap"]
       if operation.is_linear and kind["inexact"]:
         choices += ["vjp", "jvp", "remat"]
