@@ -3,29 +3,18 @@
 import concurrent.futures
 import pathlib
 import subprocess
-import sys
 
 import jax
 import pytest
-from support import emulated
+from support import emulated, mpi_headers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Units under test, beside all of xla_ops/common.
-UNITS = ("payload", "segments", "buffer_pool", "windows/memory")
+UNITS = (
+  *("payload", "segments", "buffer_pool", "messages"),
+  *("windows/memory", "windows/requests"),
+)
 HEADER = "doctest/doctest.h"
-
-
-def mpi_includes():
-  """The directories of mpi.h: of the installed wheel, or else the system's."""
-  for source in ("wheel", "system"):
-    found = subprocess.run(
-      [sys.executable, ROOT / "cmake" / "find_mpi.py", source],
-      capture_output=True,
-      text=True,
-    )
-    if found.returncode == 0:
-      return found.stdout.split(";")[1].split()
-  return []
 
 
 def has(header):
@@ -48,9 +37,9 @@ def run(command):
   return done.stdout
 
 
-def build(program, sources, includes):
+def build(program, sources, includes, options=()):
   """Compiles sources, two at a time, and links them."""
-  flags = ["-std=c++17", "-O1", "-pthread", "-ffp-contract=off"]
+  flags = [*options, "-std=c++17", "-O1", "-pthread", "-ffp-contract=off"]
   flags += ["-I", ROOT / "xla_ops", "-isystem", jax.ffi.include_dir()]
   for folder in includes:
     flags += ["-isystem", folder]
@@ -65,23 +54,43 @@ def build(program, sources, includes):
         objects,
       )
     )
-  run([*emulated.compiler(), "-pthread", *objects, "-o", program])
+  run([*emulated.compiler(), *options, "-pthread", *objects, "-o", program])
 
 
-@pytest.mark.full
-def test_units(tmp_path):
+@pytest.fixture
+def includes():
+  """The directories of mpi.h, where all that the tests need is there."""
   if not emulated.compiler():
     pytest.skip("there is no C++ compiler")
   if not has(HEADER):
     pytest.skip("doctest is not installed (on Debian the package doctest-dev)")
-  includes = mpi_includes()
-  if not includes:
+  if not (folders := mpi_headers.folders()):
     pytest.skip("there is no mpi.h, which headers of xla_ops/mpi include")
-  sources = [
-    *sorted((ROOT / "tests" / "native").glob("*.cc")),
+  return folders
+
+
+def sources(*tests):
+  """The tests of these names, and the units under test."""
+  return [
+    *(ROOT / "tests" / "native" / f"{name}.cc" for name in ("main", *tests)),
     *sorted((ROOT / "xla_ops" / "common").glob("*.cc")),
     *(ROOT / "xla_ops" / "mpi" / f"{unit}.cc" for unit in UNITS),
   ]
+
+
+@pytest.mark.full
+def test_units(tmp_path, includes):
+  tests = sorted((ROOT / "tests" / "native").glob("*_test.cc"))
   program = tmp_path / "units"
-  build(program, sources, includes)
+  build(program, sources(*(path.stem for path in tests)), includes)
+  assert "Status: SUCCESS!" in run([program])
+
+
+@pytest.mark.full
+def test_decoders_of_corrupted_messages(tmp_path, includes, soak, monkeypatch):
+  """Under AddressSanitizer and UBSan, which end the program at an error."""
+  monkeypatch.setenv("JFOG_FUZZ_RUNS", str(10_000_000 if soak else 20_000))
+  program = tmp_path / "decoders"
+  options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+  build(program, sources("decoders_test"), includes, options)
   assert "Status: SUCCESS!" in run([program])

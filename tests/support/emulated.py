@@ -42,13 +42,14 @@ def build(folder) -> pathlib.Path:
   return library
 
 
-def compile_shared(library: pathlib.Path, sources) -> None:
+def compile_shared(library: pathlib.Path, sources, includes=()) -> None:
   """Compiles sources, and links them with the libraries among them."""
   if not compiler():
     raise RuntimeError("there is no C++ compiler; install one or set CXX")
   flags = [
     *("-std=c++17", "-O1", "-fPIC", "-pthread", "-Wall", "-Wextra"),
     *("-I", str(_ROOT / "xla_ops"), "-isystem", jax.ffi.include_dir()),
+    *(f"-isystem{folder}" for folder in includes),
   ]
   with tempfile.TemporaryDirectory(dir=library.parent) as folder:
     objects = [
@@ -85,7 +86,7 @@ def _finish(commands) -> None:
   for (command, process), output in zip(running, outputs, strict=True):
     if process.returncode:
       raise RuntimeError(
-        f"the emulation does not build:\n{shlex.join(command)}\n{output}"
+        f"the library does not build:\n{shlex.join(command)}\n{output}"
       )
 
 

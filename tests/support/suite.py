@@ -26,6 +26,7 @@ FULL_FILES = {
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
   "test_gpu_check.py": "the driver of the GPU check",
   "test_mailboxes.py": "every length, graph and number of machines",
+  "test_malformed_messages.py": "jobs whose messages are damaged",
   "test_mpi4jax.py": "mpi4jax in the same program",
   "test_shared_memory_channel.py": "every length, graph and number of hosts",
 }

@@ -26,9 +26,13 @@ OperationHeader MakeHeader(std::string_view name, std::uint64_t sequence,
 bool IsValid(const OperationHeader& header) { return header.magic == kMagic; }
 
 std::string NameOf(const OperationHeader& header) {
-  // A foreign message need not be terminated.
-  return std::string(header.operation,
-                     strnlen(header.operation, sizeof(header.operation)));
+  // A foreign message need not be terminated, nor be text.
+  std::string name(header.operation,
+                   strnlen(header.operation, sizeof(header.operation)));
+  for (char& c : name) {
+    if (c < ' ' || c > '~') c = '?';
+  }
+  return name;
 }
 
 std::string Title(const std::string& name, std::uint64_t sequence, int rank) {

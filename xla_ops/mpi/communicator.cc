@@ -111,7 +111,8 @@ std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {
 
 void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
   Buffer sent(sizeof(message));
-  std::memcpy(sent.get(), &message, sizeof(message));
+  const ControlMessage checked = WithCheck(message);
+  std::memcpy(sent.get(), &checked, sizeof(checked));
   MPI_Request request;
   if (MPI_Isend(sent.get(), sizeof(message), MPI_BYTE, peer, kControlTag,
                 control_comm_, &request) == MPI_SUCCESS) {
@@ -136,18 +137,43 @@ void Communicator::AnnounceLeave() {
   }
 }
 
-void Communicator::AnnounceFailure(const Header& header, int rank) {
+void Communicator::AnnounceFailure(const Header& header, int rank,
+                                   ControlMessage::Kind kind) {
   ControlMessage message;
   message.header = header;
-  message.kind = ControlMessage::kFailed;
+  message.kind = kind;
   message.rank = rank;
   for (int peer = 0; peer < size_; ++peer) {
     if (peer != rank_) SendControlMessage(peer, message);
   }
 }
 
+void Communicator::FailMalformed(int source, const std::string& wrong) {
+  if (failed()) return;
+  const std::uint64_t sequence = sequence_.load();
+  Fail(ffi::ErrorCode::kFailedPrecondition,
+       "rank " + std::to_string(rank_) + " got a malformed message from rank " +
+           std::to_string(source) + ", before operation #" +
+           std::to_string(sequence) + ": " + wrong);
+  AnnounceFailure(MakeHeader("communication", sequence, 0, 0, 0), source,
+                  ControlMessage::kMalformed);
+}
+
+std::string Communicator::ReceiveControlMessage(const MPI_Status& found,
+                                                ControlMessage* message) {
+  int bytes = 0;
+  MPI_Get_count(&found, MPI_BYTE, &bytes);
+  // Of the length that came: a longer message could overwrite what follows.
+  Buffer received(static_cast<std::size_t>(std::max(bytes, 1)));
+  const int code = MPI_Recv(received.get(), bytes, MPI_BYTE, found.MPI_SOURCE,
+                            kControlTag, control_comm_, MPI_STATUS_IGNORE);
+  if (code != MPI_SUCCESS) return ErrorText(code);
+  return Read(received.get(), static_cast<std::size_t>(bytes), size_, message);
+}
+
 void Communicator::ReadControlMessages() {
   std::string failure;
+  std::optional<std::pair<int, std::string>> malformed;  // source, field
   const auto title = [this](const Header& header) {
     return Title(NameOf(header), header.sequence, rank_);
   };
@@ -165,9 +191,10 @@ void Communicator::ReadControlMessages() {
       }
       ControlMessage message;
       const int source = status.MPI_SOURCE;
-      if (MPI_Recv(&message, sizeof(message), MPI_BYTE, source, kControlTag,
-                   control_comm_, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
-        break;
+      const std::string wrong = ReceiveControlMessage(status, &message);
+      if (!wrong.empty()) {
+        malformed.emplace(source, "control message with " + wrong);
+        continue;
       }
       switch (message.kind) {
         case ControlMessage::kArrival:
@@ -180,8 +207,12 @@ void Communicator::ReadControlMessages() {
           queries_.emplace_back(source, message);
           break;
         case ControlMessage::kFailed:
+        case ControlMessage::kMalformed:
           failure = title(message.header) + " has failed: rank " +
-                    std::to_string(source) + " does not match rank " +
+                    std::to_string(source) +
+                    (message.kind == ControlMessage::kFailed
+                         ? " does not match rank "
+                         : " got a malformed message from rank ") +
                     std::to_string(message.rank);
           break;
         default:
@@ -209,6 +240,7 @@ void Communicator::ReadControlMessages() {
     }
   }
   if (!failure.empty()) Fail(ffi::ErrorCode::kFailedPrecondition, failure);
+  if (malformed) FailMalformed(malformed->first, malformed->second);
 }
 
 std::optional<ControlMessage> Communicator::Answer(

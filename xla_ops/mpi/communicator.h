@@ -18,16 +18,14 @@
 
 #include "common/failure.h"
 #include "common/format.h"
-#include "common/operation_header.h"
 #include "common/registry.h"
 #include "common/status.h"
 #include "common/traffic_counters.h"
 #include "mpi/mailboxes.h"
+#include "mpi/messages.h"
 #include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {
-
-using Header = OperationHeader;
 
 // The peers of one rank in an operation.
 struct Pattern {
@@ -36,25 +34,6 @@ struct Pattern {
 
   bool Sends(int rank) const;
   bool Receives(int rank) const;
-};
-
-// A short message outside the ordered chain.
-struct ControlMessage {
-  enum Kind : std::int32_t {
-    kArrival,  // the position of a waiting rank
-    kLeave,    // the rank has ended its work
-    kQuery,    // whether the reader names the writer as a peer, too
-    kYes,
-    kNo,
-    kNoPeers,  // the writer runs another operation
-    kFailed,   // the operation does not match that of `rank`
-  };
-  Header header;
-  Kind kind = kArrival;
-  std::int32_t rank = 0;
-  // Whether the writer sends to and receives from the reader.
-  std::int32_t sends = 0;
-  std::int32_t receives = 0;
 };
 
 // A duplicate of an MPI communicator with jfog's state: sequence numbers, known
@@ -117,8 +96,12 @@ class Communicator {
   // Control messages are sent only if an operation stalls, ends, or is new.
   void AnnounceArrival(const Header& header);
   void AnnounceLeave();
-  // Reports to all ranks that an operation does not match that of `rank`.
-  void AnnounceFailure(const Header& header, int rank);
+  // Reports to all ranks that an operation does not match that of `rank`, or
+  // that a message of that rank is malformed.
+  void AnnounceFailure(const Header& header, int rank,
+                       ControlMessage::Kind kind = ControlMessage::kFailed);
+  // Fails after a malformed message outside of an operation, and reports it.
+  void FailMalformed(int source, const std::string& wrong);
   // Reads and answers the control messages that have arrived; never waits.
   void ReadControlMessages();
 
@@ -158,6 +141,9 @@ class Communicator {
   };
 
   void SendControlMessage(int peer, const ControlMessage& message);
+  // Receives a message that a probe has found; returns what is wrong with it.
+  std::string ReceiveControlMessage(const MPI_Status& found,
+                                    ControlMessage* message);
   // The answer to a query; nullopt if this rank has not come to the operation.
   std::optional<ControlMessage> Answer(int rank, const ControlMessage& query);
 

@@ -124,6 +124,7 @@ Header Exchange::Envelope() const {
   if (channel_) {
     header.channel = channel_->channel;
     header.stamp = channel_->stamp;
+    header.check = CheckWithClaim(header.check, header);
   }
   return header;
 }
@@ -196,10 +197,9 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
       Pack(d, begin, end, to + ahead);
     }
     ++pair.outstanding;
-    JFOG_MPI_RETURN_IF_ERROR(
-        MPI_Isend(to, static_cast<int>(ahead + end - begin), MPI_BYTE,
-                  destinations()[d], tag(chunk), comm().comm(),
-                  Slot(FirstSlot(chunk) + sources().size() + d)));
+    JFOG_RETURN_IF_ERROR(Send(to, ahead + end - begin, destinations()[d],
+                              tag(chunk),
+                              FirstSlot(chunk) + sources().size() + d));
   }
   return ffi::Error::Success();
 }
@@ -215,9 +215,9 @@ ffi::Error Exchange::PostReceives(std::size_t chunk) {
     const std::size_t bytes =
         chunk == 0 ? kEnvelope : Begin(whole, chunk + 1) - Begin(whole, chunk);
     ++pair.outstanding;
-    JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
-        pair.received + s * stride, static_cast<int>(bytes), MPI_BYTE,
-        sources()[s], tag(chunk), comm().comm(), Slot(FirstSlot(chunk) + s)));
+    JFOG_RETURN_IF_ERROR(Receive(pair.received + s * stride, bytes,
+                                 sources()[s], tag(chunk), FirstSlot(chunk) + s,
+                                 /*has_header=*/chunk == 0));
   }
   return ffi::Error::Success();
 }
@@ -248,6 +248,7 @@ ffi::Error Exchange::ReadMail(bool* moved) {
     mail.is_open = false;
     --unread_;
     *moved = true;
+    JFOG_RETURN_IF_ERROR(CheckHeader(sources()[s], mail.message->header));
     JFOG_RETURN_IF_ERROR(HeaderArrived(s, mail.message->header));
   }
   return ffi::Error::Success();
@@ -261,17 +262,20 @@ ffi::Error Exchange::Completed(std::size_t slot) {
   if (unchecked_ == 0 || slot >= sources().size()) return ffi::Error::Success();
   // Until all headers have arrived, only receives of chunk 0 are posted.
   Header theirs;
-  std::memcpy(&theirs, pair.received + edge * std::max(stride_, kEnvelope),
-              sizeof(theirs));
+  JFOG_RETURN_IF_ERROR(ReadHeader(
+      sources()[edge], pair.received + edge * std::max(stride_, kEnvelope),
+      length(slot), sizeof(theirs) + Begin(edges_.source_bytes[edge], 1),
+      &theirs));
   return HeaderArrived(edge, theirs);
 }
 
 ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
-  JFOG_RETURN_IF_ERROR(CheckHeader(sources()[source], theirs));
   comm().CountReceived(sources()[source], CountOfSource(source));
   source_channels_[source].reset();
   if (theirs.stamp != 0 && comm().channels() != nullptr &&
       comm().channels()->Reaches(comm().RankInRoot(sources()[source]))) {
+    JFOG_RETURN_IF_ERROR(CheckMessage(
+        sources()[source], CheckChannel(theirs.channel, Channels::kChannels)));
     source_channels_[source] = Channels::Claim{theirs.channel, theirs.stamp};
   }
   if (--unchecked_ > 0 || chunks_ == 1) return ffi::Error::Success();

@@ -124,7 +124,7 @@ class Exchange : public Operation {
   ffi::Error PostReceives(std::size_t chunk);
   void WriteMail(bool* moved);
   ffi::Error ReadMail(bool* moved);
-  // Checks the header of a source.
+  // Takes the checked header of a source.
   ffi::Error HeaderArrived(std::size_t source, const Header& theirs);
   // Whether a chunk has been sent and has arrived from all sources; if so, sets
   // `parts_`.

@@ -60,20 +60,6 @@ int HierarchicalExchange::tag(SegmentBuffers::Kind kind) const {
              : kChunkTag + number;
 }
 
-ffi::Error HierarchicalExchange::Send(const void* bytes, std::size_t count,
-                                      int rank, int tag, std::size_t slot) {
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(bytes, static_cast<int>(count), MPI_BYTE,
-                                     rank, tag, comm().comm(), Slot(slot)));
-  return ffi::Error::Success();
-}
-
-ffi::Error HierarchicalExchange::Receive(void* bytes, std::size_t count,
-                                         int rank, int tag, std::size_t slot) {
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(bytes, static_cast<int>(count), MPI_BYTE,
-                                     rank, tag, comm().comm(), Slot(slot)));
-  return ffi::Error::Success();
-}
-
 ffi::Error HierarchicalExchange::Post() {
   // A peer receives its part of the input from this rank, and this rank's part
   // of the result; a destination receives the mean of this rank's part.
@@ -94,7 +80,8 @@ ffi::Error HierarchicalExchange::Post() {
   for (std::size_t e = 0; e < unchecked_; ++e) {
     JFOG_RETURN_IF_ERROR(Receive(
         buffers_.header(e), SegmentBuffers::kHeaderBytes, RankOfHeader(e),
-        kEnvelopeTag, buffers_.SlotOfHeader(SegmentBuffers::kHeader, e)));
+        kEnvelopeTag, buffers_.SlotOfHeader(SegmentBuffers::kHeader, e),
+        /*has_header=*/true));
   }
   JFOG_RETURN_IF_ERROR(SendHeaders());
   for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
@@ -127,8 +114,13 @@ ffi::Error HierarchicalExchange::SendHeaders() {
   if (inputs_channel_) {
     header.channel = inputs_channel_->channel;
     header.stamp = inputs_channel_->stamp;
+    header.check = CheckWithClaim(header.check, header);
   }
-  const Channels::Claim results = results_channel_.value_or(Channels::Claim{});
+  ClaimMessage results;
+  if (results_channel_) {
+    results = {results_channel_->stamp, results_channel_->channel};
+  }
+  results = WithCheck(results);
   for (std::size_t p = 0; p < peers_.size(); ++p) {
     std::memcpy(to, &header, sizeof(header));
     std::size_t size = sizeof(header);
@@ -174,9 +166,16 @@ ffi::Error HierarchicalExchange::Completed(std::size_t slot) {
 
 ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
   Header theirs;
+  const int source = RankOfHeader(e);
   const std::byte* from = buffers_.header(e);
-  std::memcpy(&theirs, from, sizeof(theirs));
-  JFOG_RETURN_IF_ERROR(CheckHeader(RankOfHeader(e), theirs));
+  std::size_t expected = sizeof(theirs);
+  if (e < peers_.size()) {
+    expected +=
+        segments_.is_short() ? segments_.Size(0, me_) : sizeof(ClaimMessage);
+  }
+  JFOG_RETURN_IF_ERROR(ReadHeader(
+      source, from, length(buffers_.SlotOfHeader(SegmentBuffers::kHeader, e)),
+      expected, &theirs));
   if (e < peers_.size()) {
     Peer& peer = peers_[e];
     comm().CountReceived(
@@ -184,14 +183,21 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
     if (!segments_.is_short() && shares_channels_) {
       // A stamp of 0 stands for no channel.
       if (theirs.stamp != 0) {
+        JFOG_RETURN_IF_ERROR(CheckMessage(
+            source, CheckChannel(theirs.channel, Channels::kChannels)));
         peer.inputs = Channels::Claim{theirs.channel, theirs.stamp};
       }
-      Channels::Claim results;
-      std::memcpy(&results, from + sizeof(theirs), sizeof(results));
-      if (results.stamp != 0) peer.results = results;
+      ClaimMessage results;
+      JFOG_RETURN_IF_ERROR(
+          CheckMessage(source, Read(from + sizeof(theirs), sizeof(results),
+                                    Channels::kChannels, &results)));
+      if (results.stamp != 0) {
+        peer.results =
+            Channels::Claim{static_cast<int>(results.channel), results.stamp};
+      }
     }
   } else {
-    comm().CountReceived(RankOfHeader(e), segments_.LeafBytes(me_));
+    comm().CountReceived(source, segments_.LeafBytes(me_));
   }
   if (--unchecked_ > 0) return ffi::Error::Success();
   for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {

@@ -63,10 +63,6 @@ class HierarchicalExchange : public Operation {
 
   // Messages.
   int tag(SegmentBuffers::Kind kind) const;
-  ffi::Error Send(const void* bytes, std::size_t count, int rank, int tag,
-                  std::size_t slot);
-  ffi::Error Receive(void* bytes, std::size_t count, int rank, int tag,
-                     std::size_t slot);
   ffi::Error SendHeaders();
   ffi::Error HeaderReceived(std::size_t e);
   ffi::Error SendInputs(std::size_t segment);

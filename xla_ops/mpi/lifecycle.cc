@@ -255,6 +255,7 @@ void Finish() {
     for (int rank = 0; rank < root->size(); ++rank) {
       while (rank != root->rank()) {
         root->ReadControlMessages();
+        if (root->failed()) return;
         if (root->HasLeft(rank)) break;
         nanosleep(&nap, nullptr);
       }

@@ -20,7 +20,8 @@ std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm, int machine) {
   std::unique_ptr<Mailboxes> boxes(new Mailboxes(size));
   MPI_Comm_rank(part, &boxes->me_);
   MPI_Comm_size(part, &ranks);
-  boxes->memory_ = SharedMemory::Make(part, ranks * sizeof(Ring));
+  const std::size_t bytes = ranks * sizeof(Ring);
+  boxes->memory_ = SharedMemory::Make(part, bytes, bytes);
   boxes->local_ = RanksIn(comm, part);
   MPI_Comm_free(&part);
   return boxes->memory_ == nullptr ? nullptr : std::move(boxes);

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "common/format.h"
@@ -81,6 +82,7 @@ std::uint64_t Operation::Fingerprint() const {
 
 void Operation::Resize(std::size_t slots) {
   requests_.assign(slots, MPI_REQUEST_NULL);
+  lengths_.assign(slots, kNoReceive);
   statuses_.resize(slots);
   indices_.resize(slots);
 }
@@ -142,6 +144,7 @@ ffi::Error Operation::Poll(bool* moved) {
         return MpiFailure(statuses_[i].MPI_ERROR,
                           "with " + RankList({statuses_[i].MPI_SOURCE}));
       }
+      JFOG_RETURN_IF_ERROR(CheckReceived(indices_[i], statuses_[i]));
       JFOG_RETURN_IF_ERROR(Completed(indices_[i]));
     }
   }
@@ -179,21 +182,77 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
               "failed " + what + ": " + ErrorText(code));
 }
 
+ffi::Error Operation::Send(const void* bytes, std::size_t count, int rank,
+                           int tag, std::size_t slot) {
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(bytes, static_cast<int>(count), MPI_BYTE,
+                                     rank, tag, comm().comm(), Slot(slot)));
+  return ffi::Error::Success();
+}
+
+ffi::Error Operation::Receive(void* bytes, std::size_t count, int rank, int tag,
+                              std::size_t slot, bool has_header) {
+  JFOG_MPI_RETURN_IF_ERROR(
+      MPI_Irecv(bytes, static_cast<int>(count), MPI_BYTE, rank, tag,
+                comm().comm(), Slot(slot, has_header ? kAnyLength : count)));
+  return ffi::Error::Success();
+}
+
+// MPI reports a message that is too long as an error, and a short one as the
+// length alone.
+ffi::Error Operation::CheckReceived(std::size_t slot,
+                                    const MPI_Status& status) {
+  const std::size_t expected = lengths_[slot];
+  if (expected == kNoReceive) return ffi::Error::Success();
+  MPI_Count bytes = 0;
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Get_elements_x(&status, MPI_BYTE, &bytes));
+  lengths_[slot] = static_cast<std::size_t>(bytes);
+  if (lengths_[slot] == expected || expected == kAnyLength) {
+    return ffi::Error::Success();
+  }
+  return CheckMessage(status.MPI_SOURCE, CheckLength(lengths_[slot], expected));
+}
+
 // Reads one cache line of the header, which the sender has just written.
 bool Operation::Matches(const Header& theirs) const {
   return theirs.magic == header_.magic && theirs.sequence == header_.sequence &&
          theirs.signature == header_.signature &&
-         theirs.variant == header_.variant && theirs.check == header_.check;
+         theirs.variant == header_.variant &&
+         theirs.check == (theirs.stamp == 0
+                              ? header_.check
+                              : CheckWithClaim(header_.check, theirs));
 }
 
 ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
   if (Matches(theirs)) return ffi::Error::Success();
-  const auto mismatch = [&](const std::string& what) {
-    return Fail(ffi::ErrorCode::kFailedPrecondition,
-                "(" + leaves_.Describe() + ") does not match rank " +
-                    std::to_string(source) + ": " + what);
-  };
-  return mismatch(Difference(header_, theirs));
+  const std::string difference = Difference(header_, theirs);
+  if (difference.empty()) {
+    return CheckMessage(source, "check=" + std::to_string(theirs.check) +
+                                    ", which does not fit the other fields");
+  }
+  return Fail(ffi::ErrorCode::kFailedPrecondition,
+              "(" + leaves_.Describe() + ") does not match rank " +
+                  std::to_string(source) + ": " + difference);
+}
+
+ffi::Error Operation::ReadHeader(int source, const std::byte* bytes,
+                                 std::size_t count, std::size_t expected,
+                                 Header* theirs) {
+  if (count < sizeof(Header)) {
+    return CheckMessage(source, CheckLength(count, expected));
+  }
+  std::memcpy(theirs, bytes, sizeof(Header));
+  JFOG_RETURN_IF_ERROR(CheckHeader(source, *theirs));
+  if (count == expected) return ffi::Error::Success();
+  return CheckMessage(source, CheckLength(count, expected));
+}
+
+ffi::Error Operation::CheckMessage(int source, const std::string& wrong) {
+  if (wrong.empty()) return ffi::Error::Success();
+  comm_->AnnounceFailure(header_, source, ControlMessage::kMalformed);
+  return Fail(ffi::ErrorCode::kFailedPrecondition,
+              "(" + leaves_.Describe() +
+                  ") got a malformed message from rank " +
+                  std::to_string(source) + ": " + wrong);
 }
 
 void Operation::Await() {

@@ -97,11 +97,24 @@ class Operation {
   // Called now and then while nothing moves: looks for reasons of its own.
   virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 
-  // The slot for a request, which the caller starts at once.
-  MPI_Request* Slot(std::size_t slot) {
+  // Start a message with a rank. What is received must have `count` bytes, or
+  // up to so many if `has_header`: then `Completed` checks its length.
+  ffi::Error Send(const void* bytes, std::size_t count, int rank, int tag,
+                  std::size_t slot);
+  ffi::Error Receive(void* bytes, std::size_t count, int rank, int tag,
+                     std::size_t slot, bool has_header = false);
+
+  // The slot for a request, which the caller starts at once: of a receive of
+  // `bytes` bytes, or of something else.
+  MPI_Request* Slot(std::size_t slot, std::size_t bytes = kNoReceive) {
     ++pending_;
+    lengths_[slot] = bytes;
     return &requests_[slot];
   }
+  static constexpr std::size_t kNoReceive = ~std::size_t{0};
+  static constexpr std::size_t kAnyLength = kNoReceive - 1;
+  // The length of a message that has been received.
+  std::size_t length(std::size_t slot) const { return lengths_[slot]; }
   void Resize(std::size_t slots);
   std::size_t slots() const { return requests_.size(); }
   bool is_pending(std::size_t slot) const {
@@ -116,6 +129,11 @@ class Operation {
   bool Matches(const Header& theirs) const;
   // An error, if this rank and that one are not in the same operation.
   ffi::Error CheckHeader(int source, const Header& theirs);
+  // Reads the header of a message, and checks it and the message's length.
+  ffi::Error ReadHeader(int source, const std::byte* bytes, std::size_t count,
+                        std::size_t expected, Header* theirs);
+  // An error if a message of a rank has something `wrong`; fails all ranks.
+  ffi::Error CheckMessage(int source, const std::string& wrong);
   // Turns an MPI return code into a failure.
   ffi::Error Check(int code, const char* expression) {
     if (code == MPI_SUCCESS) return ffi::Error::Success();
@@ -130,6 +148,8 @@ class Operation {
 
  private:
   ffi::Error MpiFailure(int code, const std::string& what);
+  // Compares the length of a completed message, if it is a received one.
+  ffi::Error CheckReceived(std::size_t slot, const MPI_Status& status);
   ffi::Error Poll(bool* moved);
   // The time that this rank has waited and looked. Time without a look is left
   // out: a process that is suspended does not wait.
@@ -146,6 +166,7 @@ class Operation {
   Payload leaves_;
   Header header_;  // but for the length and the channel of a message
   std::vector<MPI_Request> requests_;
+  std::vector<std::size_t> lengths_;  // of receives: expected, then received
   std::vector<MPI_Status> statuses_;
   std::vector<int> indices_;
   int pending_ = 0;

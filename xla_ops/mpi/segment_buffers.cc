@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "common/cache_line.h"
-#include "mpi/shared_memory_channel.h"
+#include "mpi/messages.h"
 
 namespace jfog::mpi {
 
@@ -17,7 +17,7 @@ SegmentBuffers::SegmentBuffers(const Segments& segments,
   const std::size_t sources = edges.sources;
   const std::size_t received = kHeaderBytes * (peers + sources);
   const std::size_t follows =
-      segments.is_short() ? segments.longest() : sizeof(Channels::Claim);
+      segments.is_short() ? segments.longest() : sizeof(ClaimMessage);
   const std::size_t sent =
       AlignUp(sizeof(Header) + peers * (sizeof(Header) + follows));
   const std::size_t per_segment = stride_ * (3 * peers + 2 + sources);

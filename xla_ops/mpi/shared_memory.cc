@@ -48,7 +48,11 @@ std::uint64_t* TokenIn(std::byte* memory, std::size_t bytes) {
   return reinterpret_cast<std::uint64_t*>(memory + bytes - kCacheLine);
 }
 
-std::byte* MapOther(const Origin& origin) {
+// The memory of another process, if it has `least` bytes and a token.
+std::byte* MapOther(const Origin& origin, std::size_t least) {
+  if (origin.bytes < AlignUp(least) + kCacheLine ||
+      origin.bytes % kCacheLine != 0)
+    return nullptr;
   const std::string path = "/proc/" + std::to_string(origin.process) + "/fd/" +
                            std::to_string(origin.file);
   const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
@@ -67,7 +71,8 @@ std::byte* MapOther(const Origin& origin) {
 }  // namespace
 
 std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
-                                                 std::size_t bytes) {
+                                                 std::size_t bytes,
+                                                 std::size_t least) {
   int ranks = 0, me = 0;
   MPI_Comm_size(machine, &ranks);
   MPI_Comm_rank(machine, &me);
@@ -96,7 +101,8 @@ std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
                 sizeof(Origin), MPI_BYTE, machine);
   for (int rank = 0; rank < ranks && usable; ++rank) {
     if (rank == me) continue;
-    memory->parts_[rank] = {MapOther(origins[rank]), origins[rank].bytes};
+    memory->parts_[rank] = {MapOther(origins[rank], least),
+                            origins[rank].bytes};
     usable = memory->of(rank) != nullptr;
   }
   usable = AllOf(usable, machine);  // and all have opened this rank's file

@@ -18,9 +18,10 @@ class SharedMemory {
   // Collective over `machine`, whose ranks are on one machine; each allocates
   // `bytes`, filled with zeros. Null on all ranks if the environment variable
   // JFOG_SHARED_MEMORY is 0 on some rank, if some rank cannot map the memory of
-  // another, or if there is only one rank.
-  static std::unique_ptr<SharedMemory> Make(MPI_Comm machine,
-                                            std::size_t bytes);
+  // another, or finds less than `least` bytes there, or if there is only one
+  // rank.
+  static std::unique_ptr<SharedMemory> Make(MPI_Comm machine, std::size_t bytes,
+                                            std::size_t least);
   // Not collective: unmaps the memory in this process.
   ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
@@ -28,6 +29,8 @@ class SharedMemory {
 
   // The memory of a rank of `machine`, aligned to a page.
   std::byte* of(int rank) const { return parts_[rank].begin; }
+  // Its length, at least what that rank asked for.
+  std::size_t bytes(int rank) const { return parts_[rank].bytes; }
 
  private:
   struct Part {

@@ -31,7 +31,7 @@ std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int local_size) {
   const std::size_t marks = kChannels * kSlots * (1 + channels->size_);
   const std::size_t bytes =
       marks * sizeof(Mark) + kChannels * kSlots * kSlotBytes;
-  channels->memory_ = SharedMemory::Make(machine, bytes);
+  channels->memory_ = SharedMemory::Make(machine, bytes, bytes);
   const bool usable = channels->memory_ != nullptr;
   if (usable) {
     std::byte* own = channels->memory_->of(channels->me_);

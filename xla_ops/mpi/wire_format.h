@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "mpi/communicator.h"
+#include "mpi/messages.h"
 #include "mpi/shared_memory_channel.h"
 
 namespace jfog::mpi {

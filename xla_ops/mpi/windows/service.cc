@@ -1,11 +1,12 @@
-// Service of this rank's windows to remote ranks: requests, replies, tags.
+// Service of this rank's windows to remote ranks.
 #include "mpi/windows/service.h"
 
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <list>
-#include <map>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "mpi/buffer_pool.h"
@@ -50,7 +51,8 @@ class WindowService {
     WindowRequest request;
     Buffer message;
     const std::byte* payload = nullptr;
-    std::vector<MPI_Request> receives;
+    std::vector<MPI_Request> receives = {};
+    std::vector<MPI_Status> statuses = {};
   };
   struct Sent {
     Buffer bytes;
@@ -78,19 +80,32 @@ class WindowService {
       int bytes = 0;
       MPI_Get_count(&status, MPI_BYTE, &bytes);
       Buffer message(static_cast<std::size_t>(bytes));
-      if (MPI_Recv(message.get(), bytes, MPI_BYTE, status.MPI_SOURCE,
-                   kRequestTag, comm_->control_comm(),
-                   MPI_STATUS_IGNORE) != MPI_SUCCESS) {
+      const int code =
+          MPI_Recv(message.get(), bytes, MPI_BYTE, status.MPI_SOURCE,
+                   kRequestTag, comm_->control_comm(), MPI_STATUS_IGNORE);
+      if (code != MPI_SUCCESS) {
+        Refuse(status.MPI_SOURCE, ErrorText(code));
         return any;
       }
-      Handle(status.MPI_SOURCE, std::move(message));
+      Handle(status.MPI_SOURCE, std::move(message),
+             static_cast<std::size_t>(bytes));
     }
   }
 
-  void Handle(int source, Buffer message) {
+  // Fails all ranks: the source of a malformed request gets no reply.
+  void Refuse(int source, const std::string& wrong) {
+    comm_->FailMalformed(source, "request to a window with " + wrong);
+  }
+
+  void Handle(int source, Buffer message, std::size_t bytes) {
     WindowRequest request;
-    std::memcpy(&request, message.get(), sizeof(request));
+    std::string wrong = Read(message.get(), bytes, &request);
     std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
+    if (wrong.empty() && window != nullptr) {
+      wrong = CheckRequest(request, window->layout().payload_bytes,
+                           window->RecordOf(source));
+    }
+    if (!wrong.empty()) return Refuse(source, wrong);
     switch (request.kind) {
       case WindowRequest::kPut:
       case WindowRequest::kAccumulate: {
@@ -107,13 +122,12 @@ class WindowService {
         arrival.payload = arrival.message.get();
         for (std::size_t at = 0; at < request.bytes;
              at += PieceBytes(request.bytes)) {
-          const std::size_t bytes =
-              std::min(PieceBytes(request.bytes), request.bytes - at);
           MPI_Irecv(arrival.message.get() + at,
-                    static_cast<int>(bytes / kLineBytes), Line(), source,
-                    kRequestPayloadTag, comm_->control_comm(),
+                    static_cast<int>(PieceAt(at, request.bytes) / kLineBytes),
+                    Line(), source, kRequestPayloadTag, comm_->control_comm(),
                     &arrival.receives.emplace_back());
         }
+        arrival.statuses.resize(arrival.receives.size());
         return;
       }
       case WindowRequest::kGet:
@@ -124,8 +138,18 @@ class WindowService {
             {source, request, window, window->own().head().mutex.TakeTicket()});
         return;
       case WindowRequest::kUnlock:
-        if (window != nullptr) window->own().head().mutex.Release();
+        if (window != nullptr) {
+          const auto held = held_.find({source, request.window});
+          if (held == held_.end()) {
+            return Refuse(source, "kind=" + std::to_string(request.kind) +
+                                      ", to unlock a mutex that it lacks");
+          }
+          held_.erase(held);
+          window->own().head().mutex.Release();
+        }
         return Reply(source, request, WindowMemory::kOpen);
+      default:
+        return;
     }
   }
 
@@ -137,18 +161,36 @@ class WindowService {
     while (!arriving.empty()) {
       Arrival& first = arriving.front();
       int done = 0;
-      if (MPI_Testall(static_cast<int>(first.receives.size()),
-                      first.receives.data(), &done,
-                      MPI_STATUSES_IGNORE) != MPI_SUCCESS) {
+      const int code =
+          MPI_Testall(static_cast<int>(first.receives.size()),
+                      first.receives.data(), &done, first.statuses.data());
+      if (code != MPI_SUCCESS) {
         first.message.Leak();
+        Refuse(source, ErrorText(code));
       } else if (!done) {
         return true;
+      } else if (const std::string wrong = CheckPieces(first); !wrong.empty()) {
+        Refuse(source, wrong);
       } else {
         WriteSlot(source, first);
       }
       arriving.pop_front();
     }
     return false;
+  }
+
+  std::string CheckPieces(const Arrival& arrival) {
+    std::size_t at = 0;
+    for (const MPI_Status& status : arrival.statuses) {
+      MPI_Count bytes = 0;
+      MPI_Get_elements_x(&status, MPI_BYTE, &bytes);
+      const std::size_t expected = PieceAt(at, arrival.request.bytes);
+      const std::string wrong =
+          CheckLength(static_cast<std::size_t>(bytes), expected);
+      if (!wrong.empty()) return "a piece of " + wrong;
+      at += expected;
+    }
+    return "";
   }
 
   void WriteSlot(int source, const Arrival& arrival) {
@@ -200,6 +242,7 @@ class WindowService {
       if (!waiting.window->own().head().mutex.IsTurn(waiting.ticket)) {
         return false;
       }
+      held_.emplace(waiting.source, waiting.request.window);
       Reply(waiting.source, waiting.request, WindowMemory::kOpen);
       return true;
     });
@@ -209,7 +252,7 @@ class WindowService {
              WindowMemory::State state) {
     Sent& sent = sent_.emplace_back();
     sent.bytes = Buffer(sizeof(WindowReply));
-    const WindowReply reply{state};
+    const WindowReply reply = WithCheck(WindowReply{state, request.tag});
     std::memcpy(sent.bytes.get(), &reply, sizeof(reply));
     MPI_Isend(sent.bytes.get(), sizeof(reply), MPI_BYTE, source, request.tag,
               comm_->control_comm(), &sent.request);
@@ -218,16 +261,12 @@ class WindowService {
   std::shared_ptr<Communicator> comm_;
   std::vector<std::deque<Arrival>> arriving_;  // by their source
   std::list<Waiting> waiting_;
+  // The remote ranks that hold this rank's mutex of a window, one by one.
+  std::multiset<std::pair<int, std::uint64_t>> held_;
   std::list<Sent> sent_;
 };
 
 }  // namespace
-
-int ReplyTag(std::uint64_t request) {
-  return kChunkTag + static_cast<int>(request % kChunkTags);
-}
-
-int ReplyPayloadTag(int reply_tag) { return reply_tag + kChunkTags; }
 
 MPI_Datatype Line() {
   static const MPI_Datatype line = [] {

@@ -99,6 +99,7 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   request.kind = kind_;
   request.record = has_payload() ? window_->RecordAt(rank) : 0;
   request.tag = remote.tag = ReplyTag(comm().NextRequest());
+  request = WithCheck(request);
   const std::size_t bytes = request.MessageBytes();
   const bool is_short = bytes > sizeof(request);
   remote.request = Buffer(bytes);
@@ -110,9 +111,9 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   remote.reply = Buffer(sizeof(WindowReply));
   const std::size_t first = number * messages_;
   // The receive goes first, so that the reply finds it posted.
-  JFOG_MPI_RETURN_IF_ERROR(
-      MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
-                remote.tag, comm().control_comm(), Slot(first + kReply)));
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
+      remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank, remote.tag,
+      comm().control_comm(), Slot(first + kReply, kAnyLength)));
   JFOG_MPI_RETURN_IF_ERROR(
       MPI_Isend(remote.request.get(), static_cast<int>(bytes), MPI_BYTE, rank,
                 kRequestTag, comm().control_comm(), Slot(first + kRequest)));
@@ -137,7 +138,8 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
   switch (slot % messages_) {
     case kReply: {
       WindowReply reply;
-      std::memcpy(&reply, remote.reply.get(), sizeof(reply));
+      JFOG_RETURN_IF_ERROR(CheckMessage(
+          rank, Read(remote.reply.get(), length(slot), remote.tag, &reply)));
       const auto state = static_cast<WindowMemory::State>(reply.state);
       ffi::Error error = CheckState(rank, state);
       if (error.success() && kind_ == WindowRequest::kGet) {
@@ -145,10 +147,10 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
         // buffer of the payload's length, is not posted before.
         const std::size_t bytes = window_->layout().payload_bytes;
         remote.value = Buffer(bytes);
-        JFOG_MPI_RETURN_IF_ERROR(
-            MPI_Irecv(remote.value.get(), static_cast<int>(bytes / kLineBytes),
-                      Line(), rank, ReplyPayloadTag(remote.tag),
-                      comm().control_comm(), Slot(slot - kReply + kValue)));
+        JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
+            remote.value.get(), static_cast<int>(bytes / kLineBytes), Line(),
+            rank, ReplyPayloadTag(remote.tag), comm().control_comm(),
+            Slot(slot - kReply + kValue, bytes)));
         return ffi::Error::Success();
       }
       remote.answered = true;
@@ -177,8 +179,7 @@ ffi::Error WindowTransfer::WriteSlot(int rank, double weight,
   return ffi::Error::Success();
 }
 
-ffi::Error WindowTransfer::CheckState(int rank,
-                                      WindowMemory::State state) const {
+ffi::Error WindowTransfer::CheckState(int rank, WindowMemory::State state) {
   switch (state) {
     case WindowMemory::kFreed:
       return MakeError(ffi::ErrorCode::kFailedPrecondition,
@@ -191,7 +192,7 @@ ffi::Error WindowTransfer::CheckState(int rank,
                        Title() + " accesses the window of rank " +
                            std::to_string(rank) + ", which has already ended");
     default:
-      return ffi::Error::Success();
+      return CheckMessage(rank, CheckWindowState(state));
   }
 }
 

@@ -49,7 +49,7 @@ class WindowTransfer : public Operation {
   ffi::Error SendRequest(std::size_t number);
   // Writes a value from a peer to its slot here.
   ffi::Error WriteSlot(int rank, double weight, const std::byte* value);
-  ffi::Error CheckState(int rank, WindowMemory::State state) const;
+  ffi::Error CheckState(int rank, WindowMemory::State state);
   bool has_payload() const {
     return kind_ == WindowRequest::kPut || kind_ == WindowRequest::kAccumulate;
   }

@@ -112,10 +112,21 @@ ffi::Error Window::AllocateMemory(MPI_Comm machine,
   const std::size_t payload = layout_.payload_bytes;
   const std::size_t bytes = WindowMemory::Bytes(payload, records);
   parts_.resize(comm_->size());
-  shared_ = SharedMemory::Make(machine, bytes);
+  shared_ = SharedMemory::Make(machine, bytes, WindowMemory::Bytes(payload, 1));
   if (shared_ != nullptr) {
     for (int rank = 0; rank < comm_->size(); ++rank) {
       if (local[rank] < 0) continue;
+      const std::size_t needed =
+          WindowMemory::Bytes(payload, 1 + RecordAt(rank));
+      if (shared_->bytes(local[rank]) < needed) {
+        comm_->Fail(ffi::ErrorCode::kFailedPrecondition,
+                    "win_create on rank " + std::to_string(comm_->rank()) +
+                        " finds " +
+                        std::to_string(shared_->bytes(local[rank])) +
+                        " bytes on rank " + std::to_string(rank) +
+                        ", and needs " + std::to_string(needed));
+        return comm_->Refusal();
+      }
       parts_[rank] = WindowMemory(shared_->of(local[rank]), payload);
     }
   } else {
