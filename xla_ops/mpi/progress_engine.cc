@@ -5,6 +5,7 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <thread>
 
 #include "common/process_wide.h"
@@ -24,6 +25,12 @@ constexpr std::chrono::microseconds kLongestNap{1000};
 // While requests are served, and shortly after, there is no pause.
 constexpr std::chrono::milliseconds kReadEvery{1};
 constexpr std::chrono::microseconds kServeFor{300};
+// A round polls so many of the first operations, which are those that callers
+// wait for and then the oldest, and others in turn: as many, and as many again
+// for each kWiden without progress, so that a round stays short beside the wait
+// before it. A round of all, with each of which one ends, would be quadratic.
+constexpr std::size_t kFirst = 64;
+constexpr std::chrono::microseconds kWiden{20};
 // Interval of the checks for stalls.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
@@ -32,11 +39,16 @@ constexpr std::chrono::milliseconds kStallCheck{10};
 Engine& Engine::Get() { return ProcessWide<Engine>(); }
 
 void Engine::Submit(std::shared_ptr<Operation> operation, Waiter waiter) {
+  Entries entry;
+  entry.push_back({std::move(operation), std::move(waiter)});
   bool spawn = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    entries_.push_back({std::move(operation), std::move(waiter)});
-    ++version_;
+    if (entry.front().waiter) {
+      attached_.push_back(entry.front().operation.get());
+    }
+    open_.emplace(entry.front().operation.get(), entry.begin());
+    added_.splice(added_.end(), entry);
     spawn = !leading_ && idle_ == 0;
   }
   if (spawn) {
@@ -51,12 +63,10 @@ bool Engine::Attach(const std::shared_ptr<Operation>& operation,
                     Waiter& waiter) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto entry =
-        std::find_if(entries_.begin(), entries_.end(),
-                     [&](const Entry& e) { return e.operation == operation; });
-    if (entry == entries_.end()) return false;
-    entry->waiter = std::move(waiter);
-    ++version_;
+    const auto open = open_.find(operation.get());
+    if (open == open_.end()) return false;
+    attached_.push_back(operation.get());
+    open->second->waiter = std::move(waiter);
   }
   changed_.notify_all();
   return true;
@@ -115,15 +125,14 @@ void Engine::LookAfter() {
 
 void Engine::Drain() {
   std::unique_lock<std::mutex> lock(mutex_);
-  for (const Entry& entry : entries_) entry.operation->Await();
+  for (const auto& [operation, entry] : open_) entry->operation->Await();
   changed_.notify_all();
-  changed_.wait(lock, [this] { return entries_.empty() && !leading_; });
+  changed_.wait(lock, [this] { return !has_work() && !leading_; });
 }
 
 void Engine::Stop() {
   std::unique_lock<std::mutex> lock(mutex_);
   stopped_ = true;
-  ++version_;
   changed_.notify_all();
   stop_.notify_all();
   changed_.wait(lock, [this] { return !leading_ && !watching_; });
@@ -135,13 +144,12 @@ void Engine::Run() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     ++idle_;
-    work_.wait(lock,
-               [this] { return !leading_ && !stopped_ && !entries_.empty(); });
+    work_.wait(lock, [this] { return !leading_ && !stopped_ && has_work(); });
     --idle_;
-    Entry ended = Lead(lock);
-    if (ended.operation == nullptr || ended.waiter == nullptr) continue;
+    Entries ended = Lead(lock);
+    if (ended.empty()) continue;
     // Another thread leads while the waiter runs.
-    const bool more = !entries_.empty() && !stopped_;
+    const bool more = has_work() && !stopped_;
     const bool spawn = more && idle_ == 0;
     lock.unlock();
     if (spawn) {
@@ -149,46 +157,81 @@ void Engine::Run() {
     } else if (more) {
       work_.notify_one();
     }
-    ended.waiter(ended.operation->error());
-    ended = {};
+    ended.front().waiter(ended.front().operation->error());
+    ended.clear();
     lock.lock();
   }
 }
 
-Engine::Entry Engine::Lead(std::unique_lock<std::mutex>& lock) {
+bool Engine::TakeUp() {
+  bool any = !added_.empty() || !attached_.empty();
+  polled_.splice(polled_.end(), added_);
+  // A caller waits for these, so they come first.
+  for (const Operation* operation : attached_) {
+    const auto open = open_.find(operation);
+    if (open == open_.end()) continue;
+    if (next_ == open->second) ++next_;
+    polled_.splice(polled_.begin(), polled_, open->second);
+  }
+  attached_.clear();
+  return any;
+}
+
+bool Engine::Poll(std::size_t others, Entries* ended) {
+  bool moved = false;
+  const auto poll = [&](Entries::iterator entry) {
+    moved |= entry->operation->Advance();
+    const auto after = std::next(entry);
+    if (entry->operation->finished()) {
+      if (next_ == entry) next_ = after;
+      ended->splice(ended->end(), polled_, entry);
+    }
+    return after;
+  };
+  auto entry = polled_.begin();
+  for (std::size_t i = 0; i < kFirst && entry != polled_.end(); ++i) {
+    entry = poll(entry);
+  }
+  if (entry == polled_.end()) return moved;
+  others = std::min(others, polled_.size());
+  for (std::size_t i = 0; i < others && !polled_.empty(); ++i) {
+    if (next_ == polled_.end()) next_ = polled_.begin();
+    next_ = poll(next_);
+  }
+  return moved;
+}
+
+Engine::Entries Engine::Lead(std::unique_lock<std::mutex>& lock) {
   leading_ = true;
-  std::vector<std::shared_ptr<Operation>> operations;
-  std::uint64_t version = version_ - 1;
   Clock::time_point moved_at = Clock::now();
   Clock::time_point checked_at = moved_at;
-  std::vector<Entry>::iterator ended;
-  while (!stopped_) {
-    ended = std::find_if(
-        entries_.begin(), entries_.end(),
-        [](const Entry& entry) { return entry.operation->finished(); });
-    if (ended != entries_.end() || entries_.empty()) break;
-    if (version != version_) {
-      version = version_;
-      operations.clear();
-      for (const Entry& entry : entries_) {
-        operations.push_back(entry.operation);
-      }
-      moved_at = Clock::now();
-    }
+  Clock::duration quiet{0};
+  Entries unawaited;  // ended ones, destroyed without the lock
+  while (!stopped_ && ended_.empty()) {
+    if (TakeUp()) moved_at = Clock::now();
+    if (polled_.empty()) break;
     lock.unlock();
-    bool moved = false;
-    for (const auto& operation : operations) moved |= operation->Advance();
+    unawaited.clear();
+    Entries ended;
+    const bool moved = Poll(kFirst * (1 + quiet / kWiden), &ended);
     const Clock::time_point now = Clock::now();
     if (moved) {
       moved_at = now;
     } else if (now - checked_at > kStallCheck) {
       checked_at = now;
-      for (const auto& operation : operations) operation->CheckStall(now);
+      for (const Entry& entry : polled_) entry.operation->CheckStall(now);
     }
-    const Clock::duration quiet = now - moved_at;
+    quiet = now - moved_at;
     if (!moved && quiet < kYieldFor) sched_yield();
     lock.lock();
-    if (!moved && quiet >= kYieldFor && version == version_) {
+    for (auto entry = ended.begin(); entry != ended.end();) {
+      const auto end = entry++;
+      open_.erase(end->operation.get());
+      Entries& to = end->waiter == nullptr ? unawaited : ended_;
+      to.splice(to.end(), ended, end);
+    }
+    if (!moved && quiet >= kYieldFor && ended_.empty() && added_.empty() &&
+        attached_.empty() && !stopped_) {
       const Clock::duration nap = std::clamp<Clock::duration>(
           quiet / kNapPart, kShortestNap, kLongestNap);
       changed_.wait_for(lock, nap);
@@ -196,10 +239,10 @@ Engine::Entry Engine::Lead(std::unique_lock<std::mutex>& lock) {
   }
   leading_ = false;
   changed_.notify_all();
-  if (stopped_ || entries_.empty()) return {};
-  Entry result = std::move(*ended);
-  entries_.erase(ended);
-  ++version_;
+  Entries result;
+  if (!stopped_ && !ended_.empty()) {
+    result.splice(result.begin(), ended_, ended_.begin());
+  }
   return result;
 }
 

@@ -3,9 +3,12 @@
 #define JFOG_XLA_OPS_MPI_PROGRESS_ENGINE_H_
 
 #include <condition_variable>
+#include <cstddef>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "mpi/operation.h"
@@ -47,6 +50,9 @@ class Engine {
     std::shared_ptr<Operation> operation;
     Waiter waiter;
   };
+  // An entry moves from list to list, in constant time and without an
+  // allocation; its address stays.
+  using Entries = std::list<Entry>;
 
   struct Watched {
     std::shared_ptr<Communicator> comm;
@@ -56,16 +62,27 @@ class Engine {
   void Run();
   void LookAfter(Watched watched);
   void LookAfter();
-  // Advances operations until one has ended.
-  Entry Lead(std::unique_lock<std::mutex>& lock);
+  // Advances operations until one has ended that has a waiter; returns it.
+  Entries Lead(std::unique_lock<std::mutex>& lock);
+  // For the leader, under the lock: takes up what was submitted and attached.
+  bool TakeUp();
+  // For the leader, without the lock: advances the first operations and so many
+  // of the others, and moves those that have ended to `ended`.
+  bool Poll(std::size_t others, Entries* ended);
+  bool has_work() const { return !open_.empty() || !ended_.empty(); }
 
   std::mutex mutex_;
   std::condition_variable work_;     // for threads that can lead
   std::condition_variable changed_;  // for the leader, Drain and Stop
   std::condition_variable stop_;     // for the thread that serves
-  std::vector<Entry> entries_;
-  std::uint64_t version_ = 0;  // of the entries
-  int idle_ = 0;               // threads without work
+  // The operations in flight, in these two lists: those that the leader polls,
+  // which it alone may access while it leads, and those that it takes up next.
+  Entries polled_, added_;
+  Entries::iterator next_ = polled_.end();  // of the polled, in turn
+  std::unordered_map<const Operation*, Entries::iterator> open_;
+  std::vector<const Operation*> attached_;  // since the leader has looked
+  Entries ended_;                           // their waiters are still to call
+  int idle_ = 0;                            // threads without work
   bool leading_ = false;
   std::vector<Watched> watched_;
   bool watching_ = false;  // a thread serves these
