@@ -1,5 +1,7 @@
 """Private JAX in one place: the ordered effect and other non-public names."""
 
+import atexit
+import ctypes
 import functools
 import os
 import warnings
@@ -9,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core, dispatch, effects, xla_bridge
+from jax._src import api, core, dispatch, effects, xla_bridge
+from jax._src.interpreters import mlir as jax_mlir
 from jax._src.interpreters import pxla
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -149,6 +152,9 @@ _program_p.multiple_results = True
 _ends_at_border: bool | None = None
 
 
+# Whether this process is a fork of one that runs programs.
+_is_fork = False
+
 # The text of the failure of a communicator that is open, "" if there is none.
 _failure: Callable[[], str] | None = None
 
@@ -219,6 +225,8 @@ def _install_program_order() -> None:
 
   @functools.wraps(wait)
   def wait_for_effects(tokens: Any) -> None:
+    if _is_fork:
+      return
     wait(tokens)
     if not _ends_at_border:
       return
@@ -410,6 +418,22 @@ def reset_runtime_tokens() -> None:
   operations would depend on it and fail with the same error.
   """
   dispatch.runtime_tokens.clear()
+
+
+def forget_backends() -> None:
+  """In a fork: leaves alone what needs the threads of its parent.
+
+  The end of a backend of XLA, or of MLIR's thread pool, joins their threads,
+  which a fork does not have. A reference that stays keeps them from their end.
+  """
+  global _is_fork
+  _is_fork = True
+  atexit.unregister(api.clean_up)
+  kept = [getattr(jax_mlir, "global_thread_pool", None)]
+  if xla_bridge.backends_are_initialized():
+    kept += xla_bridge.backends().values()
+  for each in kept:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
 def varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

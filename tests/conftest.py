@@ -275,6 +275,7 @@ _STARTING_JOBS = {
   "test_mpi4jax.py",
   "test_nccl.py",
   "test_runtime.py",
+  "test_start.py",
 }
 # Their jobs have deadlines that need a quiet machine.
 _ALONE = {"test_asynchrony.py", "test_failures.py", "test_soak.py"}
@@ -380,6 +381,11 @@ def pytest_runtestloop(session):
     )
 
   threading.Thread(target=run, daemon=True).start()
+
+
+def pytest_sessionfinish():
+  """Ends the common jobs, which an interrupt leaves at work."""
+  jobs.interrupt()
 
 
 def pytest_runtest_setup(item):

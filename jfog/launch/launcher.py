@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from . import processes, report
+from . import marks, processes, report
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_FOLDER)
@@ -120,13 +120,21 @@ def mpirun_command(
   words += [*_self(), "--rank-main"]
   if tag_output:
     words.append("--tag-output")
-  return [*words, "--", *command]
+  # mpirun takes a word ":" for the end of the command, wherever it stands.
+  return [*words, "--", *(":" + w if set(w) == {":"} else w for w in command)]
 
 
-def job_environment(environ: dict[str, str], run_dir: str) -> dict[str, str]:
+def job_environment(
+  environ: dict[str, str], run_dir: str, *, one_host: bool = False
+) -> dict[str, str]:
   """Returns the environment of mpirun: `environ` and jfog's additions.
 
   Variables that the user has set are kept.
+
+  Args:
+    environ: the environment of `jfog run`.
+    run_dir: the folder of the job's records and marks.
+    one_host: whether all ranks run on this host, and need no network.
   """
   added = {}
   for prefix in ("OMPI", "PRTE"):
@@ -135,6 +143,10 @@ def job_environment(environ: dict[str, str], run_dir: str) -> dict[str, str]:
   for transport in ("sm", "vader"):  # Open MPI 5, Open MPI 4
     added[f"OMPI_MCA_btl_{transport}_eager_limit"] = str(_EAGER_LIMIT)
   added["OMPI_MCA_osc"] = "^ucx"  # without UCX it prints an error
+  if one_host:
+    # By TCP every rank would listen on all interfaces.
+    added["OMPI_MCA_btl"] = "^tcp"
+    added["PRTE_MCA_oob_tcp_disable_ipv6_family"] = "1"
   # The user's environment has precedence over the additions.
   return {**added, **environ, "JFOG_RUN_DIR": run_dir}
 
@@ -171,7 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
       hostfile=options.hostfile,
       tag_output=options.tag_output,
     )
-    environ = job_environment(dict(os.environ), run_dir)
+    environ = job_environment(
+      dict(os.environ),
+      run_dir,
+      one_host=not (options.host or options.hostfile),
+    )
     return _run_job(command, environ, run_dir, options.timeout)
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -261,6 +277,7 @@ def _run_job(
   end = None if timeout is None else time.monotonic() + timeout
   requested = 0  # exit code of a signal or a timeout that ended the job
   stops = None  # the times and signals by which mpirun is ended
+  problem = ""  # why the launcher itself has ended the job
   while True:
     # The timeout bounds how late a deadline or a file in run_dir is noticed;
     # everything else arrives as a signal.
@@ -283,22 +300,36 @@ def _run_job(
       processes.say(f"jfog run: ended after --timeout {timeout:g} s\n")
     # A rank has recorded a failure. mpirun ends the others by itself; the grace
     # is for an mpirun that waits for ranks which hang.
-    if stops is None and any(os.scandir(run_dir)):
+    if stops is None and report.has_records(run_dir):
       stops = _stops(now + _GRACE)
+    if stops is None and (problem := marks.lost(run_dir)):
+      stops = _stops(now)
     if stops and now >= stops[0][0]:
       os.kill(pid, stops.pop(0)[1])
   if requested:
     return requested
-  if code == 0:
-    return 0
+  if problem:
+    processes.say(f"\njfog run: {problem}\n")
+    return 1
+  return _report(processes.shell_code(code), run_dir) if code else 0
+
+
+def _report(code: int, run_dir: str) -> int:
+  """Reports why mpirun ended with a code, and returns that of the job."""
   # mpirun returns the code of whichever rank it saw first; the records have the
   # times.
   record = report.first_failure(report.records(run_dir))
   if record is not None:
     processes.say("\n" + report.failure_report(record))
     return record["code"]
-  code = processes.shell_code(code)
-  processes.say(f"\njfog run: mpirun ended with exit code {code}\n")
+  if rank := marks.first_end(run_dir):
+    text = (
+      f"{rank} ended first (exit code 0) and has left MPI unfinished, by "
+      f"os._exit or the like"
+    )
+  else:
+    text = f"mpirun ended with exit code {code}"
+  processes.say(f"\njfog run: {text}\n")
   return code
 
 

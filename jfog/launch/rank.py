@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Mapping
 
-from . import processes, report
+from . import marks, processes, report
 
 
 def rank_environment(
@@ -52,12 +52,15 @@ def rank_main(arguments: list[str]) -> int:
     arguments: `[--tag-output] -- command ...`.
   """
   split = arguments.index("--")
-  tagged, command = "--tag-output" in arguments[:split], arguments[split + 1 :]
+  tagged = "--tag-output" in arguments[:split]
+  # Without the colon that the launcher puts before a word of colons.
+  command = [w[set(w) == {":"} :] for w in arguments[split + 1 :]]
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   rank = _first(os.environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
   environ = rank_environment(
     dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=_gpus()
   )
+  environ["JFOG_RUN_JOB"] = marks.job(os.environ)
   prefix = b""
   if tagged:
     prefix = f"[{rank}] ".encode()
@@ -93,6 +96,8 @@ def rank_main(arguments: list[str]) -> int:
     pump.finish()
   if code:
     report.leave_record(int(rank), code, ended, torn_down, stderr.tail)
+  elif not torn_down:
+    marks.leave_end(int(rank))
   return processes.shell_code(code)
 
 

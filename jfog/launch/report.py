@@ -68,6 +68,11 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
+def has_records(run_dir: str) -> bool:
+  """Whether some rank has failed."""
+  return any(name.endswith(".json") for name in os.listdir(run_dir))
+
+
 def records(run_dir: str) -> list[dict]:
   """Reads the records of the failed ranks, sorted by file name."""
   import json

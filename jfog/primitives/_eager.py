@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -164,3 +165,6 @@ def _jitted(
 
   eager.__name__ = run.__name__
   return jax.jit(eager)
+
+
+os.register_at_fork(after_in_child=_jitted.cache_clear)  # as in _lowering.py

@@ -1,6 +1,7 @@
 """Lowerings of operations: handlers on CPUs, XLA and NCCL on GPUs, wait, poll."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.interpreters import mlir
 from jfog import _compat
 from jfog.primitives.nccl import _lowering as nccl_lowering
 from jfog.primitives.nccl._lowering import Mode, Rendition
+from jfog.runtime import refuse_in_fork
 
 # A rule from context, operands and parameters to the values of the results.
 LoweringRule = Callable[..., Sequence[Any]]
@@ -39,6 +41,7 @@ def register(
     return _compiled(primitive, tuple(params.items()))(*operands)
 
   def effectful_abstract_eval(*operands: Any, **params: Any) -> Any:
+    refuse_in_fork(primitive.name)
     results = list(abstract_eval(*operands, **params))
     return results, {_compat.communication_effect()}
 
@@ -57,6 +60,11 @@ def _compiled(
   bind = functools.partial(primitive.bind, **dict(params))
   bind.__name__ = primitive.name  # type: ignore[attr-defined]
   return jax.jit(bind)
+
+
+# A fork traces eager calls again, and is refused there. XLA would wait for the
+# threads of its parent in a program that was compiled before.
+os.register_at_fork(after_in_child=_compiled.cache_clear)
 
 
 def use_backend_for_tests(backend: str, platform: str) -> None:

@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jfog import _compat
 from jfog.primitives import _mesh, _primitive, _pytree
 from jfog.primitives._eager import Pack, with_eager_form
-from jfog.runtime import Communicator
+from jfog.runtime import Communicator, refuse_in_fork
 
 
 @dataclasses.dataclass
@@ -52,6 +52,8 @@ class Operation:
     if self.results is not None:
       return self.results
     if self.leaves and (self.comm is None or self.comm.is_native):
+      assert self.primitive is not None
+      refuse_in_fork(self.primitive.name)
       return None
     if not self.leaves:
       return []

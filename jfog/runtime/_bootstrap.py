@@ -1,13 +1,15 @@
 """Bootstrap of a job: the launcher, MPI, the GPU of a rank, NCCL, machines."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jfog import _compat
-from jfog.runtime import _exit, _extensions, _gpu_placement
+from jfog.runtime import _exit, _extensions, _gpu_placement, _rank_process
 from jfog.runtime._communicator import Single
 from jfog.runtime._process_communicator import ProcessCommunicator
+from jfog.runtime._start import Start
 
 _UNIQUE_ID = 128  # bytes of an ncclUniqueId
 # Variables in which an MPI launcher sets the number of ranks.
@@ -83,6 +85,7 @@ def open_processes(
     timeout: seconds, of every operation.
   """
   _compat.requested_order()  # refuses a bad JFOG_ORDER before MPI starts
+  _rank_process.claim(launched is not None)
   if backend == "nccl" and launched is None:
     found = _gpu_placement.gpus()  # fails before MPI starts
     _require_gpus([len(found.names)], found.reason)
@@ -94,17 +97,22 @@ def open_processes(
   # Open MPI's one-sided component for UCX prints an error without UCX.
   os.environ.setdefault("OMPI_MCA_osc", "^ucx")
   _exit.mpi4py_ends_mpi()  # cached before MPI starts
-  native.start()
+  start = Start(timeout, launched if comm is None else None)
   if comm is None:
-    context = native.open_world(local_size or 0, timeout)
+    # With the parts of the world of mpi4py not all ranks may be here.
+    _rank_process.mark("entered")
+  with _alone() if launched is None and comm is None else nullcontext():
+    start.call(native.start)
+  if comm is None:
+    context = start.call(native.open_world, local_size or 0, timeout)
     _check_launched_size(launched, native.size(context))
   else:
-    context = native.open_fortran(
-      _fortran_handle(comm), local_size or 0, timeout
+    context = start.call(
+      native.open_fortran, _fortran_handle(comm), local_size or 0, timeout
     )
   _exit.install_hooks()
   rank, size = native.rank(context), native.size(context)
-  leaders = native.machines(context)
+  leaders = start.call(native.machines, context)
   device = None
   if backend != "mpi":
     device = _take_gpu(backend, context, rank, leaders)
@@ -118,7 +126,28 @@ def open_processes(
         f"world; take a divisor."
       )
     machine_of = tuple(r // local_size for r in range(size))
-  return _with_parts(native, context, rank, size, machine_of, timeout, device)
+  world = _with_parts(native, start, context, rank, size, machine_of, device)
+  if comm is None:
+    _rank_process.mark("ready")
+  return world
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+  """Starts Open MPI without the shared memory that it keeps for other ranks.
+
+  Without a launcher its file would stay in /dev/shm, and there are no others. The
+  setting is not for jobs that this process starts later.
+  """
+  name = "OMPI_MCA_btl"
+  if name in os.environ:
+    yield
+    return
+  os.environ[name] = "self"
+  try:
+    yield
+  finally:
+    del os.environ[name]
 
 
 def _take_gpu(
@@ -192,11 +221,11 @@ def _open_nccl(comm: ProcessCommunicator, device: int) -> None:
 
 def _with_parts(
   native: Any,
+  start: Start,
   context: int,
   rank: int,
   size: int,
   machine_of: Sequence[int],
-  timeout: float,
   device: int | None = None,
 ) -> ProcessCommunicator:
   """Splits the world inside and across machines. Collective.
@@ -210,7 +239,7 @@ def _with_parts(
   def part(
     color: int, key: int, machine_of: tuple[int, ...] = ()
   ) -> ProcessCommunicator:
-    made = native.split(context, color, key, timeout)
+    made = start.call(native.split, context, color, key, timeout)
     return ProcessCommunicator(
       made,
       native.size(made),
@@ -220,7 +249,7 @@ def _with_parts(
       timeout=timeout,
     )
 
-  carrier = "mpi" if device is None else "nccl"
+  carrier, timeout = "mpi" if device is None else "nccl", start.timeout
 
   # Every part is a communicator of its own, even with the same ranks as the
   # world: operations of two communicators are not ordered among each other, so

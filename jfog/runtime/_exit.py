@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import os
 import sys
 import types
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from jfog import _compat
-from jfog.runtime import _extensions
+from jfog.runtime import _extensions, _rank_process
 
 
 @functools.cache
@@ -33,6 +34,7 @@ def install_hooks() -> None:
   """
   atexit.register(_finish)
   _compat.report_failures(_failure)
+  os.register_at_fork(after_in_child=_compat.forget_backends)
   previous = sys.excepthook
 
   def excepthook(
@@ -41,7 +43,8 @@ def install_hooks() -> None:
     traceback: types.TracebackType | None,
   ) -> None:
     previous(kind, value, traceback)
-    if hasattr(sys, "ps1"):  # interactive: the process continues
+    # An interactive process continues, and a fork's end is not the rank's.
+    if hasattr(sys, "ps1") or not _rank_process.is_rank():
       return
     # Pending waits for peers fail at once and MPI is not finalized. The launcher
     # then observes a nonzero exit code and ends the other ranks.
@@ -85,6 +88,8 @@ def _abandon(reason: str) -> None:
 
 def _finish() -> None:
   """Completes what is in flight, then finalizes the native modules."""
+  if not _rank_process.is_rank():
+    return
   # Operations in flight need their peers and MPI, so they come first.
   error = wait_for_operations()
   if error:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jfog import _validation
-from jfog.runtime import _bootstrap, _exit, _extensions
+from jfog.runtime import _bootstrap, _exit, _extensions, _rank_process
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -51,9 +51,9 @@ def init(
     local_size: makes consecutive ranks into pretended machines of that many
       ranks. By default machines are those that share memory; the environment
       variable `JFOG_LOCAL_SIZE` stands in for the argument.
-    timeout: seconds that an operation waits for other ranks before it fails
-      with `DEADLINE_EXCEEDED`; a tenth of it into a wait a warning is printed.
-      A world of one never waits.
+    timeout: seconds that this call and later each operation wait for other
+      ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
+      of an operation a warning is printed. A world of one never waits.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -65,8 +65,11 @@ def init(
       than MPI has launched (`srun` without PMI, torchrun), each of which would
       be a world of its own; if the job was launched as N ranks and MPI sees
       another number, if jfog was built without MPI but the job has several
-      ranks, if MPI runs without full thread support; or with NCCL, if there is
-      no GPU or no NCCL from 2.18 on, or it cannot connect the ranks in time.
+      ranks, if MPI runs without full thread support; if this process is a
+      descendant of a rank and not the rank itself, which `backend="single"`
+      allows; if some rank does not come within `timeout`; or with NCCL, if
+      there is no GPU or no NCCL from 2.18 on, or it cannot connect the ranks in
+      time.
 
   Example:
     >>> import jfog
@@ -76,6 +79,10 @@ def init(
   global _world, _arguments
   arguments = {"backend": backend, "comm": comm, "local_size": local_size}
   arguments["timeout"] = timeout
+  if isinstance(_world, ProcessCommunicator) and _rank_process.is_fork():
+    if backend != "single":
+      _rank_process.refuse_fork()
+    shutdown()  # of the rank's world, which this fork has inherited
   if _world is not None:
     changed = [
       name
@@ -134,7 +141,7 @@ def shutdown() -> None:
   global _world
   # From here on operations are refused in Python, before the parts are closed.
   world, _world = _world, None
-  if isinstance(world, ProcessCommunicator):
+  if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
     parts = (world, world.local_part, world.machines_part)
     error = _exit.wait_for_operations()
     if error:

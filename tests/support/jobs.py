@@ -8,10 +8,16 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 
 import jfog.launch
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+_END = 5.0  # seconds that a launcher has to end its ranks
+
+_lock = threading.Lock()  # of a start against an interrupt
+_interrupted = threading.Event()
+_running: list[subprocess.Popen] = []
 
 
 @dataclasses.dataclass
@@ -68,20 +74,25 @@ def run(
       *(["--soak"] if soak else []),
       f"@{arguments}",
     ]
-    try:
-      done = subprocess.run(
+    with _lock:
+      if _interrupted.is_set():
+        return Job(size, {}, "the session was interrupted")
+      job = subprocess.Popen(
         command,
         cwd=_ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=deadline,
       )
-      output = done.stdout.decode(errors="replace")
-    except subprocess.TimeoutExpired as error:
-      output = (error.stdout or b"").decode(errors="replace")
+      _running.append(job)
+    try:
+      output = job.communicate(timeout=deadline)[0].decode(errors="replace")
+    except subprocess.TimeoutExpired:
+      job.kill()
+      output = job.communicate()[0].decode(errors="replace")
       output += f"\nthe job did not end within {deadline:g} s"
+    _running.remove(job)
     results: dict[str, dict[int, tuple[str, str]]] = {}
     for path in pathlib.Path(folder).glob("rank-*"):
       rank = int(path.name.removeprefix("rank-"))
@@ -89,6 +100,18 @@ def run(
         nodeid, outcome, text = json.loads(line)
         results.setdefault(nodeid, {})[rank] = (outcome, text)
   return Job(size, results, output)
+
+
+def interrupt() -> None:
+  """Ends the job that `run` has started in another thread, and starts no more."""
+  with _lock:
+    _interrupted.set()
+  for job in list(_running):
+    job.terminate()  # the launcher then ends all ranks
+    try:
+      job.wait(_END)
+    except subprocess.TimeoutExpired:
+      job.kill()
 
 
 def run_program(program, ranks, *, deadline, command=None, environment=None):

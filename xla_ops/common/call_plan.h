@@ -49,6 +49,7 @@ template <typename Comm>
 ffi::ErrorOr<std::shared_ptr<Comm>> Ready(Registry<Comm>& comms,
                                           std::int64_t context,
                                           const char* name) {
+  if (IsForked()) return ffi::Unexpected(ForkedError(name));
   std::shared_ptr<Comm> comm = comms.Find(context);
   JFOG_RETURN_IF_ERROR(CheckReady(comm.get(), name));
   return comm;

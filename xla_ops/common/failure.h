@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/fork.h"
 #include "common/status.h"
 
 namespace jfog {
@@ -26,10 +27,13 @@ class FirstFailure {
   // The first failure's error, or success.
   ffi::Error Refusal() {
     if (!failed()) return ffi::Error::Success();
+    if (IsForked()) return ForkedError("an operation");
     std::lock_guard<std::mutex> lock(mutex_);
     return MakeError(failure_->first, failure_->second);
   }
-  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  bool failed() const {
+    return failed_.load(std::memory_order_acquire) || IsForked();
+  }
 
  private:
   std::atomic<bool> failed_{false};
@@ -57,6 +61,7 @@ inline ffi::Error ShutDownError(const std::string& name) {
 // An error, if the communicator (null: it is gone) is not ready for work.
 template <typename Comm>
 ffi::Error CheckReady(Comm* comm, const char* name) {
+  if (IsForked()) return ForkedError(name);
   if (comm == nullptr || comm->closed()) return ShutDownError(name);
   return comm->Refusal();
 }

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/fork.h"
 #include "common/process_wide.h"
 #include "mpi/communicator.h"
 #include "mpi/handles.h"
@@ -106,6 +107,7 @@ std::string LibraryVersion() {
 }
 
 void Start() {
+  WatchForks();
   if (Finalized()) {
     throw std::runtime_error(
         "jfog: MPI has been finalized in this process and cannot start again");

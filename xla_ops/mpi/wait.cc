@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "common/fork.h"
 #include "mpi/handles.h"
 #include "mpi/launch.h"
 #include "mpi/progress_engine.h"
@@ -49,6 +50,7 @@ ffi::Error ReadResults(ffi::RemainingRets rets, Payload* results) {
 
 Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
                     ffi::Result<ffi::Token>, ffi::RemainingRets rets) {
+  if (IsForked()) return ForkedError("wait");
   JFOG_ASSIGN_OR_RETURN(operation,
                         Handles().Find(id.typed_data(), true, "wait"));
   Payload results;
@@ -77,6 +79,7 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
 ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
                     ffi::Result<ffi::Token>,
                     ffi::Result<ffi::BufferR0<ffi::PRED>> ended) {
+  if (IsForked()) return ForkedError("poll");
   JFOG_ASSIGN_OR_RETURN(operation,
                         Handles().Find(id.typed_data(), false, "poll"));
   operation->Advance();

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "common/fork.h"
 #include "nccl/communicator.h"
 #include "nccl/handles.h"
 #include "nccl/watchdog.h"
@@ -48,6 +49,7 @@ std::string MakeUniqueId() {
 
 void Create(std::int64_t context, const std::string& unique_ids, int rank,
             int size, int device, double timeout) {
+  WatchForks();
   ThrowUnlessOpen();
   std::vector<UniqueId> ids(unique_ids.size() / sizeof(UniqueId));
   if (ids.empty() || ids.size() > 2 ||

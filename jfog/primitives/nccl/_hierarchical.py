@@ -93,6 +93,7 @@ def _steps(
   # carry every element once for each machine, not once for each rank.
   size, place = comm.local_size, comm.local_rank
   parts = vectors
+  split: list[jax.Array] = []  # of each vector, a row for each rank
   if size > 1:
     # Reduce-scatter inside the machine: this rank averages its own part.
     split = [_split(x, size) for x in vectors]

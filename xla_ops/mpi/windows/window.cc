@@ -9,6 +9,7 @@
 #include <random>
 #include <utility>
 
+#include "common/fork.h"
 #include "common/process_wide.h"
 #include "common/registry.h"
 #include "common/weighted_sum.h"
@@ -270,6 +271,7 @@ ffi::Error Window::Free() {
 
 ffi::ErrorOr<std::shared_ptr<Window>> FindWindow(const std::uint32_t* handle,
                                                  const char* name) {
+  if (IsForked()) return ffi::Unexpected(ForkedError(name));
   const std::shared_ptr<Window> window =
       ProcessWide<Windows>().open.Find(handle);
   if (window == nullptr) {

@@ -1,0 +1,70 @@
+"""Marks of ranks in the launcher's folder: who is in init, ready, or has ended.
+
+A mark is an empty file `RANK.NAME`. A rank's process leaves `entered` and `ready`
+(jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without an error.
+"""
+
+import os
+from collections.abc import Mapping
+
+
+def job(environ: Mapping[str, str]) -> str:
+  """The value of `JFOG_RUN_JOB`: the MPI job whose ranks leave marks.
+
+  It keeps apart the ranks of a job that a rank starts by another launcher, which
+  inherit its variables. "-" where not all ranks reach the folder of marks.
+  """
+  for here, all_ranks in (
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    ("MPI_LOCALNRANKS", "PMI_SIZE"),
+  ):
+    if here in environ and environ[here] == environ.get(all_ranks):
+      return environ.get("PMIX_NAMESPACE", "")
+  return "-"
+
+
+def leave_end(rank: int) -> None:
+  """Marks that the process of a rank has ended without an error."""
+  run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  try:
+    with open(os.path.join(run_dir, f"{rank}.ended"), "w", encoding="utf-8"):
+      pass
+  except OSError:
+    pass  # on another host, without the launcher's folder
+
+
+def lost(run_dir: str) -> str:
+  """Why ranks wait in init for good; "" if they do not.
+
+  They do once a process has ended before its rank was ready: all ranks of a job
+  are in its world.
+  """
+  names = os.listdir(run_dir)
+  ended, ready, entered = (
+    {int(name.partition(".")[0]) for name in names if name.endswith(kind)}
+    for kind in (".ended", ".ready", ".entered")
+  )
+  gone, waiting = sorted(ended - ready), sorted(entered - ready - ended)
+  if not gone or not waiting:
+    return ""
+  came = "in" if gone[0] in entered else "before"
+  return (
+    f"rank {gone[0]} ended with exit code 0 {came} jfog.init, in which "
+    f"{_ranks(waiting)} waited for it"
+  )
+
+
+def first_end(run_dir: str) -> str:
+  """The rank that ended without an error first; "" if all had one."""
+  ends = [
+    (entry.stat().st_mtime_ns, int(entry.name.partition(".")[0]))
+    for entry in os.scandir(run_dir)
+    if entry.name.endswith(".ended")
+  ]
+  return f"rank {min(ends)[1]}" if ends else ""
+
+
+def _ranks(ranks: list[int]) -> str:
+  """Words for one or several ranks."""
+  word = "rank" if len(ranks) == 1 else "ranks"
+  return f"{word} {', '.join(map(str, ranks))}"
