@@ -92,10 +92,13 @@ def test_init_has_a_deadline(where):
   assert code == 5, err
   first, *later = re.findall("RAISED (.*)", out)
   assert "DEADLINE_EXCEEDED: jfog: init on rank" in first
-  assert "3 s for ranks [1], which have not called jfog.init" in first
+  # Another one may be late as well.
+  missing = r"3 s for ranks \[(0, )?1(, 2)?\], which have not called jfog\.init"
+  assert re.search(missing, first)
   assert any("MPI starts once; start the job again" in text for text in later)
 
 
+@pytest.mark.full
 def test_a_rank_that_leaves_without_an_end_is_named():
   code, _, err = run(
     """
@@ -131,6 +134,7 @@ print("SUM", total, flush=True)
 """
 
 
+@pytest.mark.full
 def test_a_subprocess_is_not_the_rank():
   """Its environment may be older than the rank's init."""
   code, out, err = run(SUBPROCESSES, ranks=2)
@@ -220,6 +224,7 @@ def test_a_fork_is_not_the_rank():
   assert set(ends.values()) == {"7"}, ends
 
 
+@pytest.mark.full
 def test_importing_in_a_fork_is_harmless():
   done = python("""
     import multiprocessing, jfog
@@ -305,7 +310,7 @@ def test_an_interrupted_session_ends_its_jobs():
       time.sleep(0.1)
     session.send_signal(signal.SIGINT)
     session.wait(DEADLINE)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while (left := _marked(mark)) and time.monotonic() < end:
       time.sleep(0.1)
     assert not left
