@@ -86,7 +86,7 @@ def _end_problems(case: Case, ended: runner.Ended) -> list[str]:
     if ended.code == 0 or (code is not None and ended.code != code):
       wanted = "one that is not 0" if code is None else str(code)
       problems.append(f"exit code {ended.code} instead of {wanted}")
-    if not re.search(rf"\brank {case.victim}\b", ended.output):
+    if not re.search(rf"\branks? \[?(\d+, )*{case.victim}\b", ended.output):
       problems.append(f"rank {case.victim} is not named")
   return problems
 

@@ -179,6 +179,15 @@ def listeners(pid: int) -> list[tuple[str, int]]:
   return found
 
 
+def _is_enclosed(path, folder):
+  """Whether a folder that the job has made keeps others from a file."""
+  if not pathlib.Path(path).is_relative_to(folder / "tmp"):
+    return False
+  parents = pathlib.Path(path).relative_to(folder / "tmp").parents
+  made = [folder / "tmp" / parent for parent in parents if parent.name]
+  return any(not os.stat(each).st_mode & 0o077 for each in made)
+
+
 def ports_and_modes(ranks=2):
   """No port to other hosts, no port in a rank, no file that others may read."""
 
@@ -194,7 +203,7 @@ def ports_and_modes(ranks=2):
     for path in running.files():
       with contextlib.suppress(OSError):
         mode = os.stat(path).st_mode
-        if mode & 0o077:
+        if mode & 0o077 and not _is_enclosed(path, running.folder):
           problems.append(f"{path} has mode {mode & 0o777:o}")
     os.kill(running.launcher, signal.SIGTERM)
     return problems
