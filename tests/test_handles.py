@@ -279,3 +279,17 @@ def test_handles_of_several_threads(place):
   mean = (place.size - 1) / 2
   for k, result in enumerate(results):
     np.testing.assert_allclose(result, k + mean)
+
+
+@pytest.mark.places("mpi-2", "mpi-3")
+def test_hundreds_are_waited_on_in_any_order(place):
+  """More than the progress engine polls in one turn."""
+  n, rank = place.size, jfog.rank()
+  graph = topology.fully_connected(n)
+  start = jax.jit(lambda x: jfog.neighbor_allreduce_start(x, graph))
+  wait = jax.jit(jfog.wait)
+  count = 300
+  handles = [start(jnp.full(3, float(k + rank))) for k in range(count)]
+  order = [37 * k % count for k in range(count)]
+  for k in order if rank == 0 else reversed(order):
+    np.testing.assert_allclose(wait(handles[k]), k + (n - 1) / 2, rtol=1e-6)

@@ -59,6 +59,11 @@ def linear_tangents(
   return out
 
 
+# The shape of the number of a handle: 64 bits in two words, since JAX has no longer
+# integers by default.
+NUMBER = (2,)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OperationRules:
   """All rules of one operation between processes, and its two primitives.
@@ -153,7 +158,7 @@ class OperationRules:
     self, *operands: Any, fixed: int, **params: Any
   ) -> list[jax.core.ShapedArray]:
     """Avals of the number, the weights and the placeholders."""
-    number = jax.core.ShapedArray((), jnp.uint32)
+    number = jax.core.ShapedArray((2,), jnp.uint32)  # 64 bits
     weights, _ = self.weights(operands[:fixed], params)
     results = self.abstract_eval(*operands, fixed=fixed, **params)
     return [number, *weights, *results]
@@ -341,7 +346,7 @@ poll_p = Primitive("poll")
 
 
 def _check_number(number: Any) -> None:
-  if number.shape != ():
+  if number.shape != NUMBER:
     raise ValueError(
       "wait: the handle was made inside of vmap; wait on it inside of the same "
       "vmap."

@@ -83,15 +83,29 @@ TEST_CASE("a plan is found again as the type that it was made as") {
 
 TEST_CASE("a handle is taken once") {
   HandleTable<int> handles;
-  std::uint32_t first, second;
-  handles.Insert(std::make_shared<int>(1), &first);
-  handles.Insert(std::make_shared<int>(2), &second);
-  CHECK(first != second);
-  CHECK(**handles.Find(&second, false, "poll") == 2);
-  CHECK(**handles.Find(&second, true, "wait") == 2);
-  CHECK_FALSE(handles.Find(&second, true, "wait").has_value());
+  std::uint32_t first[2], second[2];
+  handles.Insert(std::make_shared<int>(1), first);
+  handles.Insert(std::make_shared<int>(2), second);
+  CHECK(first[0] != second[0]);
+  CHECK(**handles.Find(second, false, "poll") == 2);
+  CHECK(**handles.Find(second, true, "wait") == 2);
+  CHECK_FALSE(handles.Find(second, true, "wait").has_value());
   CHECK(handles.Forget([](int value) { return value == 1; }) == 1);
-  CHECK_FALSE(handles.Find(&first, false, "poll").has_value());
+  CHECK_FALSE(handles.Find(first, false, "poll").has_value());
+}
+
+TEST_CASE("a handle's number does not repeat after 32 bits") {
+  constexpr std::uint64_t kEnd = std::uint64_t{1} << 32;
+  HandleTable<int> handles(kEnd - 2);
+  std::uint32_t words[4][2];
+  for (int i = 0; i < 4; ++i) {
+    handles.Insert(std::make_shared<int>(i), words[i]);
+  }
+  CHECK(words[1][0] == 0xffffffffu);
+  CHECK(words[1][1] == 0);
+  CHECK(words[2][0] == 0);
+  CHECK(words[2][1] == 1);
+  for (int i : {3, 0, 2, 1}) CHECK(**handles.Find(words[i], true, "wait") == i);
 }
 
 TEST_CASE("a registry never reuses a number") {

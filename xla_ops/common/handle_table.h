@@ -25,8 +25,13 @@ inline ffi::Error HandleNotOpen(const std::string& handle, const char* name) {
 template <typename T>
 class HandleTable {
  public:
-  // The number is written and read under the lock: XLA passes it from one
-  // thread to another by means that ThreadSanitizer does not see.
+  // `first` is the number of the first handle. A number has 64 bits, which last
+  // for longer than any process, so that none is that of two operations.
+  explicit HandleTable(std::uint64_t first = 1) : next_(first) {}
+
+  // Writes the number as two words, the lower one first: JAX has no integers of
+  // 64 bits by default. It is written and read under the lock: XLA passes it
+  // from one thread to another by means that ThreadSanitizer does not see.
   void Insert(std::shared_ptr<T> started, std::uint32_t* handle) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (open_.size() >= kManyHandles && !warned_) {
@@ -36,18 +41,22 @@ class HandleTable {
                    "keeps a copy of its leaves until jfog.wait\n",
                    open_.size());
     }
-    *handle = next_++;
-    open_.emplace(*handle, std::move(started));
+    open_.emplace(next_, std::move(started));
+    handle[0] = static_cast<std::uint32_t>(next_);
+    handle[1] = static_cast<std::uint32_t>(next_ >> 32);
+    ++next_;
   }
 
   // The operation of a handle; `take` closes the handle.
   ffi::ErrorOr<std::shared_ptr<T>> Find(const std::uint32_t* handle, bool take,
                                         const char* name) {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = open_.find(*handle);
+    const std::uint64_t number =
+        handle[0] | static_cast<std::uint64_t>(handle[1]) << 32;
+    const auto found = open_.find(number);
     if (found == open_.end()) {
       return ffi::Unexpected(
-          HandleNotOpen("handle " + std::to_string(*handle), name));
+          HandleNotOpen("handle " + std::to_string(number), name));
     }
     std::shared_ptr<T> started = found->second;
     if (take) open_.erase(found);
@@ -75,8 +84,8 @@ class HandleTable {
   static constexpr std::size_t kManyHandles = 1000;
 
   std::mutex mutex_;
-  std::map<std::uint32_t, std::shared_ptr<T>> open_;
-  std::uint32_t next_ = 1;
+  std::map<std::uint64_t, std::shared_ptr<T>> open_;
+  std::uint64_t next_;
   bool warned_ = false;
 };
 

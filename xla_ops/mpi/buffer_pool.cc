@@ -4,17 +4,20 @@
 #include <array>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "common/cache_line.h"
+#include "common/out_of_memory.h"
 #include "common/process_wide.h"
 
 namespace jfog::mpi {
 namespace {
 
-constexpr int kSmallestClass = 8;  // 256 bytes
-constexpr int kClasses = 48;
+// Eight sizes for each power of two, so that at most an eighth is unused.
+constexpr int kSmallest = 8;  // 256 bytes
+constexpr int kLargest = 47;
+constexpr int kSteps = 8;
+constexpr int kClasses = (kLargest - kSmallest) * kSteps + 1;
 // Fresh pages cost more than the copy into them, so even large pieces are kept;
 // what the pool holds beyond this goes back to the system.
 constexpr std::size_t kKeep = std::size_t{256} << 20;
@@ -25,12 +28,31 @@ struct Pool {
   std::size_t kept = 0;
 };
 
-std::size_t BytesOf(int size_class) { return std::size_t{1} << size_class; }
+std::size_t BytesOf(int size_class) {
+  const std::size_t below = std::size_t{1} << (kSmallest + size_class / kSteps);
+  return AlignUp(below + below / kSteps * (size_class % kSteps));
+}
 
 int ClassOf(std::size_t bytes) {
-  int size_class = kSmallestClass;
+  if (bytes > std::size_t{1} << kLargest) throw OutOfMemory(bytes);
+  int size_class = 0;
+  while (BytesOf(size_class + kSteps) < bytes) size_class += kSteps;
   while (BytesOf(size_class) < bytes) ++size_class;
   return size_class;
+}
+
+// Returns all free memory to the system.
+void Empty(Pool& pool) {
+  std::lock_guard<std::mutex> lock(pool.mutex);
+  for (auto& free : pool.free) {
+    for (std::byte* memory : free) std::free(memory);
+    free.clear();
+  }
+  pool.kept = 0;
+}
+
+std::byte* Allocate(std::size_t bytes) {
+  return static_cast<std::byte*>(std::aligned_alloc(kCacheLine, bytes));
 }
 
 }  // namespace
@@ -47,9 +69,11 @@ Buffer::Buffer(std::size_t bytes) : size_class_(ClassOf(bytes)) {
       return;
     }
   }
-  memory_ = static_cast<std::byte*>(
-      std::aligned_alloc(kCacheLine, BytesOf(size_class_)));
-  if (memory_ == nullptr) throw std::bad_alloc();
+  memory_ = Allocate(BytesOf(size_class_));
+  if (memory_ != nullptr) return;
+  Empty(pool);
+  memory_ = Allocate(BytesOf(size_class_));
+  if (memory_ == nullptr) throw OutOfMemory(bytes);
 }
 
 Buffer::~Buffer() {

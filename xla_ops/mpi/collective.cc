@@ -90,7 +90,7 @@ std::vector<int> Collective::Missing() const {
   std::vector<int> missing;
   for (int rank = 0; rank < comm().size(); ++rank) {
     const std::optional<Header> message = comm().LastControlMessage(rank);
-    const bool is_here = message && Matches(*message);
+    const bool is_here = HasPosted(rank) || (message && Matches(*message));
     if (rank != comm().rank() && !is_here) missing.push_back(rank);
   }
   return missing;

@@ -13,6 +13,7 @@
 #include "common/weighted_sum.h"
 #include "mpi/collective.h"
 #include "mpi/datatypes.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
 
 namespace jfog::mpi {
@@ -267,44 +268,44 @@ Completion BarrierImpl(ffi::Token, ffi::RemainingArgs, ffi::Result<ffi::Token>,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Allreduce, AllreduceImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // leaves
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<std::int64_t>("reduction"));
+JFOG_DEFINE_HANDLER(Allreduce, "allreduce", AllreduceImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()  // order in
+                        .RemainingArgs()    // leaves
+                        .Ret<ffi::Token>()  // order out
+                        .RemainingRets()    // leaves, or handle
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode")
+                        .Attr<std::int64_t>("reduction"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Broadcast, BroadcastImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()               // order in
-                                  .Arg<ffi::BufferR0<ffi::S32>>()  // root
-                                  .RemainingArgs()                 // leaves
-                                  .Ret<ffi::Token>()               // order out
-                                  .RemainingRets()  // leaves, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode"));
+JFOG_DEFINE_HANDLER(Broadcast, "broadcast", BroadcastImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()               // order in
+                        .Arg<ffi::BufferR0<ffi::S32>>()  // root
+                        .RemainingArgs()                 // leaves
+                        .Ret<ffi::Token>()               // order out
+                        .RemainingRets()                 // leaves, or handle
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Allgather, AllgatherImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // leaves
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, or handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<Longs>("rows")
-                                  .Attr<Longs>("row_sizes"));
+JFOG_DEFINE_HANDLER(Allgather, "allgather", AllgatherImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()  // order in
+                        .RemainingArgs()    // leaves
+                        .Ret<ffi::Token>()  // order out
+                        .RemainingRets()    // leaves, or handle
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode")
+                        .Attr<Longs>("rows")
+                        .Attr<Longs>("row_sizes"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Barrier, BarrierImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // none
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // none
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode"));
+JFOG_DEFINE_HANDLER(Barrier, "barrier", BarrierImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()  // order in
+                        .RemainingArgs()    // none
+                        .Ret<ffi::Token>()  // order out
+                        .RemainingRets()    // none
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
 }  // namespace jfog::mpi

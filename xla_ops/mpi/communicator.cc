@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/out_of_memory.h"
 #include "common/process_wide.h"
 #include "mpi/buffer_pool.h"
 
@@ -62,6 +63,17 @@ std::string ErrorText(int code) {
     return "MPI error " + std::to_string(code);
   }
   return std::string(text, length);
+}
+
+ffi::Error FailByException(Communicator* comm, const char* name) {
+  const Thrown thrown = Thrown::Current();
+  if (comm == nullptr) {
+    return MakeError(thrown.code, std::string(name) + " " + thrown.text);
+  }
+  comm->FailAll(comm->NextHeader(name), thrown.code,
+                std::string(name) + " on rank " + std::to_string(comm->rank()) +
+                    " " + thrown.text);
+  return comm->Refusal();
 }
 
 Communicator::Communicator(MPI_Comm parent, double timeout,
@@ -148,6 +160,21 @@ void Communicator::AnnounceFailure(const Header& header, int rank,
   }
 }
 
+Header Communicator::NextHeader(const char* name) const {
+  return MakeHeader(name, sequence_.load(), 0, 0, 0);
+}
+
+void Communicator::FailAll(const Header& header, ffi::ErrorCode code,
+                           const std::string& text) {
+  if (failed()) return;
+  Fail(code, text);
+  try {
+    AnnounceFailure(header, rank_, ControlMessage::kNoMemory);
+  } catch (const std::bad_alloc&) {
+    // The others end by their deadlines.
+  }
+}
+
 void Communicator::FailMalformed(int source, const std::string& wrong) {
   if (failed()) return;
   const std::uint64_t sequence = sequence_.load();
@@ -214,6 +241,23 @@ void Communicator::ReadControlMessages() {
                          ? " does not match rank "
                          : " got a malformed message from rank ") +
                     std::to_string(message.rank);
+          break;
+        case ControlMessage::kNoMemory:
+          failure = title(message.header) + " has failed: rank " +
+                    std::to_string(source) +
+                    " has no memory, or has failed otherwise";
+          break;
+        case ControlMessage::kAsk:
+          if (const auto header = log_.Find(message.header.sequence)) {
+            ControlMessage posted;
+            posted.header = *header;
+            posted.kind = ControlMessage::kPosted;
+            SendControlMessage(source, posted);
+          }
+          break;
+        case ControlMessage::kPosted:
+          if (posted_.size() >= kPosted) posted_.erase(posted_.begin());
+          posted_[{message.header.sequence, source}] = message.header;
           break;
         default:
           answers_[{source, message.header.sequence}] = message;
@@ -297,6 +341,23 @@ std::optional<ControlMessage> Communicator::TakeAnswer(int rank,
   const ControlMessage answer = found->second;
   answers_.erase(found);
   return answer;
+}
+
+void Communicator::AskPosted(int rank, const Header& header) {
+  ControlMessage message;
+  message.header = header;
+  message.kind = ControlMessage::kAsk;
+  SendControlMessage(rank, message);
+}
+
+std::optional<Header> Communicator::TakePosted(int rank,
+                                               std::uint64_t sequence) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = posted_.find({sequence, rank});
+  if (found == posted_.end()) return std::nullopt;
+  const Header header = found->second;
+  posted_.erase(found);
+  return header;
 }
 
 std::optional<Header> Communicator::LastControlMessage(int rank) {

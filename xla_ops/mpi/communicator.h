@@ -21,9 +21,11 @@
 #include "common/registry.h"
 #include "common/status.h"
 #include "common/traffic_counters.h"
+#include "mpi/header_log.h"
 #include "mpi/mailboxes.h"
 #include "mpi/messages.h"
 #include "mpi/shared_memory_channel.h"
+#include "mpi/tag_numbers.h"
 
 namespace jfog::mpi {
 
@@ -69,8 +71,14 @@ class Communicator {
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
-  // Of a request to another rank's windows.
-  std::uint64_t NextRequest() { return requests_.fetch_add(1); }
+  // Records the header of an operation of this rank for ranks that ask.
+  void Log(const Header& header, std::size_t bytes, const char* name) {
+    log_.Record(header, bytes, name);
+  }
+  // Of operations whose further messages have tags of their own.
+  TagOrder& tags() { return tags_; }
+  // Of requests to other ranks' windows.
+  RequestNumbers& requests() { return requests_; }
 
   // MPI wants collectives started in one order on all ranks. Each takes a
   // ticket when it is posted in program order, and starts when its turn comes.
@@ -92,6 +100,11 @@ class Communicator {
     failure_.Set(code, text);
   }
   bool failed() const { return failure_.failed(); }
+  // Fails this rank and, as soon as they wait for it, the others.
+  void FailAll(const Header& header, ffi::ErrorCode code,
+               const std::string& text);
+  // The header of an operation that has not been made.
+  Header NextHeader(const char* name) const;
 
   // Control messages are sent only if an operation stalls, ends, or is new.
   void AnnounceArrival(const Header& header);
@@ -113,6 +126,11 @@ class Communicator {
   void Ask(int rank, const Header& header, const Pattern& pattern);
   // Its answer, once.
   std::optional<ControlMessage> TakeAnswer(int rank, std::uint64_t sequence);
+
+  // Asks a rank for the header of its operation of that number.
+  void AskPosted(int rank, const Header& header);
+  // Its answer, once; none comes before it has started that operation.
+  std::optional<Header> TakePosted(int rank, std::uint64_t sequence);
 
   // The last position that a rank has announced.
   std::optional<Header> LastControlMessage(int rank);
@@ -158,10 +176,12 @@ class Communicator {
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
   bool shares_memory_ = false;
   std::atomic<std::uint64_t> sequence_{0};
-  std::atomic<std::uint64_t> requests_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};
   std::atomic<bool> closed_{false};
+  HeaderLog log_;
+  TagOrder tags_;
+  RequestNumbers requests_;
   FirstFailure failure_;
   TrafficCounters traffic_;
 
@@ -173,11 +193,18 @@ class Communicator {
   std::vector<Past> past_;  // by sequence, modulo its length
   std::vector<std::pair<int, ControlMessage>> queries_;
   std::map<std::pair<int, std::uint64_t>, ControlMessage> answers_;
+  // Headers that ranks have sent on a question; the last ones.
+  static constexpr std::size_t kPosted = 4096;
+  std::map<std::pair<std::uint64_t, int>, Header> posted_;
 };
 
 // The difference between two ranks' edges to each other; empty if they match.
 std::string Disagreement(int a, bool a_sends, bool a_receives, int b,
                          bool b_sends, bool b_receives);
+
+// Fails the communicator (null: there is none) and its peers with the exception
+// that is being handled, which `name` has thrown; returns the error.
+ffi::Error FailByException(Communicator* comm, const char* name);
 
 // The communicators of this process, by the context number of operations.
 Registry<Communicator>& Communicators();

@@ -63,6 +63,13 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
     waits_for_memory_ = waits_for_memory_ && sent_mail_[d].is_used;
   }
   ComputeOffsets();
+  EnterTags();
+}
+
+void Exchange::EnterTags() {
+  if (chunks_ > 1 || edges_.is_followup) {
+    tags_.Enter(comm().tags(), sequence());
+  }
 }
 
 // Both ends of an edge decide by the same values, machine and length. A later
@@ -97,6 +104,7 @@ void Exchange::Renew() {
   if (chunks_ > 1) buffer_ = Buffer();
   ComputeOffsets();
   Operation::Renew();
+  EnterTags();
 }
 
 // Depends on the length of the edge alone, so both ends cut it equally.
@@ -114,7 +122,7 @@ std::size_t Exchange::Begin(std::size_t bytes, std::size_t chunk) const {
 }
 
 int Exchange::tag(std::size_t chunk) const {
-  const int number = static_cast<int>(sequence() % kChunkTags);
+  const int number = comm().tags().NumberOf(sequence());
   if (chunk > 0) return kChunkTag + number;
   return edges_.is_followup ? kSecondTag + number : kEnvelopeTag;
 }
@@ -162,13 +170,24 @@ ffi::Error Exchange::Post() {
   bool moved = false;
   WriteMail(&moved);
   if (waits_for_memory_) return ffi::Error::Success();
-  JFOG_RETURN_IF_ERROR(PostReceives(0));
-  JFOG_RETURN_IF_ERROR(PostSends(0));
-  // The receives of chunk 1 are posted when all headers are checked: a rank
-  // that disagrees on the length must not write past the end of a buffer. The
-  // sends need not wait: MPI holds the chunk until the destination posts its
-  // receive.
-  return chunks_ > 1 ? PostSends(1) : ffi::Error::Success();
+  if (!edges_.is_followup) {
+    JFOG_RETURN_IF_ERROR(PostReceives(0));
+    JFOG_RETURN_IF_ERROR(PostSends(0));
+  }
+  return tags_.BecomesReady() ? PostTagged() : ffi::Error::Success();
+}
+
+// The receives of chunk 1 are posted when all headers are checked: a rank that
+// disagrees on the length must not write past the end of a buffer. The sends
+// need not wait: MPI holds the chunk until the destination posts its receive.
+ffi::Error Exchange::PostTagged() {
+  if (edges_.is_followup) {
+    JFOG_RETURN_IF_ERROR(PostReceives(0));
+    JFOG_RETURN_IF_ERROR(PostSends(0));
+  }
+  if (chunks_ == 1) return ffi::Error::Success();
+  if (unchecked_ == 0) JFOG_RETURN_IF_ERROR(PostReceives(1));
+  return PostSends(1);
 }
 
 ffi::Error Exchange::PostSends(std::size_t chunk) {
@@ -278,11 +297,17 @@ ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
         sources()[source], CheckChannel(theirs.channel, Channels::kChannels)));
     source_channels_[source] = Channels::Claim{theirs.channel, theirs.stamp};
   }
-  if (--unchecked_ > 0 || chunks_ == 1) return ffi::Error::Success();
+  if (--unchecked_ > 0 || chunks_ == 1 || !tags_.is_ready()) {
+    return ffi::Error::Success();
+  }
   return PostReceives(1);
 }
 
 ffi::Error Exchange::Resume(bool* moved) {
+  if (tags_.BecomesReady()) {
+    JFOG_RETURN_IF_ERROR(PostTagged());
+    *moved = true;
+  }
   WriteMail(moved);
   JFOG_RETURN_IF_ERROR(ReadMail(moved));
   for (bool any = true; any;) {
@@ -309,7 +334,7 @@ ffi::Error Exchange::Resume(bool* moved) {
 bool Exchange::HasArrived(std::size_t chunk) {
   const BufferPair& pair = BuffersOf(chunk);
   // Counts sends, too: the next chunk but one overwrites their buffer.
-  if (pair.outstanding > 0) return false;
+  if (pair.outstanding > 0 || !tags_.is_ready()) return false;
   if (unwritten_ > 0 || unread_ > 0) return false;
   if (chunk > 0 && unchecked_ > 0) return false;
   // An output may alias the input that is still to be published.
@@ -373,27 +398,11 @@ ffi::Error Exchange::Stalled() {
 
 // After an error the channel stays claimed: a reader may never read its chunks.
 void Exchange::Ended() {
+  tags_.Leave();
   if (channel_ && error().success()) {
     comm().channels()->Release(*channel_);
     channel_.reset();
   }
-}
-
-// A peer posts its mail before it passes this operation, but for mail that
-// finds the mailbox full: there the reader is behind, who may wait for a third
-// rank.
-bool Exchange::IsOverdue(int rank) const {
-  for (std::size_t d = 0; d < destinations().size(); ++d) {
-    if (destinations()[d] == rank && sent_mail_[d].is_open) return false;
-  }
-  for (std::size_t s = 0; s < sources().size(); ++s) {
-    const Mail& mail = received_mail_[s];
-    if (sources()[s] == rank && mail.is_open &&
-        !mailboxes().HasRoom(rank, mail.number)) {
-      return false;
-    }
-  }
-  return true;
 }
 
 std::vector<int> Exchange::Missing() const {

@@ -86,7 +86,6 @@ class Exchange : public Operation {
   ffi::Error Completed(std::size_t slot) override;
   void Ended() override;
   std::vector<int> Missing() const override;
-  bool IsOverdue(int rank) const override;
   void Leak() override { buffer_.Leak(); }
   ffi::Error Stalled() override;
 
@@ -114,12 +113,15 @@ class Exchange : public Operation {
   bool UsesMailbox(int rank, std::size_t bytes) const;
 
   void ComputeOffsets();
+  void EnterTags();
   // The number of chunks of a payload, and the offset of one of them.
   std::size_t ChunksOf(std::size_t bytes) const;
   std::size_t Begin(std::size_t bytes, std::size_t chunk) const;
   int tag(std::size_t chunk) const;
   Header Envelope() const;
   std::size_t FirstSlot(std::size_t chunk) const;
+  // Posts the first messages with tags of their own, when that is allowed.
+  ffi::Error PostTagged();
   ffi::Error PostSends(std::size_t chunk);
   ffi::Error PostReceives(std::size_t chunk);
   void WriteMail(bool* moved);
@@ -150,6 +152,7 @@ class Exchange : public Operation {
   Buffer buffer_;
   std::vector<Part> parts_;
   std::optional<PeerCheck> check_;
+  TagUse tags_;
 };
 
 }  // namespace jfog::mpi

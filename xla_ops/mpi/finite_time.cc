@@ -11,6 +11,7 @@
 #include "common/weighted_sum.h"
 #include "mpi/buffer_pool.h"
 #include "mpi/exchange.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
 #include "mpi/neighbor_average.h"
 #include "mpi/plan.h"
@@ -191,16 +192,17 @@ Completion FiniteTimeImpl(State* state, ffi::Token, ffi::RemainingArgs args,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeFiniteTimeAverage, MakePlan<FiniteTimePlan>,
-                              ffi::Ffi::BindInstantiate().Attrs());
+JFOG_DEFINE_HANDLER(MakeFiniteTimeAverage, "finite_time_average",
+                    MakePlan<FiniteTimePlan>,
+                    ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FiniteTimeAverage, FiniteTimeImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<State>>()
-                                  .Arg<ffi::Token>()  // order in
-                                  .RemainingArgs()    // leaves
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets()    // leaves, or handle
-                                  .Attrs());          // see FiniteTimePlan
+JFOG_DEFINE_HANDLER(FiniteTimeAverage, "finite_time_average", FiniteTimeImpl,
+                    ffi::Ffi::Bind()
+                        .Ctx<ffi::State<State>>()
+                        .Arg<ffi::Token>()  // order in
+                        .RemainingArgs()    // leaves
+                        .Ret<ffi::Token>()  // order out
+                        .RemainingRets()    // leaves, or handle
+                        .Attrs());          // see FiniteTimePlan
 
 }  // namespace jfog::mpi

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/hash.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/hierarchical_exchange.h"
 #include "mpi/launch.h"
 #include "mpi/plan.h"
@@ -49,12 +50,14 @@ Completion HierarchicalImpl(State* state, ffi::Token,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeHierarchicalNeighborAllreduce,
-                              MakePlan<HierarchicalPlan>,
-                              ffi::Ffi::BindInstantiate().Attrs());
+JFOG_DEFINE_HANDLER(MakeHierarchicalNeighborAllreduce,
+                    "hierarchical_neighbor_allreduce",
+                    MakePlan<HierarchicalPlan>,
+                    ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    HierarchicalNeighborAllreduce, HierarchicalImpl,
+JFOG_DEFINE_HANDLER(
+    HierarchicalNeighborAllreduce, "hierarchical_neighbor_allreduce",
+    HierarchicalImpl,
     ffi::Ffi::Bind()
         .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in

@@ -46,6 +46,7 @@ HierarchicalExchange::HierarchicalExchange(std::shared_ptr<Communicator> comm,
     }
   }
   shares_channels_ = !readers_.empty() && readers_.size() == peers_.size();
+  tags_.Enter(this->comm().tags(), sequence());
 }
 
 // Messages.
@@ -54,7 +55,7 @@ HierarchicalExchange::HierarchicalExchange(std::shared_ptr<Communicator> comm,
 // peers and `kMeans` from sources, which are different ranks; messages of one
 // kind from one rank arrive in the order of the segments.
 int HierarchicalExchange::tag(SegmentBuffers::Kind kind) const {
-  const int number = static_cast<int>(sequence() % kChunkTags);
+  const int number = comm().tags().NumberOf(sequence());
   return kind == SegmentBuffers::kResults || kind == SegmentBuffers::kMixed
              ? kSecondTag + number
              : kChunkTag + number;
@@ -84,6 +85,10 @@ ffi::Error HierarchicalExchange::Post() {
         /*has_header=*/true));
   }
   JFOG_RETURN_IF_ERROR(SendHeaders());
+  return tags_.BecomesReady() ? StartSegments() : ffi::Error::Success();
+}
+
+ffi::Error HierarchicalExchange::StartSegments() {
   for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
     JFOG_RETURN_IF_ERROR(SendInputs(s));
     // The receives of a segment wait for all headers: a rank that disagrees on
@@ -199,7 +204,7 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
   } else {
     comm().CountReceived(source, segments_.LeafBytes(me_));
   }
-  if (--unchecked_ > 0) return ffi::Error::Success();
+  if (--unchecked_ > 0 || !tags_.is_ready()) return ffi::Error::Success();
   for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
     JFOG_RETURN_IF_ERROR(ReceiveSegment(s));
   }
@@ -272,9 +277,13 @@ bool HierarchicalExchange::is_waiting() const {
 // Polls all steps until none of them moves. Each step works on the first
 // segment that has not completed it, so segments pass a step in order.
 ffi::Error HierarchicalExchange::Resume(bool* moved) {
+  if (tags_.BecomesReady()) {
+    JFOG_RETURN_IF_ERROR(StartSegments());
+    *moved = true;
+  }
   for (bool any = true; any;) {
     any = PublishInput();
-    if (unchecked_ == 0) {
+    if (unchecked_ == 0 && tags_.is_ready()) {
       for (Peer& peer : peers_) any |= SkipInputs(peer);
       if (HasInputs()) {
         JFOG_RETURN_IF_ERROR(TakeMean());
@@ -498,6 +507,7 @@ ffi::Error HierarchicalExchange::EndSegment() {
 
 // After an error the channels stay claimed: a peer may never read the chunks.
 void HierarchicalExchange::Ended() {
+  tags_.Leave();
   if (error().failure()) return;
   if (inputs_channel_) channels().Release(*inputs_channel_);
   if (results_channel_) channels().Release(*results_channel_);

@@ -64,6 +64,8 @@ class HierarchicalExchange : public Operation {
   // Messages.
   int tag(SegmentBuffers::Kind kind) const;
   ffi::Error SendHeaders();
+  // Starts the first segments, when messages with tags are allowed.
+  ffi::Error StartSegments();
   ffi::Error HeaderReceived(std::size_t e);
   ffi::Error SendInputs(std::size_t segment);
   ffi::Error ReceiveSegment(std::size_t segment);
@@ -99,6 +101,7 @@ class HierarchicalExchange : public Operation {
   std::vector<Term> mean_terms_, mix_terms_;
   const Segments segments_;
   SegmentBuffers buffers_;
+  TagUse tags_;
   std::vector<int> readers_;      // of this rank's channels, in the root
   bool shares_channels_ = false;  // channels reach all peers
   std::optional<Channels::Claim> inputs_channel_, results_channel_;

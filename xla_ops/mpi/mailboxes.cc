@@ -57,12 +57,6 @@ void Mailboxes::Done(int rank, std::uint64_t number) const {
       .number.store(number + 1, std::memory_order_release);
 }
 
-bool Mailboxes::HasRoom(int rank, std::uint64_t number) const {
-  return RingOf(local_[rank], me_)
-             .done[number % kSlots]
-             .number.load(std::memory_order_relaxed) == StampBefore(number);
-}
-
 std::optional<OperationHeader> Mailboxes::Peek(int rank) const {
   const std::uint64_t number = received_[rank].load(std::memory_order_relaxed);
   const Message* message = Find(rank, number);

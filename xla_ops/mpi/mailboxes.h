@@ -56,8 +56,6 @@ class Mailboxes {
   // A message; null until it is published.
   const Message* Find(int rank, std::uint64_t number) const;
   void Done(int rank, std::uint64_t number) const;
-  // Whether the slot of a message from a rank is free of the one before it.
-  bool HasRoom(int rank, std::uint64_t number) const;
   // The header of a message from a rank that no operation here has come to.
   std::optional<OperationHeader> Peek(int rank) const;
 

@@ -36,7 +36,10 @@ std::string Read(const std::byte* bytes, std::size_t count, int size,
   }
   const bool has_header =
       m.kind == ControlMessage::kArrival || m.kind == ControlMessage::kQuery ||
-      m.kind == ControlMessage::kFailed || m.kind == ControlMessage::kMalformed;
+      m.kind == ControlMessage::kFailed ||
+      m.kind == ControlMessage::kMalformed ||
+      m.kind == ControlMessage::kNoMemory || m.kind == ControlMessage::kAsk ||
+      m.kind == ControlMessage::kPosted;
   if (has_header && !IsValid(m.header)) {
     return "magic=" + std::to_string(m.header.magic) +
            ", which is not that of jfog";

@@ -61,6 +61,9 @@ struct ControlMessage {
     kNoPeers,    // the writer runs another operation
     kFailed,     // the operation does not match that of `rank`
     kMalformed,  // the writer got a malformed message from `rank` in it
+    kNoMemory,   // the writer has failed in it, mostly for lack of memory
+    kAsk,        // for the header of the writer's operation of this number
+    kPosted,     // that header
     kKinds
   };
   Header header;

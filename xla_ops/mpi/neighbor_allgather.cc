@@ -9,6 +9,7 @@
 #include "common/hash.h"
 #include "common/weighted_sum.h"
 #include "mpi/exchange.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
 #include "mpi/plan.h"
 
@@ -256,11 +257,11 @@ Completion NeighborAllgatherTransposeImpl(State* state, ffi::Token,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllgather, MakePlan<GatherPlan>,
-                              ffi::Ffi::BindInstantiate().Attrs());
+JFOG_DEFINE_HANDLER(MakeNeighborAllgather, "neighbor_allgather",
+                    MakePlan<GatherPlan>, ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    NeighborAllgather, NeighborAllgatherImpl,
+JFOG_DEFINE_HANDLER(
+    NeighborAllgather, "neighbor_allgather", NeighborAllgatherImpl,
     ffi::Ffi::Bind()
         .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
@@ -270,12 +271,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .RemainingRets()                 // gathered leaves, or handle
         .Attrs());                       // see GatherPlan
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllgatherTranspose,
-                              MakePlan<TransposePlan>,
-                              ffi::Ffi::BindInstantiate().Attrs());
+JFOG_DEFINE_HANDLER(MakeNeighborAllgatherTranspose, "neighbor_allgather",
+                    MakePlan<TransposePlan>,
+                    ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    NeighborAllgatherTranspose, NeighborAllgatherTransposeImpl,
+JFOG_DEFINE_HANDLER(
+    NeighborAllgatherTranspose, "neighbor_allgather",
+    NeighborAllgatherTransposeImpl,
     ffi::Ffi::Bind()
         .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/hash.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
 #include "mpi/neighbor_average.h"
 #include "mpi/plan.h"
@@ -184,11 +185,12 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(MakeNeighborAllreduce, MakePlan<NeighborPlan>,
-                              ffi::Ffi::BindInstantiate().Attrs());
+JFOG_DEFINE_HANDLER(MakeNeighborAllreduce, "neighbor_allreduce",
+                    MakePlan<NeighborPlan>,
+                    ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    NeighborAllreduce, NeighborAllreduceImpl,
+JFOG_DEFINE_HANDLER(
+    NeighborAllreduce, "neighbor_allreduce", NeighborAllreduceImpl,
     ffi::Ffi::Bind()
         .Ctx<ffi::State<State>>()
         .Arg<ffi::Token>()               // order in
@@ -198,8 +200,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .RemainingRets()                 // leaves like the operands, or handle
         .Attrs());                       // see NeighborPlan
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    PeerAllreduce, PeerAllreduceImpl,
+JFOG_DEFINE_HANDLER(
+    PeerAllreduce, "neighbor_allreduce", PeerAllreduceImpl,
     ffi::Ffi::Bind()
         .Arg<ffi::Token>()               // order in
         .Arg<ffi::BufferR1<ffi::S32>>()  // ranks of sources, destinations

@@ -9,6 +9,7 @@
 
 #include "common/format.h"
 #include "common/hash.h"
+#include "common/out_of_memory.h"
 
 namespace jfog::mpi {
 namespace {
@@ -98,13 +99,17 @@ void Operation::Renew() {
   finished_.store(false, std::memory_order_relaxed);
   awaited_since_.store(0, std::memory_order_relaxed);
   left_at_.reset();
+  asked_at_ = Clock::duration::zero();
+  posted_.clear();
   deadline_.Reset();
 }
 
 void Operation::Start() {
   std::lock_guard<std::mutex> lock(advancing_);
   ffi::Error error = comm_->Refusal();
-  if (error.success()) error = Post();
+  if (error.success() && is_ordered())
+    comm_->Log(header_, leaves_.payload_bytes, name_);
+  if (error.success()) error = Guard([this] { return Post(); });
   if (error.failure()) End(std::move(error));
 }
 
@@ -112,11 +117,14 @@ bool Operation::Advance(int polls) {
   std::unique_lock<std::mutex> lock(advancing_, std::try_to_lock);
   if (!lock.owns_lock() || finished()) return false;
   bool moved = false;
-  ffi::Error error = Poll(&moved);
-  while (--polls > 0 && !moved && error.success()) {
-    Pause();
-    error = Poll(&moved);
-  }
+  ffi::Error error = Guard([&] {
+    ffi::Error error = Poll(&moved);
+    while (--polls > 0 && !moved && error.success()) {
+      Pause();
+      error = Poll(&moved);
+    }
+    return error;
+  });
   if (error.failure()) {
     End(std::move(error));
     return true;
@@ -159,6 +167,19 @@ ffi::Error Operation::Poll(bool* moved) {
     }
   }
   return ffi::Error::Success();
+}
+
+ffi::Error Operation::ExceptionError() {
+  const Thrown thrown = Thrown::Current();
+  comm_->FailAll(header_, thrown.code,
+                 Title() + " (" + leaves_.Describe() + ") " + thrown.text);
+  return comm_->Refusal();
+}
+
+void Operation::EndByException() {
+  ffi::Error error = ExceptionError();
+  std::lock_guard<std::mutex> lock(advancing_);
+  if (!finished()) End(std::move(error));
 }
 
 void Operation::End(ffi::Error error) {
@@ -286,7 +307,7 @@ void Operation::CheckStall(Clock::time_point now) {
   if (!comm_->failed() && is_recent) return;
   std::lock_guard<std::mutex> lock(advancing_);
   if (finished()) return;
-  ffi::Error error = FindStall(CountWait(now));
+  ffi::Error error = Guard([&] { return FindStall(CountWait(now)); });
   if (error.failure()) End(std::move(error));
 }
 
@@ -362,18 +383,40 @@ ffi::Error Operation::CheckMail(const std::vector<int>& missing) {
 
 ffi::Error Operation::CheckControlMessages(const std::vector<int>& missing,
                                            Clock::duration waited) {
+  std::vector<int> later;
   for (int rank : missing) {
     const std::optional<Header> message = comm_->LastControlMessage(rank);
     if (!message || message->sequence < sequence()) continue;
-    // The peer waits, too: in the same operation, or in a later one without
-    // having sent the message that this rank waits for. A sent message would
-    // have arrived long before the announcement.
-    if (message->sequence == sequence() ||
-        (deadline_.IsLong(waited) && IsOverdue(rank))) {
+    // The peer waits, too: in the same operation, or in a later one.
+    if (message->sequence == sequence()) {
       JFOG_RETURN_IF_ERROR(CheckHeader(rank, *message));
+    } else if (deadline_.IsLong(waited) && !HasPosted(rank)) {
+      later.push_back(rank);
+    }
+  }
+  return CompareWithPosted(later, waited);
+}
+
+// A later number proves nothing by itself: handles are waited on in any order,
+// and a third rank may hold up the messages of this operation.
+ffi::Error Operation::CompareWithPosted(const std::vector<int>& later,
+                                        Clock::duration waited) {
+  if (asked_at_ > waited) asked_at_ = Clock::duration::zero();
+  const bool asks = waited >= 2 * asked_at_;
+  if (asks && !later.empty()) asked_at_ = waited;
+  for (int rank : later) {
+    if (const auto theirs = comm_->TakePosted(rank, sequence())) {
+      JFOG_RETURN_IF_ERROR(CheckHeader(rank, *theirs));
+      posted_.push_back(rank);
+    } else if (asks) {
+      comm_->AskPosted(rank, MakeHeader(leaves_.payload_bytes));
     }
   }
   return ffi::Error::Success();
+}
+
+bool Operation::HasPosted(int rank) const {
+  return std::count(posted_.begin(), posted_.end(), rank) > 0;
 }
 
 }  // namespace jfog::mpi

@@ -60,6 +60,10 @@ class Operation {
   // Advances it to its end on the calling thread.
   ffi::Error Complete();
 
+  // Ends it because of the exception that is being handled, which also fails
+  // the communicator.
+  void EndByException();
+
   const Payload& leaves() const { return leaves_; }
   bool IsOn(const Communicator& comm) const { return comm_.get() == &comm; }
   // "neighbor_allreduce #41 on rank 0"
@@ -91,9 +95,6 @@ class Operation {
   virtual void Ended() {}
   // Whether other ranks come to the same operation, in the same order.
   virtual bool is_ordered() const { return true; }
-  // Whether the header of a missing rank must have arrived if that rank has
-  // passed this operation.
-  virtual bool IsOverdue(int) const { return true; }
   // Called now and then while nothing moves: looks for reasons of its own.
   virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 
@@ -127,6 +128,8 @@ class Operation {
   std::uint64_t Fingerprint() const;
   // Whether that is of the same operation.
   bool Matches(const Header& theirs) const;
+  // Whether that rank has answered that it has started the same operation.
+  bool HasPosted(int rank) const;
   // An error, if this rank and that one are not in the same operation.
   ffi::Error CheckHeader(int source, const Header& theirs);
   // Reads the header of a message, and checks it and the message's length.
@@ -151,6 +154,16 @@ class Operation {
   // Compares the length of a completed message, if it is a received one.
   ffi::Error CheckReceived(std::size_t slot, const MPI_Status& status);
   ffi::Error Poll(bool* moved);
+  // Runs a step; an exception is an error.
+  template <typename Step>
+  ffi::Error Guard(Step step) {
+    try {
+      return step();
+    } catch (...) {
+      return ExceptionError();
+    }
+  }
+  ffi::Error ExceptionError();
   // The time that this rank has waited and looked. Time without a look is left
   // out: a process that is suspended does not wait.
   Clock::duration CountWait(Clock::time_point now);
@@ -159,6 +172,10 @@ class Operation {
   ffi::Error CheckMail(const std::vector<int>& missing);
   ffi::Error CheckControlMessages(const std::vector<int>& missing,
                                   Clock::duration waited);
+  // Asks ranks that wait in later operations what they have started as this
+  // one, less often the longer the wait.
+  ffi::Error CompareWithPosted(const std::vector<int>& later,
+                               Clock::duration waited);
   void End(ffi::Error error);
 
   std::shared_ptr<Communicator> comm_;
@@ -177,6 +194,8 @@ class Operation {
   Clock::time_point looked_at_;
   // The wait at the last look by which no missing rank had left.
   std::optional<Clock::duration> left_at_;
+  Clock::duration asked_at_{0};  // the wait at the last question
+  std::vector<int> posted_;      // the ranks that are in it, too
   Deadline deadline_;
 };
 

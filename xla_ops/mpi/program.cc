@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/status.h"
+#include "mpi/guarded_handler.h"
 
 namespace jfog::mpi {
 namespace {
@@ -40,18 +41,18 @@ ffi::Error ReadyImpl(ffi::Token, ffi::BufferR2<ffi::F32>,
 
 void ResetProgramDevice() { program_device.store(-1); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ProgramBegin, BeginImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::Token>()
-                                  .Ret<ffi::Token>()
-                                  .Ret<ffi::BufferR0<ffi::PRED>>()
-                                  .Ret<ffi::BufferR2<ffi::F32>>());
+JFOG_DEFINE_HANDLER(ProgramBegin, "a program", BeginImpl,
+                    ffi::Ffi::Bind()
+                        .Ctx<ffi::DeviceOrdinal>()
+                        .Arg<ffi::Token>()
+                        .Ret<ffi::Token>()
+                        .Ret<ffi::BufferR0<ffi::PRED>>()
+                        .Ret<ffi::BufferR2<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ProgramReady, ReadyImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Ret<ffi::Token>());
+JFOG_DEFINE_HANDLER(ProgramReady, "a program", ReadyImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()
+                        .Arg<ffi::BufferR2<ffi::F32>>()
+                        .Ret<ffi::Token>());
 
 }  // namespace jfog::mpi

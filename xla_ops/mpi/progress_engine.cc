@@ -5,7 +5,9 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <iterator>
+#include <system_error>
 #include <thread>
 
 #include "common/process_wide.h"
@@ -41,6 +43,7 @@ Engine& Engine::Get() { return ProcessWide<Engine>(); }
 void Engine::Submit(std::shared_ptr<Operation> operation, Waiter waiter) {
   Entries entry;
   entry.push_back({std::move(operation), std::move(waiter)});
+  const Operation* const submitted = entry.front().operation.get();
   bool spawn = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -52,11 +55,42 @@ void Engine::Submit(std::shared_ptr<Operation> operation, Waiter waiter) {
     spawn = !leading_ && idle_ == 0;
   }
   if (spawn) {
-    std::thread([this] { Run(); }).detach();
+    // Without a new thread one that calls a waiter takes it up later.
+    if (!Spawn()) GiveUp(submitted);
   } else {
     work_.notify_one();
     changed_.notify_all();
   }
+}
+
+bool Engine::Spawn() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  try {
+    std::thread([this] { Run(); }).detach();
+  } catch (const std::system_error&) {
+    return false;
+  }
+  ++threads_;
+  return true;
+}
+
+void Engine::GiveUp(const Operation* operation) {
+  Entries given_up;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto open = open_.find(operation);
+    if (threads_ > 0 || open == open_.end()) return;
+    given_up.splice(given_up.end(), added_, open->second);
+    open_.erase(open);
+  }
+  Entry& entry = given_up.front();
+  try {
+    throw std::system_error(EAGAIN, std::generic_category(),
+                            "the progress engine");
+  } catch (...) {
+    entry.operation->EndByException();
+  }
+  if (entry.waiter) entry.waiter(entry.operation->error());
 }
 
 bool Engine::Attach(const std::shared_ptr<Operation>& operation,
@@ -101,10 +135,14 @@ void Engine::LookAfter() {
     lock.unlock();
     bool busy = false;
     for (const auto& [comm, serve] : watched) {
-      if (serve == nullptr) {
-        comm->ReadControlMessages();
-      } else {
-        busy = serve() || busy;
+      try {
+        if (serve == nullptr) {
+          comm->ReadControlMessages();
+        } else {
+          busy = serve() || busy;
+        }
+      } catch (...) {
+        FailByException(comm.get(), "the service of other ranks");
       }
     }
     const Clock::time_point now = Clock::now();
@@ -153,7 +191,7 @@ void Engine::Run() {
     const bool spawn = more && idle_ == 0;
     lock.unlock();
     if (spawn) {
-      std::thread([this] { Run(); }).detach();
+      Spawn();
     } else if (more) {
       work_.notify_one();
     }

@@ -60,6 +60,10 @@ class Engine {
   };
 
   void Run();
+  // Starts a thread; false if the system has none.
+  bool Spawn();
+  // Ends an operation for which no thread can be started.
+  void GiveUp(const Operation* operation);
   void LookAfter(Watched watched);
   void LookAfter();
   // Advances operations until one has ended that has a waiter; returns it.
@@ -82,7 +86,8 @@ class Engine {
   std::unordered_map<const Operation*, Entries::iterator> open_;
   std::vector<const Operation*> attached_;  // since the leader has looked
   Entries ended_;                           // their waiters are still to call
-  int idle_ = 0;                            // threads without work
+  int threads_ = 0;
+  int idle_ = 0;  // threads without work
   bool leading_ = false;
   std::vector<Watched> watched_;
   bool watching_ = false;  // a thread serves these

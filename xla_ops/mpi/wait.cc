@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/fork.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/handles.h"
 #include "mpi/launch.h"
 #include "mpi/progress_engine.h"
@@ -48,7 +49,7 @@ ffi::Error ReadResults(ffi::RemainingRets rets, Payload* results) {
   return ffi::Error::Success();
 }
 
-Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
+Completion WaitImpl(ffi::Token, ffi::BufferR1<ffi::U32> id, ffi::RemainingArgs,
                     ffi::Result<ffi::Token>, ffi::RemainingRets rets) {
   if (IsForked()) return ForkedError("wait");
   JFOG_ASSIGN_OR_RETURN(operation,
@@ -76,7 +77,7 @@ Completion WaitImpl(ffi::Token, ffi::BufferR0<ffi::U32> id, ffi::RemainingArgs,
   return ffi::Error::Success();
 }
 
-ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
+ffi::Error PollImpl(ffi::Token, ffi::BufferR1<ffi::U32> id,
                     ffi::Result<ffi::Token>,
                     ffi::Result<ffi::BufferR0<ffi::PRED>> ended) {
   if (IsForked()) return ForkedError("poll");
@@ -89,19 +90,19 @@ ffi::Error PollImpl(ffi::Token, ffi::BufferR0<ffi::U32> id,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Wait, WaitImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()               // order in
-                                  .Arg<ffi::BufferR0<ffi::U32>>()  // handle
-                                  .RemainingArgs()    // those of its start
-                                  .Ret<ffi::Token>()  // order out
-                                  .RemainingRets());  // its results
+JFOG_DEFINE_HANDLER(Wait, "wait", WaitImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()               // order in
+                        .Arg<ffi::BufferR1<ffi::U32>>()  // handle
+                        .RemainingArgs()                 // those of its start
+                        .Ret<ffi::Token>()               // order out
+                        .RemainingRets());               // its results
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Poll, PollImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()               // order in
-                                  .Arg<ffi::BufferR0<ffi::U32>>()  // handle
-                                  .Ret<ffi::Token>()               // order out
-                                  .Ret<ffi::BufferR0<ffi::PRED>>());  // ended
+JFOG_DEFINE_HANDLER(Poll, "poll", PollImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()                  // order in
+                        .Arg<ffi::BufferR1<ffi::U32>>()     // handle
+                        .Ret<ffi::Token>()                  // order out
+                        .Ret<ffi::BufferR0<ffi::PRED>>());  // ended
 
 }  // namespace jfog::mpi

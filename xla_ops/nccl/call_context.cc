@@ -168,7 +168,7 @@ ffi::Error Call::Launch(std::shared_ptr<Communicator> comm, OperationSpec spec,
 
 ffi::Error Call::Finish(ffi::RemainingRets results) {
   if (!is_start()) return ffi::Error::Success();
-  auto number = results.get<ffi::BufferR0<ffi::U32>>(0);
+  auto number = results.get<ffi::BufferR1<ffi::U32>>(0);
   if (!number) return number.error();
   started_->ended = plan_.comm->device().MakeEvent();
   JFOG_RETURN_IF_ERROR(
@@ -176,9 +176,12 @@ ffi::Error Call::Finish(ffi::RemainingRets results) {
   started_->last_use = started_->ended;
   const DevicePointer to =
       reinterpret_cast<DevicePointer>((*number)->untyped_data());
-  const std::uint32_t handle = Insert(std::move(started_));
-  return CheckCuda(Cuda().set_words(to, handle, 1, program_),
-                   "cuMemsetD32Async");
+  const auto handle = Insert(std::move(started_));
+  JFOG_RETURN_IF_ERROR(CheckCuda(Cuda().set_words(to, handle[0], 1, program_),
+                                 "cuMemsetD32Async"));
+  return CheckCuda(
+      Cuda().set_words(to + sizeof(handle[0]), handle[1], 1, program_),
+      "cuMemsetD32Async");
 }
 
 }  // namespace jfog::nccl

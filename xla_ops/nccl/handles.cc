@@ -20,9 +20,9 @@ Started::~Started() {
   }
 }
 
-std::uint32_t Insert(std::shared_ptr<Started> started) {
-  std::uint32_t handle;
-  Handles().Insert(std::move(started), &handle);
+std::array<std::uint32_t, 2> Insert(std::shared_ptr<Started> started) {
+  std::array<std::uint32_t, 2> handle;
+  Handles().Insert(std::move(started), handle.data());
   return handle;
 }
 

@@ -2,6 +2,7 @@
 #ifndef JFOG_XLA_OPS_NCCL_HANDLES_H_
 #define JFOG_XLA_OPS_NCCL_HANDLES_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -31,8 +32,8 @@ struct Started {
 
 HandleTable<Started>& Handles();
 
-// Opens a handle and returns its number.
-std::uint32_t Insert(std::shared_ptr<Started> started);
+// Opens a handle and returns the two words of its number.
+std::array<std::uint32_t, 2> Insert(std::shared_ptr<Started> started);
 
 // Closes the handles of a communicator; returns how many were open.
 int ForgetHandles(const Communicator& comm);

@@ -12,7 +12,8 @@
 namespace jfog::nccl {
 namespace {
 
-using Number = ffi::BufferR0<ffi::U32>;
+using Number = ffi::BufferR1<ffi::U32>;  // two words
+constexpr std::size_t kNumberBytes = 2 * sizeof(std::uint32_t);
 
 ffi::Error Check(int code, const char* function, const char* name) {
   if (code == kCudaSuccess) return ffi::Error::Success();
@@ -42,13 +43,12 @@ ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
   guard.emplace(context);
   JFOG_RETURN_IF_ERROR(Check(guard->code(), "cuCtxPushCurrent", name));
   Buffer copy;
-  JFOG_RETURN_IF_ERROR(
-      Check(device->pinned().Take(sizeof(std::uint32_t), stream, &copy),
-            "cuMemAllocHost", name));
+  JFOG_RETURN_IF_ERROR(Check(device->pinned().Take(kNumberBytes, stream, &copy),
+                             "cuMemAllocHost", name));
   ffi::Error error = Check(
       Cuda().copy_to_host(
           copy.host(), reinterpret_cast<DevicePointer>(number.untyped_data()),
-          sizeof(std::uint32_t), stream),
+          kNumberBytes, stream),
       "cuMemcpyDtoHAsync", name);
   if (error.success()) {
     error =
@@ -58,9 +58,9 @@ ffi::Error HandleLookup::Find(CudaStream stream, const Number& number,
     copy.Leak();
     return error;
   }
-  std::uint32_t handle;
-  std::memcpy(&handle, copy.host(), sizeof(handle));
-  JFOG_ASSIGN_OR_RETURN(open, Handles().Find(&handle, take, name));
+  std::uint32_t handle[2];
+  std::memcpy(handle, copy.host(), sizeof(handle));
+  JFOG_ASSIGN_OR_RETURN(open, Handles().Find(handle, take, name));
   started = std::move(open);
   return ffi::Error::Success();
 }

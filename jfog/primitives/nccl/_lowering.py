@@ -203,7 +203,7 @@ def start(
   send.attributes["received_bytes"] = np.array([*sizes, -1], np.int64)
   # The started call returns at once; the buffers that NCCL fills belong to the
   # native side until `wait` copies them out.
-  (number,) = call(send, [jax.ShapeDtypeStruct((), jnp.uint32)])
+  (number,) = call(send, [jax.ShapeDtypeStruct((2,), jnp.uint32)])
   weights = jax.tree.leaves(rendition.weights(scalars, **params))
   if all(
     x.shape == y.shape and x.dtype == y.dtype

@@ -9,6 +9,7 @@
 #include "common/hash.h"
 #include "common/weighted_sum.h"
 #include "mpi/collective.h"
+#include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
 #include "mpi/windows/service.h"
 #include "mpi/windows/transfer.h"
@@ -272,70 +273,70 @@ ffi::Error WinFreeImpl(ffi::Token, HandleBuffer handle, ffi::Result<ffi::Token>,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinCreate, WinCreateImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()    // order in
-                                  .RemainingArgs()      // leaves
-                                  .Ret<ffi::Token>()    // order out
-                                  .Ret<HandleBuffer>()  // the window
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<std::int64_t>("graph")
-                                  .Attr<std::int64_t>("structure")
-                                  .Attr<Ints>("sources")
-                                  .Attr<Ints>("destinations")
-                                  .Attr<Ints>("slots")
-                                  .Attr<std::int64_t>("zero_init")
-                                  .Attr<std::int64_t>("associated"));
+JFOG_DEFINE_HANDLER(WinCreate, "win_create", WinCreateImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()    // order in
+                        .RemainingArgs()      // leaves
+                        .Ret<ffi::Token>()    // order out
+                        .Ret<HandleBuffer>()  // the window
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode")
+                        .Attr<std::int64_t>("graph")
+                        .Attr<std::int64_t>("structure")
+                        .Attr<Ints>("sources")
+                        .Attr<Ints>("destinations")
+                        .Attr<Ints>("slots")
+                        .Attr<std::int64_t>("zero_init")
+                        .Attr<std::int64_t>("associated"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinPut, TransferImpl<WindowRequest::kPut>,
-                              TransferBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAccumulate,
-                              TransferImpl<WindowRequest::kAccumulate>,
-                              TransferBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinGet, TransferImpl<WindowRequest::kGet>,
-                              TransferBinding());
+JFOG_DEFINE_HANDLER(WinPut, "win_put", TransferImpl<WindowRequest::kPut>,
+                    TransferBinding());
+JFOG_DEFINE_HANDLER(WinAccumulate, "win_accumulate",
+                    TransferImpl<WindowRequest::kAccumulate>,
+                    TransferBinding());
+JFOG_DEFINE_HANDLER(WinGet, "win_get", TransferImpl<WindowRequest::kGet>,
+                    TransferBinding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinUpdate, WinUpdateImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()      // order in
-                                  .Arg<HandleBuffer>()    // the window
-                                  .Arg<ffi::AnyBuffer>()  // weights, own first
-                                  .RemainingArgs()        // leaves
-                                  .Ret<ffi::Token>()      // order out
-                                  .RemainingRets()  // leaves, and the window
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode")
-                                  .Attr<Ints>("peers")
-                                  .Attr<std::int64_t>("difference")
-                                  .Attr<std::int64_t>("reset")
-                                  .Attr<std::int64_t>("expose"));
+JFOG_DEFINE_HANDLER(WinUpdate, "win_update", WinUpdateImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()      // order in
+                        .Arg<HandleBuffer>()    // the window
+                        .Arg<ffi::AnyBuffer>()  // weights, own first
+                        .RemainingArgs()        // leaves
+                        .Ret<ffi::Token>()      // order out
+                        .RemainingRets()        // leaves, and the window
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode")
+                        .Attr<Ints>("peers")
+                        .Attr<std::int64_t>("difference")
+                        .Attr<std::int64_t>("reset")
+                        .Attr<std::int64_t>("expose"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinVersion, WinVersionImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()               // order in
-                                  .Arg<HandleBuffer>()             // the window
-                                  .Ret<ffi::Token>()               // order out
-                                  .Ret<ffi::BufferR1<ffi::S32>>()  // by rank
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode"));
+JFOG_DEFINE_HANDLER(WinVersion, "win_version", WinVersionImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()               // order in
+                        .Arg<HandleBuffer>()             // the window
+                        .Ret<ffi::Token>()               // order out
+                        .Ret<ffi::BufferR1<ffi::S32>>()  // by rank
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinAssociatedP, WinAssociatedPImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()      // order in
-                                  .Arg<HandleBuffer>()    // the window
-                                  .Ret<ffi::Token>()      // order out
-                                  .Ret<ffi::AnyBuffer>()  // p
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode"));
+JFOG_DEFINE_HANDLER(WinAssociatedP, "win_associated_p", WinAssociatedPImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()      // order in
+                        .Arg<HandleBuffer>()    // the window
+                        .Ret<ffi::Token>()      // order out
+                        .Ret<ffi::AnyBuffer>()  // p
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(WinFree, WinFreeImpl,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Token>()    // order in
-                                  .Arg<HandleBuffer>()  // the window
-                                  .Ret<ffi::Token>()    // order out
-                                  .Ret<HandleBuffer>()  // its handle
-                                  .Attr<std::int64_t>("context")
-                                  .Attr<std::int64_t>("mode"));
+JFOG_DEFINE_HANDLER(WinFree, "win_free", WinFreeImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()    // order in
+                        .Arg<HandleBuffer>()  // the window
+                        .Ret<ffi::Token>()    // order out
+                        .Ret<HandleBuffer>()  // its handle
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
 }  // namespace jfog::mpi

@@ -73,9 +73,9 @@ std::string CheckWindowState(std::int32_t state) {
   }
 }
 
-int ReplyTag(std::uint64_t request) {
-  return kChunkTag + static_cast<int>(request % kChunkTags);
-}
+int ReplyTag(int number) { return kChunkTag + number; }
+
+int RequestNumber(int reply_tag) { return reply_tag - kChunkTag; }
 
 int ReplyPayloadTag(int reply_tag) { return reply_tag + kChunkTags; }
 

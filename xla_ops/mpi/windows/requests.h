@@ -62,7 +62,9 @@ std::string CheckWindowState(std::int32_t state);
 // tags of its reply and of the reply's payload.
 constexpr int kRequestTag = 5;
 constexpr int kRequestPayloadTag = 6;
-int ReplyTag(std::uint64_t request);
+int ReplyTag(int number);
+// The number of a request with that tag.
+int RequestNumber(int reply_tag);
 int ReplyPayloadTag(int reply_tag);
 
 }  // namespace jfog::mpi

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 namespace jfog::mpi {
@@ -98,7 +99,13 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   request.weight = weights_[remote.peer];
   request.kind = kind_;
   request.record = has_payload() ? window_->RecordAt(rank) : 0;
-  request.tag = remote.tag = ReplyTag(comm().NextRequest());
+  const std::optional<int> free = comm().requests().Take();
+  if (!free) {
+    return Fail(ffi::ErrorCode::kResourceExhausted,
+                "finds too many requests to windows of other machines in "
+                "flight; wait on their handles");
+  }
+  request.tag = remote.tag = ReplyTag(*free);
   request = WithCheck(request);
   const std::size_t bytes = request.MessageBytes();
   const bool is_short = bytes > sizeof(request);
@@ -153,16 +160,21 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
             Slot(slot - kReply + kValue, bytes)));
         return ffi::Error::Success();
       }
-      remote.answered = true;
+      Answered(remote);
       if (outcome_.success()) outcome_ = std::move(error);
       return ffi::Error::Success();
     }
     case kValue:
-      remote.answered = true;
+      Answered(remote);
       return WriteSlot(rank, weights_[remote.peer], remote.value.get());
     default:
       return ffi::Error::Success();
   }
+}
+
+void WindowTransfer::Answered(RemoteTransfer& remote) {
+  remote.answered = true;
+  comm().requests().GiveBack(RequestNumber(remote.tag));
 }
 
 ffi::Error WindowTransfer::WriteSlot(int rank, double weight,

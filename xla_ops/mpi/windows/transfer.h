@@ -47,6 +47,7 @@ class WindowTransfer : public Operation {
   // The whole transfer with a peer that shares memory.
   ffi::Error TransferShared(std::size_t peer);
   ffi::Error SendRequest(std::size_t number);
+  void Answered(RemoteTransfer& remote);
   // Writes a value from a peer to its slot here.
   ffi::Error WriteSlot(int rank, double weight, const std::byte* value);
   ffi::Error CheckState(int rank, WindowMemory::State state);

@@ -1,0 +1,103 @@
+"""Native memory that runs out: an error on all ranks, and no process ends by it."""
+
+import textwrap
+
+import pytest
+from support import jobs
+
+from jfog import runtime
+
+pytestmark = pytest.mark.skipif(
+  not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
+)
+DEADLINE = 240.0  # seconds; each of these takes a few when all is quiet
+MIB = 2**20
+
+HEAD = f"""
+import resource, sys
+import jax, jax.numpy as jnp, numpy as np, jfog
+MIB = {MIB}
+world = jfog.init(timeout=60, local_size=LOCAL)
+rank, size = world.rank, world.size
+graph = jfog.topology.ring(size)
+x = jnp.full(64 * MIB, float(rank), jnp.float32)  # 256 MiB
+jax.block_until_ready(jfog.allreduce(x[:9]))
+jfog.barrier()
+
+def limit(mebibytes):
+  # Above what this process has mapped, on rank 1.
+  if rank != 1:
+    return
+  pages = int(open("/proc/self/statm").read().split()[0])
+  soft = pages * resource.getpagesize() + mebibytes * MIB
+  resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+def outcome(operation):
+  try:
+    jax.block_until_ready(operation())
+  except jax.errors.JaxRuntimeError as error:
+    return str(error).splitlines()[0]
+  return "no error"
+
+def end(text):
+  resource.setrlimit(
+    resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+  )
+  print(f"rank {{rank}}: {{text}}", flush=True)
+"""
+
+# The names of operations by the room beside the value, in MiB, and a call. XLA
+# allocates the results, or of a start the placeholders, before it starts.
+CALLS = {
+  "neighbor_allreduce": (384, "jfog.neighbor_allreduce_start(x, graph)"),
+  "allreduce": (384, "jfog.allreduce(x)"),
+  "broadcast": (384, "jfog.broadcast(x)"),
+  "allgather": (640, "jfog.allgather_start(x)"),
+}
+
+
+def run(program, local_size=None):
+  head = HEAD.replace("LOCAL", str(local_size))
+  return jobs.run_program(head + textwrap.dedent(program), 2, deadline=DEADLINE)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_operation_without_memory_is_an_error_on_all_ranks(name):
+  room, call = CALLS[name]
+  code, out, err = run(f"""
+    limit({room})
+    text = outcome(lambda: {call})
+    if text == "no error":
+      text = outcome(lambda: jfog.allreduce(jnp.ones(3)))
+    end(text)
+  """)
+  lines = {line[:6]: line for line in out.splitlines()}
+  assert {"rank 0", "rank 1"} <= set(lines), (code, out, err)
+  assert "RESOURCE_EXHAUSTED" in lines["rank 1"], out
+  assert f"jfog: {name}" in lines["rank 1"], out
+  assert "on rank 1" in lines["rank 1"] and "bytes" in lines["rank 1"], out
+  assert "FAILED_PRECONDITION" in lines["rank 0"], out
+  assert "rank 1 has no memory" in lines["rank 0"], out
+
+
+@pytest.mark.full
+def test_a_service_without_memory_is_an_error_on_all_ranks():
+  """A put to another machine is received by a thread that no caller waits in."""
+  code, out, err = run(
+    """
+    win = jfog.win_create(x, graph)
+    jfog.barrier()
+    limit(64)
+    if rank == 0:
+      text = outcome(lambda: jfog.win_put(win, x))
+    else:
+      text = outcome(jfog.barrier)
+    end(text)
+  """,
+    local_size=1,
+  )
+  lines = {line[:6]: line for line in out.splitlines()}
+  assert {"rank 0", "rank 1"} <= set(lines), (code, out, err)
+  assert "RESOURCE_EXHAUSTED" in lines["rank 1"], out
+  assert "on rank 1" in lines["rank 1"] and "bytes" in lines["rank 1"], out
+  assert "rank 1 has no memory" in lines["rank 0"], out
