@@ -28,8 +28,6 @@ FULL_CELLS = {
 # Shown as failures that are expected until jfog is mended; not strict, for the order
 # in which that happens is open.
 KNOWN = {
-  "handles": "a handle that is waited on late is taken for a mismatch",
-  "17 000 handles": "a handle that is waited on late is taken for a mismatch",
   "ports_and_modes": "the launcher listens on all interfaces",
 }
 

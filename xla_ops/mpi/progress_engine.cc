@@ -30,9 +30,10 @@ constexpr std::chrono::microseconds kServeFor{300};
 // A round polls so many of the first operations, which are those that callers
 // wait for and then the oldest, and others in turn: as many, and as many again
 // for each kWiden without progress, so that a round stays short beside the wait
-// before it. A round of all, with each of which one ends, would be quadratic.
+// before it: the peer waits for it, and its next round must not be longer. A
+// round of all, with each of which one ends, would be quadratic.
 constexpr std::size_t kFirst = 64;
-constexpr std::chrono::microseconds kWiden{20};
+constexpr std::chrono::microseconds kWiden{200};
 // Interval of the checks for stalls.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
