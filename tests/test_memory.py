@@ -14,9 +14,10 @@ DEADLINE = 240.0  # seconds; each of these takes a few when all is quiet
 MIB = 2**20
 
 HEAD = f"""
-import resource, sys
+import os, pathlib, resource, sys, time
 import jax, jax.numpy as jnp, numpy as np, jfog
 MIB = {MIB}
+folder = pathlib.Path(os.environ["FOLDER"])
 world = jfog.init(timeout=60, local_size=LOCAL)
 rank, size = world.rank, world.size
 graph = jfog.topology.ring(size)
@@ -44,6 +45,10 @@ def end(text):
     resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
   )
   print(f"rank {{rank}}: {{text}}", flush=True)
+  # The launcher ends the job once a rank whose world has failed has ended.
+  (folder / str(rank)).touch()
+  while not all((folder / str(other)).exists() for other in range(size)):
+    time.sleep(0.01)
 """
 
 # The names of operations by the room beside the value, in MiB, and a call. XLA
@@ -56,21 +61,29 @@ CALLS = {
 }
 
 
-def run(program, local_size=None):
+def run(program, folder, local_size=None):
   head = HEAD.replace("LOCAL", str(local_size))
-  return jobs.run_program(head + textwrap.dedent(program), 2, deadline=DEADLINE)
+  return jobs.run_program(
+    head + textwrap.dedent(program),
+    2,
+    deadline=DEADLINE,
+    environment={"FOLDER": str(folder)},
+  )
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_operation_without_memory_is_an_error_on_all_ranks(name):
+def test_an_operation_without_memory_is_an_error_on_all_ranks(name, tmp_path):
   room, call = CALLS[name]
-  code, out, err = run(f"""
+  code, out, err = run(
+    f"""
     limit({room})
     text = outcome(lambda: {call})
     if text == "no error":
       text = outcome(lambda: jfog.allreduce(jnp.ones(3)))
     end(text)
-  """)
+  """,
+    tmp_path,
+  )
   lines = {line[:6]: line for line in out.splitlines()}
   assert {"rank 0", "rank 1"} <= set(lines), (code, out, err)
   assert "RESOURCE_EXHAUSTED" in lines["rank 1"], out
@@ -81,7 +94,7 @@ def test_an_operation_without_memory_is_an_error_on_all_ranks(name):
 
 
 @pytest.mark.full
-def test_a_service_without_memory_is_an_error_on_all_ranks():
+def test_a_service_without_memory_is_an_error_on_all_ranks(tmp_path):
   """A put to another machine is received by a thread that no caller waits in."""
   code, out, err = run(
     """
@@ -94,6 +107,7 @@ def test_a_service_without_memory_is_an_error_on_all_ranks():
       text = outcome(jfog.barrier)
     end(text)
   """,
+    tmp_path,
     local_size=1,
   )
   lines = {line[:6]: line for line in out.splitlines()}

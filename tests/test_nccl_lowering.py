@@ -374,7 +374,7 @@ def test_what_is_started_is_finished_where_it_is_waited_for(target):
   )
   assert (begun.target, waited.target) == (target, "wait")
   assert begun.attributes["mode"] == 1
-  assert begun.results == waited.operands == ["ui32"]
+  assert begun.results == waited.operands == ["2xui32"]
   assert begun.aliases == {}, "what is sent stays until it is sent"
   (received,) = waited.results
   sizes = [int(n) for n in received.removesuffix("xf32").split("x")]

@@ -7,6 +7,9 @@ from typing import Any
 from jfog.runtime import _rank_process
 
 _LOOK = 0.05  # seconds between two looks at a call in progress
+# Seconds: processes of one job start seconds apart on a busy machine, so that a
+# shorter timeout of operations says nothing about the start.
+_LEAST = 15.0
 
 _failure = ""  # why the start failed, which is not repeated in a process
 
@@ -22,7 +25,7 @@ class Start:
     """Starts no clock: only calls in progress count.
 
     Args:
-      timeout: seconds.
+      timeout: seconds, of which there are at least 15.
       size: the number of ranks, None or 0 if it is not known.
     """
     if _failure:
@@ -30,8 +33,8 @@ class Start:
         f"jfog.init has failed in this process before, and MPI starts once; "
         f"start the job again. The failure was: {_failure}"
       )
-    self.timeout = timeout
-    self._left = timeout
+    self.timeout = max(timeout, _LEAST)
+    self._left = self.timeout
     self._size = size or 0
 
   def call(self, function: Callable[..., Any], *arguments: Any) -> Any:

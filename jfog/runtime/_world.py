@@ -51,8 +51,8 @@ def init(
     local_size: makes consecutive ranks into pretended machines of that many
       ranks. By default machines are those that share memory; the environment
       variable `JFOG_LOCAL_SIZE` stands in for the argument.
-    timeout: seconds that this call and later each operation wait for other
-      ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
+    timeout: seconds that this call (at least 15) and later each operation wait for
+      other ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
       of an operation a warning is printed. A world of one never waits.
 
   Returns:
