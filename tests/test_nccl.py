@@ -205,7 +205,7 @@ def test_where_there_is_no_gpu_one_line_says_so():
 # One job runs all scenes, each in a world of its own.
 
 HEAD = """
-import os, time, warnings
+import os, pathlib, time, warnings
 from support import emulated
 library = emulated.carry_jfog(os.environ["EMULATION"])
 import jax, jax.numpy as jnp, jfog
@@ -237,8 +237,9 @@ SCENES = {
     x = average(jnp.ones(5))
     if rank == 0:
       say(error_of(lambda: average(jnp.ones(5))))
-    else:
-      time.sleep(4)
+      met.touch()
+    while not met.exists():
+      time.sleep(0.01)
     """,
   ),
   "other operations of one size": (
@@ -350,9 +351,10 @@ SCENES = {
   params=["0", pytest.param("1", marks=pytest.mark.full)],
   ids=["non-blocking", "blocking"],
 )
-def said(emulation, request):
+def said(emulation, request, tmp_path_factory):
   """The output of both ranks in every scene, in both modes of communicators."""
-  play = HEAD
+  met = tmp_path_factory.mktemp("scenes") / "met"
+  play = f"{HEAD}\nmet = pathlib.Path({str(met)!r})\n"
   for name, (deadline, scene) in SCENES.items():
     play += f"""
 name = {name!r}

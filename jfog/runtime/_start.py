@@ -25,7 +25,7 @@ class Start:
     """Starts no clock: only calls in progress count.
 
     Args:
-      timeout: seconds, of which there are at least 15.
+      timeout: seconds, of which the start has at least 15.
       size: the number of ranks, None or 0 if it is not known.
     """
     if _failure:
@@ -33,8 +33,8 @@ class Start:
         f"jfog.init has failed in this process before, and MPI starts once; "
         f"start the job again. The failure was: {_failure}"
       )
-    self.timeout = max(timeout, _LEAST)
-    self._left = self.timeout
+    self.timeout = timeout  # of operations
+    self._limit = self._left = max(timeout, _LEAST)
     self._size = size or 0
 
   def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -80,6 +80,6 @@ class Start:
       others = "other ranks; all have called jfog.init, is one of them stopped?"
     return (
       f"DEADLINE_EXCEEDED: jfog: init on rank {rank}{of} has waited "
-      f"{self.timeout:g} s for {others}. All ranks of a job call jfog.init; if "
+      f"{self._limit:g} s for {others}. All ranks of a job call jfog.init; if "
       f"some only start late, pass a longer jfog.init(timeout=)."
     )

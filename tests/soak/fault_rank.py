@@ -13,6 +13,7 @@ import time
 FELL = "FELL"  # before the time of the fault, in the output
 WRONG = "WRONG NUMBER"
 LARGE = 3_000_000  # elements
+PAUSE_OF_START = 20.0  # seconds; a start waits for 15 at least
 
 
 def rank_in_job() -> int:
@@ -61,13 +62,13 @@ class Rank:
   """The moments: what each rank does, and when the victim falls."""
 
   def __init__(self, fault: str, victim: int, timeout: float):
-    self.fault, self.timeout = fault, timeout
+    self.fault, self.timeout, self.pause = fault, timeout, 2.5 * timeout
     self.rank = rank_in_job()
     self.is_victim = self.rank == victim
     self.is_asynchronous = fault in ("exception", "sys.exit(0)")
 
   def fall(self):
-    fall(self.fault, 2.5 * self.timeout)
+    fall(self.fault, self.pause)
 
   def fall_after(self, seconds):
     """The victim falls while its main thread is elsewhere."""
@@ -118,12 +119,14 @@ class Rank:
   # The moments.
 
   def before_init(self):
+    self.pause = PAUSE_OF_START
     if self.is_victim:
       self.fall()
     self.start()
     self.go_on(3)
 
   def in_init(self):
+    self.pause = PAUSE_OF_START
     if not self.is_victim:
       time.sleep(1.0)
     elif self.is_asynchronous:

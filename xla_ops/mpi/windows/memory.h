@@ -20,7 +20,10 @@ class TicketLock {
  public:
   // False if `may_wait` returns false before it is this caller's turn.
   bool Acquire(const std::function<bool()>& may_wait);
-  void Release() { serving_.fetch_add(1, std::memory_order_release); }
+  void Release() {
+    holder_.store(kUnknown, std::memory_order_relaxed);
+    serving_.fetch_add(1, std::memory_order_release);
+  }
 
   // Acquisition in two steps, for a caller that polls.
   std::uint32_t TakeTicket() {
@@ -30,9 +33,19 @@ class TicketLock {
     return serving_.load(std::memory_order_acquire) == ticket;
   }
 
+  // The rank that holds the lock, for errors of ranks that wait.
+  static constexpr std::int32_t kUnknown = -1;
+  void SetHolder(std::int32_t rank) {
+    holder_.store(rank, std::memory_order_relaxed);
+  }
+  std::int32_t holder() const {
+    return holder_.load(std::memory_order_relaxed);
+  }
+
  private:
   std::atomic<std::uint32_t> next_{0};
   std::atomic<std::uint32_t> serving_{0};
+  std::atomic<std::int32_t> holder_{kUnknown};
 };
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 static_assert(std::atomic<std::int64_t>::is_always_lock_free);

@@ -22,8 +22,11 @@ ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
                          " inside of one that has taken it already");
   }
   if (const WindowMemory& there = window->part(rank)) {
-    JFOG_RETURN_IF_ERROR(
-        window->Acquire(there.head().mutex, rank, [] { return kName; }));
+    const auto title = [&window] {
+      return std::string(kName) + " on rank " +
+             std::to_string(window->comm()->rank());
+    };
+    JFOG_RETURN_IF_ERROR(window->Acquire(there.head().mutex, rank, title));
   } else {
     JFOG_RETURN_IF_ERROR(RequestMutex(window, WindowRequest::kLock, rank));
   }

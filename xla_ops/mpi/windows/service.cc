@@ -193,13 +193,21 @@ class WindowService {
     return "";
   }
 
+  // The operation of another rank that this one executes, for errors.
+  std::string Served(int source, const char* name) const {
+    return "the service of windows on rank " + std::to_string(comm_->rank()) +
+           ", at a " + name + " of rank " + std::to_string(source) + ",";
+  }
+
   void WriteSlot(int source, const Arrival& arrival) {
     const WindowRequest& request = arrival.request;
     const std::shared_ptr<Window> window = FindWindow(*comm_, request.window);
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(request.record);
     // After an error without a reply: the communicator has failed.
-    if (window->Acquire(record.lock, comm_->rank(), [] { return "a put"; })
+    if (window
+            ->Acquire(record.lock, comm_->rank(),
+                      [&] { return Served(source, "put"); })
             .failure())
       return;
     const Payload value = window->PayloadAt(arrival.payload);
@@ -219,7 +227,9 @@ class WindowService {
                  const std::shared_ptr<Window>& window) {
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
     WindowMemory::Record& record = window->own().record(0);
-    if (window->Acquire(record.lock, comm_->rank(), [] { return "a get"; })
+    if (window
+            ->Acquire(record.lock, comm_->rank(),
+                      [&] { return Served(source, "get"); })
             .failure())
       return;
     const std::size_t bytes = window->layout().payload_bytes;
@@ -239,9 +249,9 @@ class WindowService {
   // ranks that share the memory draw tickets from the same lock.
   void GrantMutexes() {
     waiting_.remove_if([this](const Waiting& waiting) {
-      if (!waiting.window->own().head().mutex.IsTurn(waiting.ticket)) {
-        return false;
-      }
+      TicketLock& mutex = waiting.window->own().head().mutex;
+      if (!mutex.IsTurn(waiting.ticket)) return false;
+      mutex.SetHolder(waiting.source);
       held_.emplace(waiting.source, waiting.request.window);
       Reply(waiting.source, waiting.request, WindowMemory::kOpen);
       return true;

@@ -216,13 +216,20 @@ ffi::Error Window::Acquire(TicketLock& lock, int rank,
     const std::chrono::duration<double> waited = Clock::now() - *start;
     return !comm_->failed() && waited.count() < comm_->timeout();
   };
-  if (lock.Acquire(may_wait)) return ffi::Error::Success();
+  if (lock.Acquire(may_wait)) {
+    lock.SetHolder(comm_->rank());
+    return ffi::Error::Success();
+  }
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
-  comm_->Fail(ffi::ErrorCode::kDeadlineExceeded,
-              title() + " waited for a lock that another rank holds on rank " +
-                  std::to_string(rank) +
-                  "; has it died, or does it keep a win_mutex? (the limit is "
-                  "jfog.init(timeout=...))");
+  const std::int32_t holder = lock.holder();
+  comm_->Fail(
+      ffi::ErrorCode::kDeadlineExceeded,
+      title() + " waited for a lock of the window of rank " +
+          std::to_string(rank) + " that " +
+          (holder == TicketLock::kUnknown ? std::string("another rank")
+                                          : "rank " + std::to_string(holder)) +
+          " holds; has it died, or does it keep a win_mutex? (the "
+          "limit is jfog.init(timeout=...))");
   return comm_->Refusal();
 }
 
