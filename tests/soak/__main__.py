@@ -1,6 +1,7 @@
 """The command of the soak: `python tests/soak --minutes 60 --seed 1`."""
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import signal
@@ -11,7 +12,7 @@ TESTS = pathlib.Path(__file__).resolve().parents[1]
 # In place of this folder, in which the modules of the package would be found twice.
 sys.path[0] = str(TESTS)
 
-from soak import plan, report  # noqa: E402
+from soak import plan, report, runner  # noqa: E402
 
 
 def _parsed(arguments=None):
@@ -23,6 +24,7 @@ def _parsed(arguments=None):
   parser.add_argument(
     "--count", type=int, default=60, help="programs in one job"
   )
+  parser.add_argument("--jobs", type=int, default=1, help="jobs at a time")
   parser.add_argument(
     "--long", action="store_true", help="with the long limits and many ranks"
   )
@@ -49,14 +51,43 @@ def _chosen(options):
       yield plan.Job(options.seed, job.number, "many ranks", 3, True)
 
 
+def _finished(jobs, at_a_time):
+  """Runs jobs, `at_a_time` of them; yields each that has ended with its lines."""
+  with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+    running = {}
+    for job in jobs:
+      running[pool.submit(plan.run, job)] = job
+      if len(running) < at_a_time:
+        continue
+      done, _ = concurrent.futures.wait(
+        running, return_when=concurrent.futures.FIRST_COMPLETED
+      )
+      for future in done:
+        yield running.pop(future), future.result()
+    for future, job in running.items():
+      yield job, future.result()
+
+
+def _terminate(number, frame):
+  """The handler of SIGTERM: the jobs that run end, too."""
+  del frame
+  runner.end_all()
+  sys.exit(128 + number)
+
+
 def main() -> int:
   """Runs jobs until the time is over; 1 if there is a finding."""
-  # Its running job is ended, too.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  signal.signal(signal.SIGTERM, _terminate)
   options = _parsed()
   start, figures = time.monotonic(), report.Report()
-  for job in _chosen(options):
-    lines = plan.run(job)
+
+  def chosen():
+    for job in _chosen(options):
+      if time.monotonic() - start > 60 * options.minutes:
+        return
+      yield job
+
+  for job, lines in _finished(chosen(), options.jobs):
     figures.add(lines)
     for line in lines:
       if line["problems"]:
@@ -74,8 +105,6 @@ def main() -> int:
       seconds=round(seconds),
       cores=os.cpu_count(),
     )
-    if seconds > 60 * options.minutes:
-      break
   print(figures.table(), *figures.left_out(), sep="\n")
   return 1 if figures.findings else 0
 

@@ -205,10 +205,16 @@ def allreduce(rng, ranks, world):
     if op in ("min", "max"):
       return np.stack([reduce(x[row], axis=0) for row in together])
     wide = values.wide(x)
-    whole = {} if values.is_inexact(x.dtype) else {"dtype": x.dtype}
-    return np.stack(
-      [reduce(wide[row], axis=0, **whole) for row in together]
-    ).astype(x.dtype)
+    if not values.is_inexact(x.dtype):
+      rows = [reduce(wide[row], axis=0, dtype=x.dtype) for row in together]
+      return np.stack(rows)
+    product_of = np.stack([np.prod(wide[row], axis=0) for row in together])
+    # Whether a partial product overflows depends on the order of the ranks.
+    partial = np.stack(
+      [np.prod(np.maximum(np.abs(wide[row]), 1), axis=0) for row in together]
+    )
+    product_of[partial > float(jnp.finfo(x.dtype).max) / 4] = np.nan
+    return product_of.astype(x.dtype)
 
   return Operation(
     f"allreduce {op} of the {part}",

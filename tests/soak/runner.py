@@ -126,6 +126,15 @@ class Job:
       self._process.wait(5.0)
 
 
+_running: set[Job] = set()
+
+
+def end_all() -> None:
+  """Ends the processes of all jobs that run."""
+  for job in list(_running):
+    job._kill()
+
+
 def _shared_folder(folder):
   return _SHARED / folder.name if _SHARED.is_dir() else folder / "shm"
 
@@ -173,9 +182,11 @@ def job(
       stderr=subprocess.STDOUT,
     )
   running = Job(process, folder)
+  _running.add(running)
   try:
     yield running
   finally:
+    _running.discard(running)
     running._kill()
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(shared, ignore_errors=True)
