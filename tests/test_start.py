@@ -14,6 +14,7 @@ import pytest
 from support import jobs
 
 from jfog import launch, runtime
+from jfog.launch import marks
 
 pytestmark = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
@@ -69,6 +70,17 @@ def test_a_rank_that_fails_in_init_ends_the_job():
   assert code == 1
   assert "jfog run: rank 2 failed first" in err
   assert "JFOG_ORDER='random'" in err
+
+
+def test_a_rank_whose_init_failed_gives_the_others_time_to_fail(tmp_path):
+  for name in ("0.entered", "1.entered", "0.failed", "0.ended"):
+    (tmp_path / name).touch()
+  assert marks.lost(str(tmp_path)) == ""
+  then = time.time() - 60
+  os.utime(tmp_path / "0.ended", (then, then))
+  assert "in which rank 1 waited" in marks.lost(str(tmp_path))
+  (tmp_path / "1.failed").touch()
+  assert marks.lost(str(tmp_path)) == ""
 
 
 @pytest.mark.full

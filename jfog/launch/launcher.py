@@ -2,6 +2,7 @@
 
 import collections
 import os
+import runpy
 import signal
 import sys
 import time
@@ -57,8 +58,7 @@ def installed_mpi(package: str | None = None) -> Mpi:
   build = {}
   path = os.path.join(package, "_build.py")
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      exec(compile(file.read(), path, "exec"), build)
+    build = runpy.run_path(path)
   launcher = build.get("MPI_LAUNCHER", "")
   if not launcher:
     raise RuntimeError(f"this jfog was installed without MPI: {remedy}")

@@ -1,11 +1,17 @@
 """Marks of ranks in the launcher's folder: who is in init, ready, or has ended.
 
-A mark is an empty file `RANK.NAME`. A rank's process leaves `entered` and `ready`
-(jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without an error.
+A mark is an empty file `RANK.NAME`. A rank's process leaves `entered`, and `ready`
+or `failed` (jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without
+an error.
 """
 
 import os
+import time
 from collections.abc import Mapping
+
+# Seconds after the end of a rank whose init has failed, in which it fails on the
+# others as well if they had the same reason.
+_FAIL_TOGETHER = 10.0
 
 
 def job(environ: Mapping[str, str]) -> str:
@@ -40,11 +46,16 @@ def lost(run_dir: str) -> str:
   are in its world.
   """
   names = os.listdir(run_dir)
-  ended, ready, entered = (
+  ended, ready, entered, failed = (
     {int(name.partition(".")[0]) for name in names if name.endswith(kind)}
-    for kind in (".ended", ".ready", ".entered")
+    for kind in (".ended", ".ready", ".entered", ".failed")
   )
-  gone, waiting = sorted(ended - ready), sorted(entered - ready - ended)
+  waiting = sorted(entered - ready - ended - failed)
+  gone = sorted(
+    rank
+    for rank in ended - ready
+    if rank not in failed or _age(run_dir, rank) > _FAIL_TOGETHER
+  )
   if not gone or not waiting:
     return ""
   came = "in" if gone[0] in entered else "before"
@@ -52,6 +63,11 @@ def lost(run_dir: str) -> str:
     f"rank {gone[0]} ended with exit code 0 {came} jfog.init, in which "
     f"{_ranks(waiting)} waited for it"
   )
+
+
+def _age(run_dir: str, rank: int) -> float:
+  """The seconds since a rank has ended."""
+  return time.time() - os.stat(os.path.join(run_dir, f"{rank}.ended")).st_mtime
 
 
 def first_end(run_dir: str) -> str:

@@ -98,37 +98,34 @@ def open_processes(
   os.environ.setdefault("OMPI_MCA_osc", "^ucx")
   _exit.mpi4py_ends_mpi()  # cached before MPI starts
   start = Start(timeout, launched if comm is None else None)
-  if comm is None:
-    # With the parts of the world of mpi4py not all ranks may be here.
-    _rank_process.mark("entered")
-  with _alone() if launched is None and comm is None else nullcontext():
-    start.call(native.start)
-  if comm is None:
-    context = start.call(native.open_world, local_size or 0, timeout)
-    _check_launched_size(launched, native.size(context))
-  else:
-    context = start.call(
-      native.open_fortran, _fortran_handle(comm), local_size or 0, timeout
-    )
-  _exit.install_hooks()
-  rank, size = native.rank(context), native.size(context)
-  leaders = start.call(native.machines, context)
-  device = None
-  if backend != "mpi":
-    device = _take_gpu(backend, context, rank, leaders)
-  if local_size is None:
-    order = sorted(set(leaders))
-    machine_of = tuple(order.index(leader) for leader in leaders)
-  else:
-    if size % local_size != 0:
-      raise ValueError(
-        f"local_size={local_size} does not divide the {size} ranks of the "
-        f"world; take a divisor."
+  # With the parts of the world of mpi4py not all ranks may be here.
+  with _rank_process.marked() if comm is None else nullcontext():
+    with _alone() if launched is None and comm is None else nullcontext():
+      start.call(native.start)
+    if comm is None:
+      context = start.call(native.open_world, local_size or 0, timeout)
+      _check_launched_size(launched, native.size(context))
+    else:
+      context = start.call(
+        native.open_fortran, _fortran_handle(comm), local_size or 0, timeout
       )
-    machine_of = tuple(r // local_size for r in range(size))
-  world = _with_parts(native, start, context, rank, size, machine_of, device)
-  if comm is None:
-    _rank_process.mark("ready")
+    _exit.install_hooks()
+    rank, size = native.rank(context), native.size(context)
+    leaders = start.call(native.machines, context)
+    device = None
+    if backend != "mpi":
+      device = _take_gpu(backend, context, rank, leaders)
+    if local_size is None:
+      order = sorted(set(leaders))
+      machine_of = tuple(order.index(leader) for leader in leaders)
+    else:
+      if size % local_size != 0:
+        raise ValueError(
+          f"local_size={local_size} does not divide the {size} ranks of the "
+          f"world; take a divisor."
+        )
+      machine_of = tuple(r // local_size for r in range(size))
+    world = _with_parts(native, start, context, rank, size, machine_of, device)
   return world
 
 

@@ -1,6 +1,8 @@
 """The process that is the rank of a job, and the marks that it leaves."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 
@@ -57,8 +59,20 @@ def claim(launched: bool) -> None:
   _started_in = os.getpid()
 
 
-def mark(name: str) -> None:
-  """Leaves a mark for `jfog run`: this rank has `entered` init, or is `ready`."""
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+  """Marks for `jfog run` that this rank has entered init, and is ready or failed."""
+  _mark("entered")
+  try:
+    yield
+  except BaseException:
+    _mark("failed")
+    raise
+  _mark("ready")
+
+
+def _mark(name: str) -> None:
+  """Leaves a mark in the launcher's folder."""
   if folder := _folder():
     try:
       with open(os.path.join(folder, f"{rank()}.{name}"), "w"):

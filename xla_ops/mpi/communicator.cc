@@ -14,13 +14,6 @@ namespace {
 
 constexpr int kControlTag = 3;
 
-MPI_Comm Duplicate(MPI_Comm comm) {
-  MPI_Comm made = MPI_COMM_NULL;
-  MPI_Comm_dup(comm, &made);
-  MPI_Comm_set_errhandler(made, MPI_ERRORS_RETURN);
-  return made;
-}
-
 int SizeOfComm(MPI_Comm comm) {
   int size = 0;
   MPI_Comm_size(comm, &size);
@@ -79,20 +72,19 @@ ffi::Error FailByException(Communicator* comm, const char* name) {
 Communicator::Communicator(MPI_Comm parent, double timeout,
                            std::shared_ptr<Channels> channels,
                            std::shared_ptr<Communicator> root)
-    : comm_(Duplicate(parent)),
-      control_comm_(Duplicate(parent)),
+    : duplicates_(Duplicates::Acquire(parent)),
       timeout_(timeout),
       channels_(std::move(channels)),
       root_(std::move(root)),
-      traffic_(SizeOfComm(comm_)) {
-  MPI_Comm_rank(comm_, &rank_);
-  size_ = SizeOfComm(comm_);
+      traffic_(SizeOfComm(parent)) {
+  MPI_Comm_rank(parent, &rank_);
+  size_ = SizeOfComm(parent);
   last_messages_.resize(size_);
   left_.resize(size_);
   if (root_ != nullptr) {
     MPI_Group own, all;
-    MPI_Comm_group(comm_, &own);
-    MPI_Comm_group(root_->comm_, &all);
+    MPI_Comm_group(comm(), &own);
+    MPI_Comm_group(root_->comm(), &all);
     std::vector<int> ranks(size_);
     for (int i = 0; i < size_; ++i) ranks[i] = i;
     root_ranks_.resize(size_);
@@ -101,11 +93,15 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
     MPI_Group_free(&own);
     MPI_Group_free(&all);
   }
-  mailboxes_ = Mailboxes::Make(comm_, LowestOnMachine());
+  mailboxes_ = Mailboxes::Make(comm(), LowestOnMachine());
   shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
     shares_memory_ = channels_->Reaches(RankInRoot(peer));
   }
+}
+
+Communicator::~Communicator() {
+  Duplicates::Release(std::move(duplicates_), failed());
 }
 
 int Communicator::LowestOnMachine() const {
@@ -122,15 +118,8 @@ std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {
 }
 
 void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
-  Buffer sent(sizeof(message));
   const ControlMessage checked = WithCheck(message);
-  std::memcpy(sent.get(), &checked, sizeof(checked));
-  MPI_Request request;
-  if (MPI_Isend(sent.get(), sizeof(message), MPI_BYTE, peer, kControlTag,
-                control_comm_, &request) == MPI_SUCCESS) {
-    MPI_Request_free(&request);
-  }
-  sent.Leak();
+  duplicates_->SendControl(peer, kControlTag, &checked, sizeof(checked));
 }
 
 void Communicator::AnnounceArrival(const Header& header) {
@@ -193,8 +182,9 @@ std::string Communicator::ReceiveControlMessage(const MPI_Status& found,
   // Of the length that came: a longer message could overwrite what follows.
   Buffer received(static_cast<std::size_t>(std::max(bytes, 1)));
   const int code = MPI_Recv(received.get(), bytes, MPI_BYTE, found.MPI_SOURCE,
-                            kControlTag, control_comm_, MPI_STATUS_IGNORE);
+                            kControlTag, control_comm(), MPI_STATUS_IGNORE);
   if (code != MPI_SUCCESS) return ErrorText(code);
+  duplicates_->CountControlReceived(found.MPI_SOURCE);
   return Read(received.get(), static_cast<std::size_t>(bytes), size_, message);
 }
 
@@ -211,7 +201,7 @@ void Communicator::ReadControlMessages() {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      if (MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm_, &found,
+      if (MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm(), &found,
                      &status) != MPI_SUCCESS ||
           !found) {
         break;

@@ -21,6 +21,7 @@
 #include "common/registry.h"
 #include "common/status.h"
 #include "common/traffic_counters.h"
+#include "mpi/duplicates.h"
 #include "mpi/header_log.h"
 #include "mpi/mailboxes.h"
 #include "mpi/messages.h"
@@ -49,12 +50,16 @@ class Communicator {
   Communicator(MPI_Comm parent, double timeout,
                std::shared_ptr<Channels> channels,
                std::shared_ptr<Communicator> root);
+  // Not collective: leaves the duplicates to a later communicator.
+  ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
-  MPI_Comm comm() const { return comm_; }
+  MPI_Comm comm() const { return duplicates_->comm(); }
   // Carries control messages and consistency checks, outside the ordered chain.
-  MPI_Comm control_comm() const { return control_comm_; }
+  MPI_Comm control_comm() const { return duplicates_->control_comm(); }
+  // Counts the messages on both.
+  Duplicates& duplicates() const { return *duplicates_; }
   int rank() const { return rank_; }
   int size() const { return size_; }
   double timeout() const { return timeout_; }
@@ -165,8 +170,7 @@ class Communicator {
   // The answer to a query; nullopt if this rank has not come to the operation.
   std::optional<ControlMessage> Answer(int rank, const ControlMessage& query);
 
-  MPI_Comm comm_ = MPI_COMM_NULL;
-  MPI_Comm control_comm_ = MPI_COMM_NULL;
+  std::unique_ptr<Duplicates> duplicates_;
   int rank_ = 0;
   int size_ = 1;
   double timeout_;

@@ -205,6 +205,7 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
 
 ffi::Error Operation::Send(const void* bytes, std::size_t count, int rank,
                            int tag, std::size_t slot) {
+  comm().duplicates().CountSent(rank);
   JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(bytes, static_cast<int>(count), MPI_BYTE,
                                      rank, tag, comm().comm(), Slot(slot)));
   return ffi::Error::Success();
@@ -224,6 +225,7 @@ ffi::Error Operation::CheckReceived(std::size_t slot,
                                     const MPI_Status& status) {
   const std::size_t expected = lengths_[slot];
   if (expected == kNoReceive) return ffi::Error::Success();
+  comm().duplicates().CountReceived(status.MPI_SOURCE);
   MPI_Count bytes = 0;
   JFOG_MPI_RETURN_IF_ERROR(MPI_Get_elements_x(&status, MPI_BYTE, &bytes));
   lengths_[slot] = static_cast<std::size_t>(bytes);

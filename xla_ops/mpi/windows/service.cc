@@ -83,6 +83,7 @@ class WindowService {
       const int code =
           MPI_Recv(message.get(), bytes, MPI_BYTE, status.MPI_SOURCE,
                    kRequestTag, comm_->control_comm(), MPI_STATUS_IGNORE);
+      comm_->duplicates().CountReceived(status.MPI_SOURCE);
       if (code != MPI_SUCCESS) {
         Refuse(status.MPI_SOURCE, ErrorText(code));
         return any;
@@ -182,6 +183,7 @@ class WindowService {
   std::string CheckPieces(const Arrival& arrival) {
     std::size_t at = 0;
     for (const MPI_Status& status : arrival.statuses) {
+      comm_->duplicates().CountReceived(status.MPI_SOURCE);
       MPI_Count bytes = 0;
       MPI_Get_elements_x(&status, MPI_BYTE, &bytes);
       const std::size_t expected = PieceAt(at, arrival.request.bytes);
@@ -239,6 +241,7 @@ class WindowService {
     record.lock.Release();
     Reply(source, request, WindowMemory::kOpen);
     Sent& sent = sent_.emplace_back();
+    comm_->duplicates().CountSent(source);
     sent.bytes = std::move(value);
     MPI_Isend(sent.bytes.get(), static_cast<int>(bytes / kLineBytes), Line(),
               source, ReplyPayloadTag(request.tag), comm_->control_comm(),
@@ -261,6 +264,7 @@ class WindowService {
   void Reply(int source, const WindowRequest& request,
              WindowMemory::State state) {
     Sent& sent = sent_.emplace_back();
+    comm_->duplicates().CountSent(source);
     sent.bytes = Buffer(sizeof(WindowReply));
     const WindowReply reply = WithCheck(WindowReply{state, request.tag});
     std::memcpy(sent.bytes.get(), &reply, sizeof(reply));

@@ -117,6 +117,7 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   }
   remote.reply = Buffer(sizeof(WindowReply));
   const std::size_t first = number * messages_;
+  comm().duplicates().CountSent(rank);
   // The receive goes first, so that the reply finds it posted.
   JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
       remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank, remote.tag,
@@ -132,6 +133,7 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
        at += PieceBytes(request.bytes)) {
     const std::size_t piece =
         std::min(PieceBytes(request.bytes), request.bytes - at);
+    comm().duplicates().CountSent(rank);
     JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
         value_.staging.get() + at, static_cast<int>(piece / kLineBytes), Line(),
         rank, kRequestPayloadTag, comm().control_comm(), Slot(slot++)));

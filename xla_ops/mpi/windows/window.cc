@@ -20,32 +20,16 @@ namespace {
 
 constexpr std::chrono::microseconds kNap{100};
 
-// State that the windows of one communicator share.
-struct Group {
-  MPI_Comm machine = MPI_COMM_NULL;  // the ranks that share memory
-  std::vector<int> local;     // of each rank its rank in `machine`, or -1
-  std::uint64_t windows = 0;  // made so far
-};
-
 // The windows of this process.
 struct Windows {
   // Handles start at random, so that a handle of an earlier process, for
   // instance in a checkpoint, does not match a window of this one.
   Registry<Window, std::uint32_t> open{std::random_device()()};
   std::mutex mutex;  // guards all below
-  std::map<const Communicator*, Group> groups;
+  // The numbers of windows that communicators have made so far.
+  std::map<const Communicator*, std::uint64_t> made;
   bool ended = false;
 };
-
-// Collective, for the first window of a communicator.
-Group MakeGroup(const Communicator& comm) {
-  Group group;
-  MPI_Comm_split(comm.comm(), comm.LowestOnMachine(), comm.rank(),
-                 &group.machine);
-  MPI_Comm_set_errhandler(group.machine, MPI_ERRORS_RETURN);
-  group.local = RanksIn(comm.comm(), group.machine);
-  return group;
-}
 
 }  // namespace
 
@@ -70,15 +54,10 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   window->comm_ = comm;
   window->plan_ = std::move(plan);
   Windows& windows = ProcessWide<Windows>();
-  Group group;
   {
-    // The lock is not held over the collective calls below, which wait for
-    // other ranks while other threads make and free windows.
     std::lock_guard<std::mutex> lock(windows.mutex);
-    group = windows.groups[comm.get()];
+    window->global_id_ = windows.made[comm.get()]++;
   }
-  if (group.machine == MPI_COMM_NULL) group = MakeGroup(*comm);
-  window->global_id_ = group.windows++;
 
   // p starts as 1, in the dtype that follows the arithmetic of the data.
   alignas(8) std::byte one[8];
@@ -95,25 +74,25 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   window->layout_.leaves = payload.leaves;
   window->layout_.ComputeOffsets();
 
-  error = window->AllocateMemory(group.machine, group.local);
+  error = window->AllocateMemory();
   if (error.failure()) return ffi::Unexpected(std::move(error));
   window->FillRecords(payload);
-  {
-    std::lock_guard<std::mutex> lock(windows.mutex);
-    windows.groups[comm.get()] = group;
-  }
   window->local_handle_ = windows.open.Add(window);
   return window;
 }
 
-// Collective over `machine`.
-ffi::Error Window::AllocateMemory(MPI_Comm machine,
-                                  const std::vector<int>& local) {
+// Collective.
+ffi::Error Window::AllocateMemory() {
   const int records = 1 + static_cast<int>(plan_.sources.size());
   const std::size_t payload = layout_.payload_bytes;
   const std::size_t bytes = WindowMemory::Bytes(payload, records);
   parts_.resize(comm_->size());
+  MPI_Comm machine = MPI_COMM_NULL;
+  MPI_Comm_split(comm_->comm(), comm_->LowestOnMachine(), comm_->rank(),
+                 &machine);
   shared_ = SharedMemory::Make(machine, bytes, WindowMemory::Bytes(payload, 1));
+  const std::vector<int> local = RanksIn(comm_->comm(), machine);
+  MPI_Comm_free(&machine);
   if (shared_ != nullptr) {
     for (int rank = 0; rank < comm_->size(); ++rank) {
       if (local[rank] < 0) continue;
@@ -321,7 +300,7 @@ void LeaveWindows(const Communicator* comm) {
     if (comm == nullptr) {
       windows.ended = true;
     } else {
-      windows.groups.erase(comm);
+      windows.made.erase(comm);
     }
   }
   windows.open.RemoveIf([comm](const Window& window) {

@@ -88,7 +88,7 @@ class Window {
 
  private:
   Window() = default;
-  ffi::Error AllocateMemory(MPI_Comm machine, const std::vector<int>& local);
+  ffi::Error AllocateMemory();
   void FillRecords(const Payload& payload);
 
   std::shared_ptr<Communicator> comm_;
