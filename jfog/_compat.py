@@ -236,7 +236,8 @@ def _install_program_order() -> None:
       raise jax.errors.JaxRuntimeError(text)
 
   pxla._discharge_refs_jaxpr = discharge_and_end
-  dispatch.RuntimeTokenSet.block_until_ready = wait_for_effects
+  tokens: Any = dispatch.RuntimeTokenSet
+  tokens.block_until_ready = wait_for_effects
 
 
 def _effect_ends() -> bool:

@@ -1,6 +1,7 @@
 """Optimizer states: wrappers, checkpoints, dtypes, donation, bytes sent."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def test_gradients_may_be_wider_or_narrower_than_parameters(name, x64):
   tx = EVERY[name](2)
 
   def run(x):
-    state = tx.init(x)
+    state: Any = tx.init(x)
     for dtype in ("float64", "float32", "bfloat16"):
       before = state
       updates, state = tx.update(x.astype(dtype), state, x)

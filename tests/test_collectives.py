@@ -206,7 +206,7 @@ def test_eager_broadcasts_from_all_roots_share_one_program(place):
   jfog.broadcast(x, 0)
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: compiled.append(event)
+    lambda event, duration_secs, **_: compiled.append(event)
   )
   for root in range(place.size):
     np.testing.assert_array_equal(jfog.broadcast(x, root), np.full(3, root))

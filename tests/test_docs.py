@@ -1,5 +1,6 @@
 """Docstrings and pages: public names have docstrings, and all examples run."""
 
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -9,6 +10,7 @@ import pkgutil
 import re
 import types
 
+import numpy as np
 import pytest
 
 import jfog
@@ -156,24 +158,47 @@ def page_name(page):
 
 
 def blocks(page):
-  """The fenced python blocks of a page, with their lines in it."""
+  """The python blocks of a page, with their lines in it and the output below."""
   text = page.read_text()
-  for match in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
-    yield text[: match.start(1)].count("\n"), match[1]
+  fenced = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+  for match in re.finditer(fenced, text, re.M | re.S):
+    yield text[: match.start(1)].count("\n"), match[1], match[2]
 
 
 @pytest.mark.parametrize(
   "page", [page for page in PAGES if any(blocks(page))], ids=page_name
 )
 def test_python_blocks_run(page, no_world):
-  """The blocks of one page are one program."""
+  """The blocks of one page are one program; a text block below is its output."""
   namespace = {}
-  for line, code in blocks(page):
-    exec(compile("\n" * line + code, str(page), "exec"), namespace)
+  for line, code, output in blocks(page):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    if output is not None:
+      assert printed.getvalue() == output
+
+
+@pytest.mark.parametrize("side", ["-", "+"])
+def test_both_sides_of_the_diff_fit_the_line(side, no_world):
+  (diff,) = re.findall(
+    r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+  )
+  lines = diff.splitlines()
+  assert {line[:1] for line in lines} == {"-", "+", " ", ""}
+  program = "\n".join(line[1:] for line in lines if line[:1] in (side, " "))
+  namespace = {}
+  exec(program, namespace)
+  params = namespace["params"]
+  assert params.shape == ((3,) if side == "-" else (8, 3))
+  np.testing.assert_allclose(
+    params, np.broadcast_to([1, 2, 3], params.shape), atol=1e-3
+  )
 
 
 def test_the_blocks_are_found():
-  assert len(list(blocks(ROOT / "README.md"))) >= 2
+  assert len(list(blocks(ROOT / "README.md"))) >= 1
+  assert len(list(blocks(ROOT / "docs" / "guide.md"))) >= 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -18,7 +18,7 @@ def compilations():
   """Counts the programs that JAX compiles."""
   found = []
 
-  def listen(event, seconds, **details):
+  def listen(event, duration_secs, **details):
     if event.endswith("backend_compile_duration"):
       found.append(event)
 

@@ -1,6 +1,7 @@
 """Texts of errors that newcomers meet: each names the value and what to write."""
 
 import inspect
+from typing import Any
 
 import jax.numpy as jnp
 import networkx
@@ -78,8 +79,9 @@ def test_a_number_in_place_of_the_inner_optimizer(place, name, make, given):
 
 
 def test_the_outer_optimizer_of_diloco(place):
+  bad: Any = 0.7
   with pytest.raises(TypeError, match=r"diloco: outer=0\.7 .*optax\.sgd"):
-    optimizers.diloco(optax.sgd(0.1), 0.7, 4)
+    optimizers.diloco(optax.sgd(0.1), bad, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Peers from the other end: `infer_sources` and `infer_destinations`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,8 @@ def test_bad_ranks(place):
     with pytest.raises(ValueError, match=r"infer_sources: rank .*another rank"):
       jfog.infer_sources(bad)
   with pytest.raises(TypeError, match=r"infer_destinations: ranks are ints"):
-    jfog.infer_destinations([0.5])
+    fraction: Any = 0.5
+    jfog.infer_destinations([fraction])
   with pytest.raises(ValueError, match="all ranks run one program"):
     jfog.simulate(lambda x: jfog.infer_sources([1]), 3)(jnp.ones(3))
   assert jax.block_until_ready(jfog.allreduce(jnp.float32(1))) == 1

@@ -135,7 +135,7 @@ def test_a_program_is_lowered_and_compiled_once(place):
   graph = topology.ring(place.size)
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: compiled.append(event)
+    lambda event, duration_secs, **_: compiled.append(event)
   )
   counts = []
   for average in (lambda x: x, lambda x: jfog.neighbor_allreduce(x, graph)):

@@ -69,9 +69,9 @@ def check_applied_updates(
 
   def update_fn(
     updates: optax.Updates,
-    state: CheckedState,
+    state: Any,
     params: optax.Params | None = None,
-    **extra: Any,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, CheckedState]:
     if params is None:
       raise ValueError(
@@ -79,7 +79,7 @@ def check_applied_updates(
         "params)."
       )
     updates, inner_state = inner.update(
-      updates, state.inner_state, params, **extra
+      updates, state.inner_state, params, **extra_args
     )
     differ = jax.tree.leaves(jax.tree.map(_differs, params, state.expected))
     changed = jnp.any(jnp.array([False, *differ])) & state.started

@@ -141,7 +141,7 @@ def _is_traceable(value: Any, name: str, of_window: bool) -> bool:
 def _are_static(given: dict[str, Any]) -> bool:
   """Whether the other arguments can be static; a list of sizes is made a tuple."""
   sizes = given.get("axis_sizes")
-  if type(sizes) in (list, tuple):
+  if isinstance(sizes, (list, tuple)):
     given["axis_sizes"] = sizes = tuple(sizes)
     if not {int}.issuperset(map(type, sizes)):
       return False

@@ -130,7 +130,7 @@ def _rounds(graph: Any, comm: Communicator) -> int:
 def _on_mesh(
   x: jax.Array,
   graph: Topology | Schedule | ExactAverage,
-  rounds: Sequence[Any],
+  rounds: int,
   comm: Any,
 ) -> jax.Array:
   axes = comm.axes if comm.backend == "mesh" else ()
@@ -208,6 +208,7 @@ def _attributes(
   else:
     fingerprint = _ffi_attributes.fingerprint(graph)
     rounds = graph.rounds_to_exact_average()
+    assert rounds is not None  # _rounds refuses other graphs
     # Without the rounds behind the exact average, which would change nothing.
     table = neighbor_table(Schedule(graph.rounds[:rounds])).attributes(
       comm.rank

@@ -155,7 +155,10 @@ neighbor_allgather_start = _operation.start_of(
 
 
 def _check_lengths(
-  table: Sequence[Topology], axis_sizes: Sequence[Any], pad: bool, comm: Any
+  table: Sequence[Topology],
+  axis_sizes: Sequence[Any] | None,
+  pad: bool,
+  comm: Any,
 ) -> None:
   """Refuses results whose shape is not known when a program is compiled."""
   if pad:
@@ -184,7 +187,7 @@ def _check_lengths(
 
 
 def _total(
-  table: Sequence[Topology],
+  table: Sequence[Topology] | None,
   rounds: Sequence[Any],
   sizes: Sequence[int],
   pad: bool,
@@ -311,7 +314,7 @@ def _attributes(
 ) -> dict[str, Any]:
   # The attributes of a graph in CSR form, whose weights are not read here.
   rows = [(dict.fromkeys(sources, 1.0), to) for sources, to in rounds]
-  unused = [0.0] * len(rows)
+  weights, difference = [0.0] * len(rows), [False] * len(rows)
   return {
     "context": np.int64(comm.context),
     "graph": np.int64(fingerprint),
@@ -322,7 +325,7 @@ def _attributes(
       [np.prod(x.shape[1:], dtype=np.int64) for x in leaves], np.int64
     ),
     "total": np.array(totals, np.int64),
-    **csr_attributes(rows, unused, unused),
+    **csr_attributes(rows, weights, difference),
   }
 
 

@@ -5,6 +5,7 @@ peers in turns in one job, then XLA's in a job of its own (`--xla`). The peers a
 how they are timed are those of `benchmarks/gpu.py`.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -65,7 +66,7 @@ def on_jfog():
   cases = {"values": lambda: gpu.check_averages(JOB, peer)}
   for graph, size in JOB["cases"]:
     name = f"{_measure.size_name(size)}, {graph}"
-    cases[name] = lambda case=(graph, size): measure(case)
+    cases[name] = functools.partial(measure, (graph, size))
   failures = world.run(cases)
   peer.close()
   return failures

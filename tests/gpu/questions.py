@@ -88,7 +88,7 @@ def step_of_a_schedule():
     )
     times["unrolled"] = times.pop("unrolled 4") / len(rounds)
     found |= {f"{name} of {size} B, us": t for name, t in times.items()}
-    best = min(("table", "switch"), key=times.get)
+    best = min(("table", "switch"), key=times.__getitem__)
     found[f"better at {size} B"] = best
   return found
 
@@ -109,7 +109,7 @@ def packing(bytes_of_a_leaf):
   times = medians(times)
   return {
     **{f"{name} us": t for name, t in times.items()},
-    "better": min(times, key=times.get),
+    "better": min(times, key=times.__getitem__),
   }
 
 

@@ -11,6 +11,7 @@ import pathlib
 import sys
 import time
 import traceback
+from typing import Any
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "benchmarks")]
@@ -56,7 +57,7 @@ class World:
     import jfog
     from jfog.runtime import _extensions
 
-    self.comm = jfog.init(backend="nccl", **self._arguments)
+    self.comm: Any = jfog.init(backend="nccl", **self._arguments)
     self._extensions = _extensions
     self.rank, self.size = self.comm.rank, self.comm.size
 

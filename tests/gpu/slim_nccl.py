@@ -70,7 +70,7 @@ def slim(library: bytearray, architecture: int) -> collections.Counter:
 
 
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("library", type=pathlib.Path, help="libnccl.so.2")
   parser.add_argument("copy", type=pathlib.Path)
   parser.add_argument("--architecture", type=int, default=90)

@@ -249,7 +249,7 @@ def shared_gpu(folder: pathlib.Path) -> Iterator[Gpu]:
   try:
     yield Gpu(mps, nccl)
   finally:
-    if mps:
+    if mps and control:
       with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run([control], env=environment, input=b"quit\n", timeout=20)
 

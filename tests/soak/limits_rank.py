@@ -107,11 +107,13 @@ class Rank(fault_rank.Rank):
     self.start()
     self.check()
     x = self.block(self.full(int(elements), 1.0))
+    # XLA ends a process that has no memory to compile.
+    gather = jax.jit(jfog.allgather).lower(x).compile()
     if self.rank == self.size - 1:
       limit = _pages()[0] * os.sysconf("SC_PAGESIZE") + x.nbytes // 2
       resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-      self.block(jfog.allgather(x))
+      self.block(gather(x))
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
       fault_rank.say(f"REFUSED {error}")
       raise

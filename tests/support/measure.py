@@ -151,7 +151,8 @@ def python(root: pathlib.Path) -> Figures | None:
     paths,
     code,
     comments,
-    (quantile(functions, 0.5), quantile(functions, 0.9)),
+    quantile(functions, 0.5),
+    quantile(functions, 0.9),
     annotated(paths),
   )
 
@@ -162,10 +163,10 @@ def cpp(root: pathlib.Path) -> Figures | None:
   counted = [cpp_lines(path.read_text()) for path in paths]
   code = sum(len(lines) for lines, _ in counted)
   comments = sum(len(remarks) for _, remarks in counted)
-  return _figures(paths, code, comments, (None, None), None)
+  return _figures(paths, code, comments, None, None, None)
 
 
-def _figures(paths, code, comments, functions, share) -> Figures | None:
+def _figures(paths, code, comments, median, ninth, share) -> Figures | None:
   if not paths:
     return None
   long = lengths(paths)
@@ -176,7 +177,8 @@ def _figures(paths, code, comments, functions, share) -> Figures | None:
     quantile(long.values(), 0.9),
     longest,
     long[longest],
-    *functions,
+    median,
+    ninth,
     comments / max(code, 1),
     share,
   )

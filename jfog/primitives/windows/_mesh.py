@@ -11,6 +11,7 @@ from jfog.primitives import _ffi_attributes, _mesh, _weighted_sum
 from jfog.primitives.windows import _delay, _slots
 from jfog.primitives.windows._delay import Pending
 from jfog.primitives.windows._window import EdgeWeights, Spec
+from jfog.runtime import Axis
 from jfog.topology._edge_coloring import permutations
 
 
@@ -162,7 +163,7 @@ def _fetch(
   its leaves. Where there is no edge it is unspecified.
   """
   topology, comm = spec.topology, spec.comm
-  axes = comm.axes if comm.backend == "mesh" else ()
+  axes = comm.axes if isinstance(comm, Axis) else ()
 
   def scaled(weight: Any, leaves: list[jax.Array]) -> list[jax.Array]:
     if row is None:
