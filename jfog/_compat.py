@@ -378,6 +378,10 @@ def _wait_for_programs() -> None:
   A device runs the programs of a thread in order, so it is enough to wait for
   one more on each device. Errors of the programs are not raised here.
   """
+  # At exit JAX waits for effects once it has cleared its backends, and asking for
+  # devices would start them again.
+  if not xla_bridge.backends_are_initialized():
+    return
   for device in jax.local_devices():
     with jax.default_device(device):
       jax.block_until_ready(_nothing())
