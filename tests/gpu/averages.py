@@ -9,6 +9,7 @@ import functools
 import os
 import pathlib
 import sys
+from typing import Any
 
 import ranks
 
@@ -63,7 +64,7 @@ def on_jfog():
       "quartiles": [float(q) for q in np.percentile(ratios, [25, 75])],
     }
 
-  cases = {"values": lambda: gpu.check_averages(JOB, peer)}
+  cases: dict[str, Any] = {"values": lambda: gpu.check_averages(JOB, peer)}
   for graph, size in JOB["cases"]:
     name = f"{_measure.size_name(size)}, {graph}"
     cases[name] = functools.partial(measure, (graph, size))
