@@ -219,9 +219,11 @@ def _install_program_order() -> None:
     except Exception as error:  # whatever another JAX returns
       _keep_ordered_effect(f"{type(error).__name__}: {error}")
       return results
-    if communicates and _effect_ends():
-      return (_ended(program), *others)
-    return results
+    if not communicates:
+      return results
+    if _HAS_INLINE:
+      program = _without_nullary_calls(program, {})
+    return (_ended(program) if _effect_ends() else program, *others)
 
   @functools.wraps(wait)
   def wait_for_effects(tokens: Any) -> None:
@@ -285,6 +287,44 @@ def _test_program_order() -> None:
     raise RuntimeError("a program's token does not end at its border")
 
 
+# The pass nullary-function-wrap-inliner of JAX 0.12's XLA inlines the calls of
+# functions that have no argument but a token, and makes their constants depend on
+# it. A later pass merges equal constants and fails a check where one of them has
+# such a dependency, which ends the process. So JAX inlines these calls, early.
+_HAS_INLINE = hasattr(api, "Inline")
+
+
+def _without_nullary_calls(jaxpr: Any, seen: dict[int, Any]) -> Any:
+  """A jaxpr in which JAX inlines the jitted functions without arguments."""
+  if id(jaxpr) not in seen:
+    equations = [_with_inlined_call(eqn, seen) for eqn in jaxpr.eqns]
+    is_same = all(a is b for a, b in zip(equations, jaxpr.eqns, strict=True))
+    result = jaxpr if is_same else jaxpr.replace(eqns=equations)
+    seen[id(jaxpr)] = result
+  return seen[id(jaxpr)]
+
+
+def _with_inlined_call(eqn: Any, seen: dict[int, Any]) -> Any:
+  """An equation of `_without_nullary_calls`; itself if nothing is inlined."""
+  inside = lambda value: (  # noqa: E731
+    _without_nullary_calls(value, seen)
+    if isinstance(value, core.Jaxpr)
+    else value
+  )
+  changed = {}
+  for name, value in eqn.params.items():
+    new = inside(value)
+    if isinstance(value, tuple):
+      new = tuple(map(inside, value))
+      new = new if any(a is not b for a, b in zip(new, value)) else value  # noqa: B905
+    if new is not value:
+      changed[name] = new
+  is_nullary = eqn.primitive.name == "jit" and not eqn.invars
+  if is_nullary and communication_effect() in eqn.effects:
+    changed["inline"] = api.Inline.JAX_LATE  # pyright: ignore
+  return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
+
+
 def _ended(program: Any) -> Any:
   """The program, a closed jaxpr, as one that makes the token of its own.
 
@@ -317,8 +357,9 @@ def _lower_program(ctx: Any, *operands: Any, program: Any) -> Any:
   token = _begin_program(ctx)
   tokens = {**dict(ctx.tokens_in.items()), effect: token}
   inside = ctx.replace(tokens_in=mlir.TokenSet(tokens), tokens_out=None)
+  inline: Any = {"inline_jax_late": True} if _HAS_INLINE else {}
   results = mlir.core_call_lowering(
-    inside, *operands, name="jfog_program", call_jaxpr=program
+    inside, *operands, name="jfog_program", call_jaxpr=program, **inline
   )
   others = [item for item in inside.tokens_out.items() if item[0] != effect]
   ctx.set_tokens_out(mlir.TokenSet(dict(others)))

@@ -139,3 +139,36 @@ def test_chunks_of_operations_with_one_tag_are_not_swapped(operation):
   )
   assert code == 0, (out, err)
   assert out.count("RIGHT") == 3, (out, err)
+
+
+@needs_mpi
+@pytest.mark.full
+@pytest.mark.parametrize("memory", ["1", "0"])
+def test_ranks_that_are_suspended_do_not_wait_for_a_mutex(memory):
+  """All are suspended for longer than the timeout, while one waits for another."""
+  code, out, err = run(
+    """
+    import os, subprocess
+    win = jfog.win_create(jnp.ones(3), ring)
+    pids = np.asarray(jfog.allgather(jnp.array([os.getpid()], jnp.int32)))
+    jfog.barrier()
+    jax.effects_barrier()
+    if rank == 1:
+      with jfog.win_mutex(win, [0]):
+        time.sleep(0.5)
+        names = " ".join(map(str, pids))
+        subprocess.run(
+          ["sh", "-c", f"kill -STOP {names}; sleep 8; kill -CONT {names}"])
+        time.sleep(1)
+    else:
+      time.sleep(0.3)
+      with jfog.win_mutex(win, [0]):
+        print("TAKEN", time.monotonic(), flush=True)
+    jfog.barrier()
+    jfog.win_free(win)
+    """,
+    timeout=5.0,
+    JFOG_SHARED_MEMORY=memory,
+  )
+  assert code == 0, err
+  assert out.count("TAKEN") == 2, out

@@ -245,3 +245,35 @@ def test_suites_pass_in_strict_order():
     timeout=900,
   )
   assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("order", ["", "strict"])
+def test_equal_constants_in_jitted_functions_without_arguments(order):
+  """XLA of JAX 0.12 inlines their calls, and ended the process by a check."""
+  code, out, err = run(
+    """
+    @jax.jit
+    def sums():
+      empty = jnp.zeros((3, 0))
+      return (jfog.allreduce(jnp.ones(3), "sum"), jfog.allreduce(jnp.ones(4)),
+              jfog.allreduce(empty), jfog.allgather(jnp.zeros((3, 0))))
+    @jax.jit
+    def nested(x):
+      y = jax.lax.cond(x[0] > 0, sums, lambda: jax.tree.map(jnp.negative, sums()))
+      z, _ = jax.lax.scan(lambda c, _: (c + sums()[0], None), x, length=2)
+      return sums(), y, z, jax.grad(lambda x: jnp.sum(x * sums()[0]))(x)
+    for k in range(2):
+      for found in (sums(), *jax.jit(lambda: (sums(), sums()))(),
+                    *nested(jnp.ones(3))[:2]):
+        for value, shape, each in zip(
+            found, [(3,), (4,), (3, 0), (9, 0)], [3, 1, 0, 0]):
+          np.testing.assert_array_equal(value, np.full(shape, float(each)))
+      np.testing.assert_array_equal(nested(jnp.ones(3))[2], np.full(3, 7.0))
+      np.testing.assert_array_equal(nested(jnp.ones(3))[3], np.full(3, 3.0))
+    print("EQUAL", flush=True)
+    """,
+    ranks=3,
+    JFOG_ORDER=order,
+  )
+  assert code == 0, err
+  assert out.count("EQUAL") == 3, out

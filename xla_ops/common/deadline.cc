@@ -5,6 +5,13 @@
 
 namespace jfog {
 
+Clock::duration WaitTime::Look() {
+  const Clock::time_point now = Clock::now();
+  if (now - looked_at_ <= kPause) waited_ += now - looked_at_;
+  looked_at_ = now;
+  return waited_;
+}
+
 bool Deadline::TakeAnnouncement(Clock::duration waited) {
   if (announced_ || Seconds(waited) <= kAnnounceAt * timeout_) return false;
   announced_ = true;

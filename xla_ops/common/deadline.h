@@ -2,6 +2,7 @@
 #ifndef JFOG_XLA_OPS_COMMON_DEADLINE_H_
 #define JFOG_XLA_OPS_COMMON_DEADLINE_H_
 
+#include <chrono>
 #include <string>
 
 #include "common/format.h"
@@ -12,6 +13,21 @@ namespace jfog {
 // others, and when it warns its user.
 constexpr double kAnnounceAt = 0.05;
 constexpr double kWarnAt = 0.1;
+
+// A longer time between two looks is a pause of this process.
+constexpr std::chrono::seconds kPause{1};
+
+// The time that a caller has waited and looked, in a loop with short naps. Time
+// without a look is left out: a process that is suspended does not wait.
+class WaitTime {
+ public:
+  // The time up to this look.
+  Clock::duration Look();
+
+ private:
+  Clock::time_point looked_at_ = Clock::now();
+  Clock::duration waited_{0};
+};
 
 class Deadline {
  public:

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/deadline.h"
 #include "common/fork.h"
 #include "common/process_wide.h"
 #include "mpi/communicator.h"
@@ -189,14 +190,13 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
                      comm->control_comm(), &request) != MPI_SUCCESS) {
     throw std::runtime_error("jfog: MPI_Iallgather failed");
   }
-  const Clock::time_point begin = Clock::now();
+  WaitTime wait;
   int done = 0;
   while (!done) {
     if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
       throw std::runtime_error("jfog: MPI_Iallgather failed");
     }
-    const std::chrono::duration<double> waited = Clock::now() - begin;
-    if (!done && waited.count() > comm->timeout()) {
+    if (!done && Seconds(wait.Look()) > comm->timeout()) {
       buffers.release();  // NOLINT: MPI's for good
       throw std::runtime_error(
           "jfog: DEADLINE_EXCEEDED: rank " + std::to_string(comm->rank()) +

@@ -17,8 +17,6 @@ namespace {
 constexpr std::chrono::milliseconds kStalledAfter{50};
 // Messages that a rank sent before it left may still be in transit.
 constexpr std::chrono::seconds kGrace{1};
-// A longer time between two looks is a pause of this process.
-constexpr std::chrono::seconds kPause{1};
 // A thread that drives an operation to completion yields this long before it
 // sleeps.
 constexpr std::chrono::microseconds kYieldFor{500};

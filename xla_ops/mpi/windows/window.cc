@@ -9,6 +9,7 @@
 #include <random>
 #include <utility>
 
+#include "common/deadline.h"
 #include "common/fork.h"
 #include "common/process_wide.h"
 #include "common/registry.h"
@@ -189,11 +190,10 @@ int Window::RecordAt(int destination) const {
 
 ffi::Error Window::Acquire(TicketLock& lock, int rank,
                            const std::function<std::string()>& title) {
-  std::optional<Clock::time_point> start;  // of a long wait
+  std::optional<WaitTime> wait;  // a long one
   const auto may_wait = [&] {
-    if (!start) start = Clock::now();
-    const std::chrono::duration<double> waited = Clock::now() - *start;
-    return !comm_->failed() && waited.count() < comm_->timeout();
+    if (!wait) wait.emplace();
+    return !comm_->failed() && Seconds(wait->Look()) < comm_->timeout();
   };
   if (lock.Acquire(may_wait)) {
     lock.SetHolder(comm_->rank());
@@ -233,11 +233,10 @@ ffi::Error Window::Free() {
   ProcessWide<Windows>().open.Remove(local_handle_);
   own_.head().state.store(WindowMemory::kFreed, std::memory_order_release);
   // Operations that this rank started still use the memory of other ranks.
-  const Clock::time_point start = Clock::now();
+  WaitTime wait;
   while (active_.load(std::memory_order_acquire) > 0) {
     JFOG_RETURN_IF_ERROR(comm_->Refusal());
-    const std::chrono::duration<double> waited = Clock::now() - start;
-    if (waited.count() > comm_->timeout()) {
+    if (Seconds(wait.Look()) > comm_->timeout()) {
       comm_->Fail(ffi::ErrorCode::kDeadlineExceeded,
                   "win_free on rank " + std::to_string(comm_->rank()) +
                       " waited for operations that were started on the window "
