@@ -66,7 +66,7 @@ def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
   hosts = [f"machine{i}:{ranks // machines}" for i in range(machines)]
 
   def command(arguments):
-    words = ["-np", str(ranks)]
+    words = ["--no-tag-output", "-np", str(ranks)]
     if link is None:
       return [launch.command_line([*words, *arguments])]
     words += ["--host", ",".join(hosts)]

@@ -23,7 +23,9 @@ needs_mpi = pytest.mark.skipif(
 
 def run(name, folder, *arguments, ranks=0, devices=0):
   """Runs an example, alone, on devices or on MPI ranks; returns what it printed."""
-  prefix = launch.command_line(["-np", str(ranks)]) if ranks else []
+  prefix = (
+    launch.command_line(["--no-tag-output", "-np", str(ranks)]) if ranks else []
+  )
   flags = os.environ["XLA_FLAGS"].split()  # those that save time
   flags = [flag for flag in flags if "device_count" not in flag]
   if devices:

@@ -131,7 +131,7 @@ def test_a_rank_that_is_suspended_is_late_and_not_wrong(who, memory):
     ranks=2,
     command=[
       *("env", f"JFOG_SHARED_MEMORY={int(memory == 'shared memory')}"),
-      *launch.command_line(["-np", "2"]),
+      *launch.command_line(["--no-tag-output", "-np", "2"]),
     ],
   )
   assert code == 0, err
@@ -186,6 +186,10 @@ def test_one_thread_is_enough():
     y = jax.jit(lambda x: jfog.allreduce(x @ x))(jnp.ones((300, 300)))
     assert float(y[0, 0]) == 300
     """,
-    command=["env", "NPROC=1", *launch.command_line(["-np", "3"])],
+    command=[
+      "env",
+      "NPROC=1",
+      *launch.command_line(["--no-tag-output", "-np", "3"]),
+    ],
   )
   assert code == 0, err

@@ -181,7 +181,9 @@ def test_the_job_runs_on_a_stand_in(benchmark, tmp_path):
   }
   words = [sys.executable, str(SCRIPT), "--job", json.dumps(job)]
   done = subprocess.run(
-    launch.command_line(["-np", "2", "--timeout", "100", *words]),
+    launch.command_line(
+      ["--no-tag-output", "-np", "2", "--timeout", "100", *words]
+    ),
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,

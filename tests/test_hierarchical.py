@@ -207,7 +207,8 @@ np.testing.assert_allclose(y, x.mean(axis=0), rtol=1e-5, atol=1e-5)
 """
   done = subprocess.run(
     [
-      *(sys.executable, "-m", "jfog.cli", "run", "-np", "4"),
+      *(sys.executable, "-m", "jfog.cli", "run", "--no-tag-output"),
+      *("-np", "4"),
       *("env", "JFOG_SHARED_MEMORY=0", sys.executable, "-c", program),
     ],
     cwd=pathlib.Path(__file__).parent,

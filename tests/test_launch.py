@@ -76,6 +76,8 @@ def environ():
 
 
 def start(program, *words, environ=None):
+  if "--tag-output" not in words:
+    words = ("--no-tag-output", *words)
   return subprocess.Popen(
     [sys.executable, "-I", "-S", str(program), *map(str, words)],
     stdin=subprocess.DEVNULL,

@@ -1,5 +1,6 @@
 """Ranks that disagree get errors that name both sides, never wrong numbers."""
 
+import re
 import time
 
 import jax
@@ -154,7 +155,30 @@ def test_both_sides_are_named(world):
     assert f"does not match rank {other}" in error or (
       world.size > 2 and "does not match rank" in error
     )
-    assert "other dtypes or shapes" in error
+    assert re.search(r"other dtypes or shapes: 1 leaf, float\d+ x \d+", error)
+
+
+TEXTS = {
+  "leaves": r"other dtypes or shapes: (1 leaf|2 leaves of) float\d+",
+  "gather": r"other dtypes or shapes: 1 leaf, \w+ x 3; axis_sizes=",
+  "step": "it uses another graph, or another step of it",
+  "root": "it uses another root",
+  "reduction": "it uses another reduction",
+}
+CALLS = {
+  **MISMATCHES,
+  "root": lambda odd: jfog.broadcast(jnp.ones(3), int(odd)),
+  "reduction": lambda odd: jfog.allreduce(
+    jnp.ones(3), "sum" if odd else "mean"
+  ),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_say_what_differs(world, name):
+  error = outcome(lambda: CALLS[name](world.rank == 1))
+  if world.rank < 2 and "does not match rank" in (error or ""):
+    assert re.search(TEXTS[name].replace("leaf|", "leaf,|"), error), error
 
 
 @asleep

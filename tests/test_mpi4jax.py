@@ -206,7 +206,12 @@ def job(program, ranks=2, **environment):
   environment = {**os.environ, "MPI4JAX_NO_WARN_JAX_VERSION": "1"} | environment
   environment.pop("XLA_FLAGS", None)
   return subprocess.run(
-    [*launch.command_line(["-np", str(ranks)]), sys.executable, "-c", program],
+    [
+      *launch.command_line(["--no-tag-output", "-np", str(ranks)]),
+      sys.executable,
+      "-c",
+      program,
+    ],
     env=environment,
     stdin=subprocess.DEVNULL,
     capture_output=True,

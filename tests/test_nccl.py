@@ -20,7 +20,9 @@ DEADLINE = 300  # seconds; a quiet machine needs a tenth of it
 
 def run(program, *, ranks=0, **environment):
   """The output and exit code of a program, on ranks if `ranks` is not 0."""
-  command = launch.command_line(["-np", str(ranks)]) if ranks else []
+  command = (
+    launch.command_line(["--no-tag-output", "-np", str(ranks)]) if ranks else []
+  )
   done = subprocess.run(
     [*command, sys.executable, "-c", textwrap.dedent(program)],
     env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), **environment},

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from . import marks, processes, report
+from . import marks, output, processes, report
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_FOLDER)
@@ -90,6 +90,7 @@ def mpirun_command(
   host: str | None = None,
   hostfile: str | None = None,
   tag_output: bool = False,
+  all_tracebacks: bool = False,
 ) -> list[str]:
   """Returns the mpirun command that starts `command` on every rank.
 
@@ -100,6 +101,8 @@ def mpirun_command(
     host: `host:slots,...`, passed on to mpirun.
     hostfile: the path of a hostfile, passed on to mpirun.
     tag_output: prefix every line of output with the rank.
+    all_tracebacks: show the traceback of each rank at once, and not only that of
+      the first one in the report.
   """
   words = [mpi.launcher, "-np", str(ranks)]
   if mpi.family == "openmpi":
@@ -120,6 +123,8 @@ def mpirun_command(
   words += [*_self(), "--rank-main"]
   if tag_output:
     words.append("--tag-output")
+  if all_tracebacks:
+    words.append("--all-tracebacks")
   # mpirun takes a word ":" for the end of the command, wherever it stands.
   return [*words, "--", *(":" + w if set(w) == {":"} else w for w in command)]
 
@@ -182,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
       host=options.host,
       hostfile=options.hostfile,
       tag_output=options.tag_output,
+      all_tracebacks=options.all_tracebacks,
     )
     environ = job_environment(
       dict(os.environ),
@@ -199,7 +205,7 @@ def _parse(arguments: list[str]):
   parser = argparse.ArgumentParser(
     prog="jfog run",
     usage="jfog run -np N [-H HOST:SLOTS,... | --hostfile FILE] "
-    "[--tag-output] [--timeout SECONDS] command ...",
+    "[--no-tag-output] [--all-tracebacks] [--timeout SECONDS] command ...",
     description="Runs a command on N ranks, with the MPI jfog was built with.",
     allow_abbrev=False,
   )
@@ -215,8 +221,13 @@ def _parse(arguments: list[str]):
   )
   parser.add_argument(
     "--tag-output",
+    action=argparse.BooleanOptionalAction,
+    help="begin every line of output with [rank]; so by default on several ranks",
+  )
+  parser.add_argument(
+    "--all-tracebacks",
     action="store_true",
-    help="begin every line of output with [rank]",
+    help="show the traceback of every rank that fails, not of the first alone",
   )
   parser.add_argument(
     "--timeout",
@@ -231,6 +242,8 @@ def _parse(arguments: list[str]):
   options = parser.parse_args(arguments)
   if options.command[:1] == ["--"]:
     del options.command[0]
+  if options.tag_output is None:
+    options.tag_output = options.np > 1
   if options.np < 1:
     parser.error(f"-np must be at least 1, got {options.np}.")
   if options.timeout is not None and options.timeout <= 0:
@@ -273,7 +286,12 @@ def _run_job(
   # Blocked before the fork, so that no signal is lost between the start of
   # mpirun and the first wait.
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
-  pid = processes.spawn(command, environ, death_signal=signal.SIGTERM)
+  banners = output.WithoutBanner()
+  stderr = processes.Pump(2, banners)
+  pid = processes.spawn(
+    command, environ, death_signal=signal.SIGTERM, pumps=[stderr]
+  )
+  stderr.start()
   end = None if timeout is None else time.monotonic() + timeout
   requested = 0  # exit code of a signal or a timeout that ended the job
   stops = None  # the times and signals by which mpirun is ended
@@ -306,28 +324,38 @@ def _run_job(
       stops = _stops(now)
     if stops and now >= stops[0][0]:
       os.kill(pid, stops.pop(0)[1])
+  stderr.finish()
   if requested:
+    if text := report.interrupt_report(report.records(run_dir)):
+      processes.say("\n" + text)
     return requested
   if problem:
     processes.say(f"\njfog run: {problem}\n")
     return 1
-  return _report(processes.shell_code(code), run_dir) if code else 0
+  code = processes.shell_code(code)
+  return _report(code, run_dir, banners.dropped) if code else 0
 
 
-def _report(code: int, run_dir: str) -> int:
+def _report(code: int, run_dir: str, banner: bytes) -> int:
   """Reports why mpirun ended with a code, and returns that of the job."""
   # mpirun returns the code of whichever rank it saw first; the records have the
   # times.
-  record = report.first_failure(report.records(run_dir))
+  records = report.records(run_dir)
+  record = report.first_failure(records)
   if record is not None:
-    processes.say("\n" + report.failure_report(record))
+    later = [each for each in records if not each["torn_down"]]
+    later = sorted(later, key=lambda each: each["time"])[1:]
+    processes.say("\n" + report.failure_report(record, later))
     return record["code"]
-  if rank := marks.first_end(run_dir):
+  if text := marks.first_failure_at_exit(run_dir):
+    pass
+  elif rank := marks.first_end(run_dir):
     text = (
       f"{rank} ended first (exit code 0) and has left MPI unfinished, by "
       f"os._exit or the like"
     )
   else:
+    processes.say(banner.decode(errors="replace"))
     text = f"mpirun ended with exit code {code}"
   processes.say(f"\njfog run: {text}\n")
   return code

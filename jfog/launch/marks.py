@@ -1,8 +1,8 @@
 """Marks of ranks in the launcher's folder: who is in init, ready, or has ended.
 
-A mark is an empty file `RANK.NAME`. A rank's process leaves `entered`, and `ready`
-or `failed` (jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without
-an error.
+A mark is a file `RANK.NAME`. A rank's process leaves `entered`, and `ready` or
+`failed` (jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without an
+error. `failed_at_exit` holds the error of an operation; the others are empty.
 """
 
 import os
@@ -72,12 +72,28 @@ def _age(run_dir: str, rank: int) -> float:
 
 def first_end(run_dir: str) -> str:
   """The rank that ended without an error first; "" if all had one."""
-  ends = [
+  rank = _first(run_dir, "ended")
+  return "" if rank is None else f"rank {rank}"
+
+
+def first_failure_at_exit(run_dir: str) -> str:
+  """The first rank that found a failed operation at its end, and the error."""
+  rank = _first(run_dir, "failed_at_exit")
+  if rank is None:
+    return ""
+  path = os.path.join(run_dir, f"{rank}.failed_at_exit")
+  with open(path, encoding="utf-8") as file:
+    return f"rank {rank} ended after an operation that failed:\n{file.read()}"
+
+
+def _first(run_dir: str, kind: str) -> int | None:
+  """The rank that left the first mark of this kind."""
+  found = [
     (entry.stat().st_mtime_ns, int(entry.name.partition(".")[0]))
     for entry in os.scandir(run_dir)
-    if entry.name.endswith(".ended")
+    if entry.name.endswith(f".{kind}")
   ]
-  return f"rank {min(ends)[1]}" if ends else ""
+  return min(found)[1] if found else None
 
 
 def _ranks(ranks: list[int]) -> str:

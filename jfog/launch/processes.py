@@ -5,6 +5,9 @@ import ctypes
 import os
 import signal
 import sys
+import time
+
+from . import output
 
 _TAIL = 64 * 1024  # bytes of stderr that a wrapper keeps
 _PR_SET_PDEATHSIG = 1
@@ -21,12 +24,17 @@ WAITED = (*FORWARDED, signal.SIGCHLD)
 
 
 class Pump:
-  """Copies a pipe to a file descriptor and keeps the last of its bytes."""
+  """Copies a pipe to a file descriptor and keeps the last of its bytes.
 
-  def __init__(self, target: int, prefix: bytes):
-    self.target = target  # the descriptor that the pipe replaces
+  Args:
+    target: the descriptor that the pipe replaces.
+    filters: what the bytes go through, one after the other.
+  """
+
+  def __init__(self, target: int, *filters: output.Filter):
+    self.target = target
     self.tail = b""
-    self._prefix = prefix
+    self._filters = filters
     self._source, self.sink = os.pipe()
     self._finished = _thread.allocate_lock()
 
@@ -44,18 +52,43 @@ class Pump:
     """
     self._finished.acquire(timeout=1.0)
 
+  def write(self, chunk: bytes) -> None:
+    """Writes bytes that have gone through all filters."""
+    _write(self.target, chunk)
+
   def _copy(self) -> None:
-    line = b""  # the incomplete last line, if lines are prefixed
-    while chunk := os.read(self._source, 65536):
+    while True:
+      self._expire()
+      if not (chunk := os.read(self._source, 65536)):
+        break
       # Before the write, which blocks while the terminal is stopped.
       self.tail = (self.tail + chunk)[-_TAIL:]
-      if self._prefix:
-        *lines, line = (line + chunk).split(b"\n")
-        chunk = b"".join(self._prefix + each + b"\n" for each in lines)
-      _write(self.target, chunk)
-    if line:
-      _write(self.target, self._prefix + line + b"\n")
+      self.write(self._through(chunk, 0))
+    for k, each in enumerate(self._filters):
+      self.write(self._through(each.finish(), k + 1))
     self._finished.release()
+
+  def _through(self, chunk: bytes, first: int) -> bytes:
+    """The chunk after the filters from the one of this number on."""
+    for each in self._filters[first:]:
+      chunk = each.feed(chunk)
+    return chunk
+
+  def _expire(self) -> None:
+    """Waits for something to read; lets filters go on whose time has come."""
+    import select
+
+    while True:
+      until, k = min(
+        ((each.until, k) for k, each in enumerate(self._filters)),
+        default=(float("inf"), 0),
+      )
+      if until == float("inf"):
+        return
+      wait = max(0.0, until - time.monotonic())
+      if select.select([self._source], [], [], wait)[0]:
+        return
+      self.write(self._through(self._filters[k].expire(), k + 1))
 
 
 def _write(target: int, chunk: bytes) -> None:

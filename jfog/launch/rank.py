@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Mapping
 
-from . import marks, processes, report
+from . import marks, output, processes, report
 
 
 def rank_environment(
@@ -49,10 +49,11 @@ def rank_main(arguments: list[str]) -> int:
   one loop forwards signals, reaps the command and watches mpirun.
 
   Args:
-    arguments: `[--tag-output] -- command ...`.
+    arguments: `[--tag-output] [--all-tracebacks] -- command ...`.
   """
   split = arguments.index("--")
   tagged = "--tag-output" in arguments[:split]
+  holds = "--all-tracebacks" not in arguments[:split]
   # Without the colon that the launcher puts before a word of colons.
   command = [w[set(w) == {":"} :] for w in arguments[split + 1 :]]
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
@@ -61,14 +62,15 @@ def rank_main(arguments: list[str]) -> int:
     dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=_gpus()
   )
   environ["JFOG_RUN_JOB"] = marks.job(os.environ)
-  prefix = b""
+  prefix = f"[{rank}] ".encode() if tagged else b""
+  filters = [output.Prefixed(prefix)] if tagged else []
+  held = output.WithoutTraceback(prefix)
   if tagged:
-    prefix = f"[{rank}] ".encode()
     environ.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would delay lines
   parent = os.getppid()
   leader = os.getpgrp() == os.getpid()
-  stderr = processes.Pump(2, prefix)
-  stdout = processes.Pump(1, prefix) if tagged else None
+  stderr = processes.Pump(2, *filters, *([held] if holds else []))
+  stdout = processes.Pump(1, output.Prefixed(prefix)) if tagged else None
   pumps = [pump for pump in (stdout, stderr) if pump]
   pid = processes.spawn(
     command, environ, death_signal=signal.SIGKILL, pumps=pumps
@@ -94,10 +96,15 @@ def rank_main(arguments: list[str]) -> int:
   ended = time.time()
   for pump in pumps:
     pump.finish()
+  is_reported = False
   if code:
-    report.leave_record(int(rank), code, ended, torn_down, stderr.tail)
+    is_reported = report.leave_record(
+      int(rank), code, ended, torn_down, stderr.tail, bool(held.held)
+    )
   elif not torn_down:
     marks.leave_end(int(rank))
+  if not is_reported:
+    stderr.write(held.held)
   return processes.shell_code(code)
 
 

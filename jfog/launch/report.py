@@ -2,8 +2,12 @@
 
 import os
 import signal
+from collections.abc import Sequence
 
+from .output import TRACEBACK
 from .processes import shell_code
+
+_LATER = 3  # ranks that failed after the first one, named in the report
 
 
 def first_failure(records: list[dict]) -> dict | None:
@@ -16,22 +20,60 @@ def first_failure(records: list[dict]) -> dict | None:
   return min(causes, key=lambda record: record["time"], default=None)
 
 
-def failure_report(record: dict) -> str:
-  """Returns the last text of `jfog run`, about the rank that failed first."""
+def failure_report(record: dict, others: Sequence[dict] = ()) -> str:
+  """Returns the last text of `jfog run`, about the rank that failed first.
+
+  Args:
+    record: its record.
+    others: the records of ranks that failed later, which get a line each.
+  """
   rank, stderr = record["rank"], record["stderr"].rstrip("\n")
+  traceback = _last_traceback(stderr)
   if record["signal"]:
     head = f"jfog run: rank {rank} was killed by {record['signal']}"
     shown = _last_lines(stderr)
   else:
     head = f"jfog run: rank {rank} failed first (exit code {record['code']})"
-    shown = _last_traceback(stderr) or _last_lines(stderr)
-  return f"{head}:\n{shown}\n" if shown else f"{head}\n"
+    shown = traceback or _last_lines(stderr)
+    if traceback and not record["is_held"]:
+      head += ", by the traceback above that ends with"
+      shown = _last_lines(stderr, 1)
+  text = f"{head}:\n{shown}\n" if shown else f"{head}\n"
+  return _later(others) + text
+
+
+def interrupt_report(records: list[dict]) -> str:
+  """Returns the text about a job that was ended: where one of its ranks was."""
+  held = [record for record in records if record["is_held"]]
+  if not held:
+    return ""
+  shown = _last_traceback(held[0]["stderr"].rstrip("\n"))
+  return f"jfog run: rank {held[0]['rank']} was here:\n{shown}\n"
+
+
+def _later(records: Sequence[dict]) -> str:
+  """A line for each rank that failed after the first one."""
+  lines = []
+  for record in records[:_LATER]:
+    cause = _last_lines(record["stderr"].rstrip("\n"), 1)
+    lines.append(
+      f"jfog run: rank {record['rank']} failed later (exit code "
+      f"{record['code']}){': ' if cause else ''}{cause}\n"
+    )
+  if (more := len(records) - _LATER) > 0:
+    lines.append(f"jfog run: {more} more ranks failed later\n")
+  return "".join(lines)
 
 
 def leave_record(
-  rank: int, code: int, ended: float, torn_down: bool, stderr: bytes
-) -> None:
-  """Writes the record of a failed rank for `jfog run`.
+  rank: int,
+  code: int,
+  ended: float,
+  torn_down: bool,
+  stderr: bytes,
+  is_held: bool,
+) -> bool:
+  """Writes the record of a failed rank for `jfog run`; returns whether it could.
 
   Args:
     rank: the rank in the job.
@@ -39,6 +81,7 @@ def leave_record(
     ended: the time of its end, as `time.time` has it.
     torn_down: whether mpirun was ending the job already.
     stderr: the end of its stderr.
+    is_held: whether the traceback at its end is not on the terminal yet.
   """
   import json
 
@@ -50,6 +93,7 @@ def leave_record(
     "signal": _signal_name(-code) if code < 0 else "",
     "torn_down": torn_down,
     "stderr": stderr.decode(errors="replace"),
+    "is_held": is_held,
   }
   path = os.path.join(run_dir, f"{rank}.json")
   try:
@@ -58,7 +102,8 @@ def leave_record(
       json.dump(record, file)
     os.replace(path + ".part", path)
   except OSError:
-    pass  # on another host, without the launcher's directory
+    return False  # on another host, without the launcher's directory
+  return True
 
 
 def _signal_name(number: int) -> str:
@@ -87,7 +132,7 @@ def records(run_dir: str) -> list[dict]:
 
 def _last_traceback(text: str) -> str:
   """Returns the last traceback with the exceptions it was chained from."""
-  head = "Traceback (most recent call last):"
+  head = TRACEBACK.decode()
   chained = (
     "During handling of the above exception, another exception occurred:\n\n",
     "The above exception was the direct cause of the following exception:\n\n",
@@ -103,5 +148,5 @@ def _last_traceback(text: str) -> str:
   return text[text.rfind("\n", 0, start) + 1 :]
 
 
-def _last_lines(text: str, count: int = 30) -> str:
+def _last_lines(text: str, count: int = 10) -> str:
   return "\n".join(text.split("\n")[-count:])

@@ -94,6 +94,7 @@ def _finish() -> None:
   error = wait_for_operations()
   if error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
+    _rank_process.mark_failure_at_exit(error)
     _abandon(f"an operation failed at exit: {error}")
   for module in _in_use():
     module.finish()

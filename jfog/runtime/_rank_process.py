@@ -71,12 +71,17 @@ def marked() -> Iterator[None]:
   _mark("ready")
 
 
-def _mark(name: str) -> None:
+def mark_failure_at_exit(text: str) -> None:
+  """Leaves the error of an operation that Python may not have raised."""
+  _mark("failed_at_exit", text)
+
+
+def _mark(name: str, text: str = "") -> None:
   """Leaves a mark in the launcher's folder."""
   if folder := _folder():
     try:
-      with open(os.path.join(folder, f"{rank()}.{name}"), "w"):
-        pass
+      with open(os.path.join(folder, f"{rank()}.{name}"), "w") as file:
+        file.write(text)
     except OSError:
       pass  # the launcher has ended
 

@@ -110,7 +110,8 @@ def stages(gpu: Gpu, emulation: str = "") -> list[Stage]:
 
   def program(name, script, ranks, deadline, *arguments, sharing=ALONE):
     limit = str(slow * deadline - 1)
-    command = [JFOG, "run", "-np", str(ranks), "--timeout", limit]
+    command = [JFOG, "run", "--no-tag-output", "-np", str(ranks)]
+    command += ["--timeout", limit]
     command += [PYTHON, str(FOLDER / f"{script}.py"), *arguments]
     return job(name, command, deadline, sharing=sharing)
 

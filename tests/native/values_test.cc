@@ -21,7 +21,17 @@ TEST_CASE("headers of one operation match, and others say how they differ") {
   };
   CHECK(differs(MakeHeader("allreduce", 41, 7, 9, 1200), "allreduce #41"));
   CHECK(differs(MakeHeader("neighbor_allreduce", 42, 7, 9, 1200), "#42"));
-  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 8, 9, 4), "4 bytes"));
+  Summary one, mixed;
+  one.Add(DataType::F32, 16);
+  mixed.Add(DataType::F32, 16);
+  mixed.Add(DataType::S8, 3);
+  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 8, 9, one.word()),
+                "1 leaf, float32 x 4"));
+  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 8, 9, mixed.word()),
+                "2 leaves, 19 bytes"));
+  one.Add(DataType::F32, 4);
+  CHECK(differs(MakeHeader("neighbor_allreduce", 41, 8, 9, one.word()),
+                "2 leaves of float32, 20 bytes"));
   CHECK(differs(MakeHeader("neighbor_allreduce", 41, 7, 8, 1200), "graph"));
   CHECK(differs(OperationHeader{}, "not a message of jfog"));
 }

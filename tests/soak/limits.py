@@ -223,7 +223,7 @@ def small_shared_memory(ranks=3, size="3m"):
     return _left_out("small_shared_memory", "needs the right to mount")
   command = [
     *(*unshare, f'{mount} && mkdir -p "$SHARED" && exec "$@"', "sh"),
-    *jfog.launch.command_line(["-np", str(ranks)]),
+    *jfog.launch.command_line(["--no-tag-output", "-np", str(ranks)]),
   ]
   # Open MPI's own places: those of the soak are in what is mounted over.
   with runner.job(

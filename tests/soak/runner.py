@@ -171,7 +171,9 @@ def job(
     **{f"OMPI_MCA_{name}_backing_directory": str(shared) for name in _BACKING},
     **(environment or {}),
   }
-  command = command or jfog.launch.command_line(["-np", str(ranks)])
+  command = command or jfog.launch.command_line(
+    ["--no-tag-output", "-np", str(ranks)]
+  )
   with open(folder / "output", "wb") as output:
     process = subprocess.Popen(
       [*command, sys.executable, *arguments],

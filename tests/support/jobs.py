@@ -69,7 +69,7 @@ def run(
     if backend == "mpi":
       environment["JAX_PLATFORMS"] = "cpu"
     command = [
-      *jfog.launch.command_line(["-np", str(size)]),
+      *jfog.launch.command_line(["--no-tag-output", "-np", str(size)]),
       *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
       *(["--soak"] if soak else []),
       f"@{arguments}",
@@ -125,7 +125,9 @@ def run_program(program, ranks, *, deadline, command=None, environment=None):
     environment: variables beside the inherited ones, of which XLA_FLAGS is left
       out.
   """
-  command = command or jfog.launch.command_line(["-np", str(ranks)])
+  command = command or jfog.launch.command_line(
+    ["--no-tag-output", "-np", str(ranks)]
+  )
   inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
     [*command, sys.executable, "-c", program],

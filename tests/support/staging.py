@@ -68,7 +68,8 @@ MPI_LAUNCHER = os.path.normpath(os.path.join({str(installed)!r}, MPI_LAUNCHER))
 
 def jfog_run(ranks, command):
   """The command that runs another one on ranks."""
-  return [sys.executable, "-m", "jfog.cli", "run", "-np", str(ranks), *command]
+  words = ["run", "--no-tag-output", "-np", str(ranks)]
+  return [sys.executable, "-m", "jfog.cli", *words, *command]
 
 
 def run(command, environment=None, folder=ROOT):

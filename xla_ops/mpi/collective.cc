@@ -72,7 +72,7 @@ ffi::Error Collective::Drained(bool* ended) {
 // check, so every rank takes part, and reports both sides of the mismatch.
 ffi::Error Collective::StartCompare() {
   stage_ = kComparing;
-  const Header mine = MakeHeader(leaves().payload_bytes);
+  const Header& mine = header();
   std::byte* sent = Allocate(sizeof(Header));
   std::memcpy(sent, &mine, sizeof(mine));
   headers_ = reinterpret_cast<Header*>(

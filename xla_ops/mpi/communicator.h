@@ -77,8 +77,8 @@ class Communicator {
 
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
   // Records the header of an operation of this rank for ranks that ask.
-  void Log(const Header& header, std::size_t bytes, const char* name) {
-    log_.Record(header, bytes, name);
+  void Log(const Header& header, const char* name) {
+    log_.Record(header, name);
   }
   // Of operations whose further messages have tags of their own.
   TagOrder& tags() { return tags_; }

@@ -93,14 +93,14 @@ class PeerAgreement : public Operation {
 
  private:
   ffi::Error Post() override {
-    check_.Ask(comm(), MakeHeader(0));
+    check_.Ask(comm(), header());
     return ffi::Error::Success();
   }
 
   ffi::Error Resume(bool* moved) override {
     comm().ReadControlMessages();
     const std::size_t before = check_.open().size();
-    if (const auto text = check_.ReadAnswers(comm(), MakeHeader(0))) {
+    if (const auto text = check_.ReadAnswers(comm(), header())) {
       return Fail(ffi::ErrorCode::kFailedPrecondition, *text);
     }
     *moved = check_.open().size() < before;

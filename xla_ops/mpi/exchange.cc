@@ -128,7 +128,7 @@ int Exchange::tag(std::size_t chunk) const {
 }
 
 Header Exchange::Envelope() const {
-  Header header = MakeHeader(payload_);
+  Header header = this->header();
   if (channel_) {
     header.channel = channel_->channel;
     header.stamp = channel_->stamp;
@@ -390,8 +390,8 @@ ffi::Error Exchange::AgreeOnPeers(bool check) {
 
 ffi::Error Exchange::Stalled() {
   if (!check_) return ffi::Error::Success();
-  check_->Ask(comm(), MakeHeader(payload_));
-  const auto text = check_->ReadAnswers(comm(), MakeHeader(payload_));
+  check_->Ask(comm(), header());
+  const auto text = check_->ReadAnswers(comm(), header());
   if (!text) return ffi::Error::Success();
   return Fail(ffi::ErrorCode::kFailedPrecondition, *text);
 }

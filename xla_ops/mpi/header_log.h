@@ -22,14 +22,13 @@ class HeaderLog {
   HeaderLog() : entries_(kEntries) {}
 
   // `name` must live as long as the log.
-  void Record(const OperationHeader& header, std::size_t bytes,
-              const char* name) {
+  void Record(const OperationHeader& header, const char* name) {
     Entry& entry = entries_[header.sequence % kEntries];
     entry.number.store(0, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
     entry.signature.store(header.signature, std::memory_order_relaxed);
     entry.variant.store(header.variant, std::memory_order_relaxed);
-    entry.bytes.store(bytes, std::memory_order_relaxed);
+    entry.leaves.store(header.leaves, std::memory_order_relaxed);
     entry.check.store(header.check, std::memory_order_relaxed);
     entry.name.store(name, std::memory_order_relaxed);
     entry.number.store(header.sequence + 1, std::memory_order_release);
@@ -45,7 +44,7 @@ class HeaderLog {
         MakeHeader(entry.name.load(std::memory_order_relaxed), sequence,
                    entry.signature.load(std::memory_order_relaxed),
                    entry.variant.load(std::memory_order_relaxed),
-                   entry.bytes.load(std::memory_order_relaxed));
+                   entry.leaves.load(std::memory_order_relaxed));
     header.check = entry.check.load(std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_acquire);
     if (entry.number.load(std::memory_order_relaxed) != sequence + 1) {
@@ -59,7 +58,7 @@ class HeaderLog {
     std::atomic<std::uint64_t> number{0};  // sequence number + 1; 0: none
     std::atomic<std::uint64_t> signature{0};
     std::atomic<std::uint64_t> variant{0};
-    std::atomic<std::uint64_t> bytes{0};
+    std::atomic<std::uint64_t> leaves{0};
     std::atomic<std::uint64_t> check{0};
     std::atomic<const char*> name{nullptr};
   };

@@ -104,7 +104,7 @@ int HierarchicalExchange::RankOfHeader(std::size_t e) const {
 }
 
 ffi::Error HierarchicalExchange::SendHeaders() {
-  Header header = MakeHeader(leaves().payload_bytes);
+  Header header = this->header();
   std::byte* to = buffers_.sent_headers();
   // Other machines cannot read this rank's channels: a header without one.
   std::memcpy(to, &header, sizeof(header));

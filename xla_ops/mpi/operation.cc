@@ -22,9 +22,10 @@ constexpr std::chrono::seconds kGrace{1};
 constexpr std::chrono::microseconds kYieldFor{500};
 constexpr std::chrono::microseconds kNap{100};
 
-Header HeaderOf(const char* name, std::uint64_t sequence,
-                std::uint64_t signature, std::uint64_t variant) {
-  Header header = MakeHeader(name, sequence, signature, variant, /*bytes=*/0);
+Header HeaderOf(const char* name, std::uint64_t sequence, const Payload& leaves,
+                std::uint64_t variant) {
+  Header header =
+      MakeHeader(name, sequence, leaves.Signature(), variant, leaves.summary);
   header.check = Mix(0, name);
   return header;
 }
@@ -45,8 +46,7 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
     : comm_(std::move(comm)),
       name_(name),
       leaves_(std::move(leaves)),
-      header_(
-          HeaderOf(name, comm_->NextSequence(), leaves_.Signature(), variant)),
+      header_(HeaderOf(name, comm_->NextSequence(), leaves_, variant)),
       deadline_(comm_->timeout()) {
   comm_->CountOperation();
 }
@@ -66,12 +66,6 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
 
 std::string Operation::Title() const {
   return jfog::Title(name_, sequence(), comm_->rank());
-}
-
-Header Operation::MakeHeader(std::size_t bytes) const {
-  Header header = header_;
-  header.bytes = bytes;
-  return header;
 }
 
 std::uint64_t Operation::Fingerprint() const {
@@ -105,8 +99,7 @@ void Operation::Renew() {
 void Operation::Start() {
   std::lock_guard<std::mutex> lock(advancing_);
   ffi::Error error = comm_->Refusal();
-  if (error.success() && is_ordered())
-    comm_->Log(header_, leaves_.payload_bytes, name_);
+  if (error.success() && is_ordered()) comm_->Log(header_, name_);
   if (error.success()) error = Guard([this] { return Post(); });
   if (error.failure()) End(std::move(error));
 }
@@ -352,7 +345,7 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     // The others compare this position with their own, and find a mismatch
     // long before the deadline.
     if (deadline_.TakeAnnouncement(waited)) {
-      comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+      comm_->AnnounceArrival(header_);
     }
     JFOG_RETURN_IF_ERROR(CheckMail(missing));
     JFOG_RETURN_IF_ERROR(CheckControlMessages(missing, waited));
@@ -375,7 +368,7 @@ ffi::Error Operation::CheckMail(const std::vector<int>& missing) {
     if (!comm_->mailboxes()->Reaches(rank)) continue;
     const std::optional<Header> header = comm_->mailboxes()->Peek(rank);
     if (!header || header->sequence != sequence() || Matches(*header)) continue;
-    comm_->AnnounceArrival(MakeHeader(leaves_.payload_bytes));
+    comm_->AnnounceArrival(header_);
     return CheckHeader(rank, *header);
   }
   return ffi::Error::Success();
@@ -409,7 +402,7 @@ ffi::Error Operation::CompareWithPosted(const std::vector<int>& later,
       JFOG_RETURN_IF_ERROR(CheckHeader(rank, *theirs));
       posted_.push_back(rank);
     } else if (asks) {
-      comm_->AskPosted(rank, MakeHeader(leaves_.payload_bytes));
+      comm_->AskPosted(rank, header_);
     }
   }
   return ffi::Error::Success();

@@ -70,7 +70,7 @@ class Operation {
   std::string Title() const;
   std::uint64_t sequence() const { return header_.sequence; }
   // The header of this rank's messages.
-  Header MakeHeader(std::size_t bytes) const;
+  const Header& header() const { return header_; }
 
  protected:
   // The steps of a kind of operation. One runs at a time; the first error ends

@@ -7,6 +7,7 @@
 #include "common/cache_line.h"
 #include "common/format.h"
 #include "common/hash.h"
+#include "common/operation_header.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
@@ -50,11 +51,14 @@ void Payload::Stage(bool separate_outputs) {
 
 void Payload::ComputeOffsets() {
   payload_bytes = bytes = 0;
+  Summary all;
   for (Leaf& leaf : leaves) {
     leaf.offset = payload_bytes;
     payload_bytes += AlignUp(leaf.bytes());
     bytes += leaf.bytes();
+    all.Add(leaf.type, leaf.bytes());
   }
+  summary = all.word();
 }
 
 std::size_t Payload::BytesIn(std::size_t begin, std::size_t end) const {

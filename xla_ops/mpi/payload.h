@@ -31,8 +31,9 @@ struct Leaf {
 struct Payload {
   std::vector<Leaf> leaves;
   std::size_t payload_bytes = 0;
-  std::size_t bytes = 0;  // of the leaves, without padding
-  Buffer staging;         // owns inputs and outputs after `Stage`
+  std::size_t bytes = 0;      // of the leaves, without padding
+  std::uint64_t summary = 0;  // see Summary
+  Buffer staging;             // owns inputs and outputs after `Stage`
 
   std::size_t size() const { return leaves.size(); }
   const Leaf& operator[](std::size_t i) const { return leaves[i]; }

@@ -175,13 +175,13 @@ ffi::Error Operation::Stage(CudaStream stream) {
   std::memset(host_headers_.host(), 0,
               (count + 2 * incoming_) * sizeof(Header));
   Header header = MakeHeader(spec_.name, sequence_, spec_.signature,
-                             spec_.variant, /*bytes=*/0);
+                             spec_.variant, /*leaves=*/0);
   if (spec_.is_collective) {
     const ReducedHeader words = WordsOf(spec_.name, header);
     std::memcpy(host_headers_.host(), &words, sizeof(words));
   } else {
     for (std::size_t k = 0; k < outgoing_; ++k) {
-      header.bytes = spec_.destinations[k].bytes;
+      header.leaves = spec_.destinations[k].bytes;
       header.check = CheckOf(header);
       std::memcpy(host_headers_.host() + k * sizeof(Header), &header,
                   sizeof(header));
@@ -297,9 +297,9 @@ std::optional<std::string> Operation::FindMismatch(const Header* headers,
     std::string difference = "not a message of jfog";
     if (is_ours) {
       difference = Difference(mine, theirs);
-      if (difference.empty() && theirs.bytes != source.bytes) {
-        difference = "it sent other dtypes or shapes (" +
-                     std::to_string(theirs.bytes) + " bytes)";
+      if (difference.empty() && theirs.leaves != source.bytes) {
+        difference = "it sent other dtypes or shapes: " +
+                     Summary::Describe(theirs.leaves);
       }
     }
     if (difference.empty()) continue;
@@ -334,9 +334,6 @@ std::optional<std::string> Operation::FindMismatchOfAll(const Header& header,
                                  others(ReducedHeader::kSequence),
                                  others(ReducedHeader::kSignature),
                                  others(ReducedHeader::kVariant), 0));
-  // The reduction does not carry the number of bytes.
-  const std::size_t bytes = difference.find(" (0 bytes)");
-  if (bytes != std::string::npos) difference.resize(bytes);
   if (difference.empty()) difference = "it is in another operation";
   return "(" + spec_.leaves + ") does not match " +
          (peers_.size() == 1 ? RankList(peers_) : "another rank") + ": " +

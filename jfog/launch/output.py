@@ -1,0 +1,126 @@
+"""Output on its way to the terminal: the rank before each line, what is kept back.
+
+A filter turns a chunk of bytes into those that go on: `feed` for each chunk, `expire`
+once the time `until` has come, `finish` at the end.
+"""
+
+import time
+
+TRACEBACK = b"Traceback (most recent call last):"
+_HOLD = 5.0  # seconds that a traceback is kept back
+_RULE = b"-" * 74 + b"\n"  # before and after a text of Open MPI
+_RULE_HOLD = 0.5  # seconds from the first rule to the second
+# How Open MPI 5 and 4 begin their texts about a rank that has failed.
+_ABOUT_FAILURES = (
+  b"prterun detected that one or more processes exited",
+  b"prterun has exited due to process rank",
+  b"prterun noticed that process rank",
+  b"mpirun detected that one or more processes exited",
+  b"mpirun has exited due to process rank",
+  b"mpirun noticed that process rank",
+  b"Primary job  terminated normally, but",
+)
+
+
+class Filter:
+  """The base of filters; it changes nothing."""
+
+  until = float("inf")
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    return chunk
+
+  def expire(self) -> bytes:
+    """What goes on once the time `until` has come."""
+    return b""
+
+  def finish(self) -> bytes:
+    """What goes on at the end."""
+    return b""
+
+
+class Prefixed(Filter):
+  """Whole lines, each after a prefix; those of progress bars end with "\\r"."""
+
+  def __init__(self, prefix: bytes):
+    self._prefix = prefix
+    self._line = b""
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    lines = (self._line + chunk).splitlines(keepends=True)
+    self._line = b""
+    if lines and not lines[-1].endswith((b"\n", b"\r")):
+      self._line = lines.pop()
+    return b"".join(self._prefix + each for each in lines)
+
+  def finish(self) -> bytes:
+    """What goes on at the end."""
+    return self._prefix + self._line + b"\n" if self._line else b""
+
+
+class WithoutTraceback(Filter):
+  """Keeps a traceback and what follows it back, for a few seconds.
+
+  If the command ends by it, the launcher's report shows it.
+  """
+
+  def __init__(self, prefix: bytes):
+    self.held = b""
+    self._head = prefix + TRACEBACK
+    self._is_new_line = True
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    if self.held:
+      self.held += chunk
+      return b""
+    start = chunk.find(b"\n" + self._head) + 1
+    if start == 0 and not (self._is_new_line and chunk.startswith(self._head)):
+      self._is_new_line = chunk.endswith(b"\n")
+      return chunk
+    self.held = chunk[start:]
+    self.until = time.monotonic() + _HOLD
+    return chunk[:start]
+
+  def expire(self) -> bytes:
+    """What goes on once the time `until` has come."""
+    held, self.held = self.held, b""
+    self.until = float("inf")
+    self._is_new_line = held.endswith(b"\n")
+    return held
+
+
+class WithoutBanner(Filter):
+  """Drops Open MPI's texts about failed ranks, of which the launcher reports."""
+
+  def __init__(self):
+    self.dropped = b""
+    self._held = b""  # from a rule on
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    text, passed = self._held + chunk, b""
+    self._held = b""
+    while (start := text.find(_RULE)) >= 0:
+      passed, text = passed + text[:start], text[start:]
+      end = text.find(_RULE, len(_RULE))
+      if end < 0:
+        self._held = text
+        self.until = time.monotonic() + _RULE_HOLD
+        return passed
+      banner, text = text[: end + len(_RULE)], text[end + len(_RULE) :]
+      if banner[len(_RULE) :].startswith(_ABOUT_FAILURES):
+        self.dropped += banner
+      else:
+        passed += banner
+    return passed + text
+
+  def expire(self) -> bytes:
+    """What goes on once the time `until` has come."""
+    held, self._held = self._held, b""
+    self.until = float("inf")
+    return held
+
+  finish = expire
