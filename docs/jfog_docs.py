@@ -90,8 +90,9 @@ def _write_graphs(app):
     "# Graphs",
     "",
     "Which rank averages with which, and how fast that spreads. *Gap* is `1 - |λ2|`: the "
-    "larger, the fewer steps to agreement; of a schedule over one period. *Messages* are those that a rank sends "
-    "in a step, at most; each holds all parameters. *Exact after* is the number "
+    "larger, the fewer steps to agreement; of a schedule over one period. *Messages* are "
+    "those that a rank sends in a step, at most; each holds all parameters. *Exact after* "
+    "is the number "
     "of steps to the exact mean. Numbers for 12 ranks, made when this page was built.",
     "",
   ]

@@ -124,7 +124,7 @@ WINDOWS = [
 
 
 def windows():
-  """What each operation of a window on the edge from rank 0 to rank 1 changes."""
+  """The effect of each window operation on the edge from rank 0 to rank 1."""
   parts = []
   for number, (title, kind, slot) in enumerate(WINDOWS):
     x = 110 + 220 * number
@@ -161,7 +161,7 @@ CHOICE = [
     "compressed messages",
   ),
   (
-    "Are the data of all ranks alike (shuffled)?",
+    "Are the data shuffled between ranks?",
     "adapt_then_combine",
     "one_peer_exponential(n)",
   ),

@@ -198,7 +198,7 @@ def test_both_sides_of_the_diff_fit_the_line(side, no_world):
 
 def test_the_blocks_are_found():
   assert len(list(blocks(ROOT / "README.md"))) >= 1
-  assert len(list(blocks(ROOT / "docs" / "guide.md"))) >= 2
+  assert len(list(blocks(ROOT / "docs" / "your_loop.md"))) >= 2
 
 
 def test_drawings_are_those_that_the_build_writes():
