@@ -266,7 +266,7 @@ def _arrow(source, target, both):
 
 def _color(value):
   """From light yellow (0) to blue (9), light enough for black text."""
-  part = min(max(float(value) / 9, 0), 1)
+  part = min(max(round(float(value), 3) / 9, 0), 1)
   ends = ((255, 244, 204), (140, 178, 235))
   mixed = [round(a + part * (b - a)) for a, b in zip(*ends, strict=True)]
   return "#" + "".join(f"{channel:02x}" for channel in mixed)
