@@ -1,9 +1,10 @@
-"""Sphinx extension of the documentation: docstrings, links and the page of graphs."""
+"""Sphinx extension of the documentation: docstrings, links, drawings, the page of graphs."""
 
 import pathlib
 import posixpath
 import re
 
+import jfog_drawings
 import matplotlib
 
 import jfog
@@ -42,6 +43,7 @@ GRAPHS = {
 def setup(app):
   """Connects the hooks of Sphinx."""
   app.connect("builder-inited", _write_graphs)
+  app.connect("builder-inited", lambda app: jfog_drawings.write())
   app.connect("autodoc-process-docstring", _make_formulas_literal, priority=1)
   app.connect("source-read", _link_to_sources)
   return {"parallel_read_safe": True}
@@ -88,8 +90,9 @@ def _write_graphs(app):
     "# Graphs",
     "",
     "Which rank averages with which, and how fast that spreads. *Gap* is `1 - |λ2|`: the "
-    "larger, the fewer steps to agreement; of a schedule over one period. *Messages* are those that a rank sends "
-    "in a step, at most; each holds all parameters. *Exact after* is the number "
+    "larger, the fewer steps to agreement; of a schedule over one period. *Messages* are "
+    "those that a rank sends in a step, at most; each holds all parameters. *Exact after* "
+    "is the number "
     "of steps to the exact mean. Numbers for 12 ranks, made when this page was built.",
     "",
   ]
@@ -111,9 +114,9 @@ def _write_graphs(app):
       page.append(f"| ![{call}]({picture}) | `{call}` | {_numbers(graph)} |")
     page.append("")
   page += [
-    "`jfog.topology.ceca(size)` reaches the exact mean in about `log2(size)` rounds for "
-    "any size, with two values in each message; it is a protocol for "
-    "`jfog.finite_time_average` and not a mixing matrix.",
+    "`jfog.topology.ceca(size)` reaches the exact mean in `log2(size)` rounds, rounded up, "
+    "for any size. Each rank keeps two sums and sends one of them in a round; it is a "
+    "protocol for `jfog.finite_time_average` and not a mixing matrix.",
     "",
   ]
   (folder / "graphs.md").write_text("\n".join(page))

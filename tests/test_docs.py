@@ -2,7 +2,7 @@
 
 import contextlib
 import doctest
-import importlib
+import importlib.util
 import inspect
 import io
 import pathlib
@@ -198,7 +198,20 @@ def test_both_sides_of_the_diff_fit_the_line(side, no_world):
 
 def test_the_blocks_are_found():
   assert len(list(blocks(ROOT / "README.md"))) >= 1
-  assert len(list(blocks(ROOT / "docs" / "guide.md"))) >= 2
+  assert len(list(blocks(ROOT / "docs" / "your_loop.md"))) >= 2
+
+
+def test_drawings_are_those_that_the_build_writes():
+  folder = ROOT / "docs"
+  spec = importlib.util.spec_from_file_location(
+    "jfog_drawings", folder / "jfog_drawings.py"
+  )
+  drawings = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(drawings)
+  for name, text in drawings.drawings().items():
+    assert (folder / "images" / name).read_text() == text, (
+      f"{name} is another one; run python docs/jfog_drawings.py"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

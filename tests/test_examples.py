@@ -15,6 +15,7 @@ import pytest
 from jfog import launch, runtime
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+DOCS = EXAMPLES.parent / "docs"
 DEADLINE = 300.0  # seconds; each takes about ten when all is quiet
 needs_mpi = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
@@ -244,9 +245,9 @@ def test_linear_models_are_equal_on_mpi_and_in_simulation(
     assert got["bytes_per_step"] == truth["bytes_per_step"] > 0
 
 
-def test_resource_allocation():
-  """The notebook's cells run, and its exact methods meet the KKT conditions."""
-  notebook = json.loads((EXAMPLES / "resource_allocation.ipynb").read_text())
+def run_cells(path):
+  """Runs a notebook's cells here; returns the names that they define."""
+  notebook = json.loads(path.read_text())
   assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
   cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
   assert all(
@@ -260,7 +261,31 @@ def test_resource_allocation():
   finally:
     jax.config.update("jax_enable_x64", False)
     matplotlib.pyplot.close("all")
+  return names
+
+
+def test_resource_allocation():
+  """The notebook's cells run, and its exact methods meet the KKT conditions."""
+  names = run_cells(EXAMPLES / "resource_allocation.ipynb")
   violations = names["violations"]
   assert len(violations) == 4
   for method, violation in violations.items():
     assert (violation < 1e-10) == (not method.startswith("averaging")), method
+
+
+def test_quickstart():
+  """The notebook's cells run and show what its text says of them."""
+  path = DOCS / "quickstart.ipynb"
+  names = run_cells(path)
+  for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+    assert (DOCS / target).exists(), target
+  consensus = names["consensus"]
+  assert consensus["one-peer exponential"][2] < 1e-6
+  assert consensus["static exponential"][-1] < 1e-3 < consensus["ring"][-1]
+  assert names["mean"] > 0.9
+  last = {name: curve[0][-1] for name, curve in names["curves"].items()}
+  assert len(last) == 6
+  best = last["gradient allreduce"]
+  assert best > 0.9
+  assert abs(last["ring, exact diffusion"] - best) < 0.03
+  assert last["no communication"] < 0.3 < last["ring"] < best - 0.05
