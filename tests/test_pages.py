@@ -9,6 +9,7 @@ import sys
 import pytest
 from support import jobs
 
+import jfog
 from jfog import launch, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -106,3 +107,20 @@ def test_the_page_has_the_variables_of_the_sources():
   listed = set(re.findall(r"^\| `(JFOG_\w+)` \|", text, re.M))
   assert variables() >= INTERNAL
   assert listed == variables() - INTERNAL
+
+
+@needs_mpi
+def test_counters_and_the_warning_of_a_wait(tmp_path):
+  (program,) = programs("watching.md")
+  counted, warning = outputs("watching.md")
+  code, out, err = run_file(tmp_path / "late.py", program)
+  assert code == 0, err
+  assert out == counted
+  waited = re.compile(r"\d\.\d s")
+  assert waited.sub("1 s", warning) in waited.sub("1 s", err)
+
+
+def test_the_page_has_all_diagnostics():
+  text = (DOCS / "watching.md").read_text()
+  for name in jfog.diagnostics.__all__:
+    assert name in text
