@@ -214,7 +214,7 @@ def report(results, arguments, n, place):
     tabulate(
       rows,
       headers=(
-        "\nmethod",
+        "method",
         "accuracy\n(mean)",
         "accuracy of\naveraged model",
         "consensus\ndistance",

@@ -62,7 +62,7 @@ def rows(text):
   for line in text.splitlines():
     words = line.rsplit(None, 1)
     if len(words) == 2 and re.fullmatch(r"\d\.\de[-+]\d\d", words[1]):
-      found[line[:24].strip()] = words[1]
+      found[re.split(r"  +| \*", line)[0]] = words[1]
   return found
 
 
