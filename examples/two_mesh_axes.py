@@ -66,7 +66,7 @@ params = jfog.stack(
 
 def fit(map_ranks, params, steps=100):
   """Trains on the ranks of `map_ranks`; returns the parameters and the loss."""
-  state = map_ranks(tx.init)(params)
+  state = jax.jit(map_ranks(tx.init))(params)
   step = jax.jit(map_ranks(train_step), donate_argnums=(0, 1))
   for _ in range(steps):
     params, state, loss = step(params, state, x, y)
