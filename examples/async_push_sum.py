@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 import optax
 from digits import accuracy, batches, init_params, load, loss
+from tabulate import tabulate
 
 import jfog
 from jfog import topology
@@ -376,44 +377,30 @@ def table(problem, runs, arguments):
     "digits": "training on digits",
   }
   on_mpi = "seconds" in next(iter(runs.values()))
-  line = ("{:<28}" + " {:>8} {:>11} {:>11} {:>11}" * on_mpi).format
-  heads = ["", "wall", "fast ranks,", "slow rank,", "fast ranks"]
-  units = [titles[problem.name], "time", "steps/s", "steps/s", "lose"]
-  if problem.name == "average":
-    last = " {:>10}".format
-    first, second = last(""), last("error")
-    if not on_mpi:
-      first, second = last("") + last("steps to"), last("error") + last("1e-6")
-  else:
-    last = " {:>10} {:>12} {:>10}".format
-    first = last("accuracy", "accuracy of", "consensus")
-    second = last("(mean)", "mean model", "distance")
-  if not on_mpi:
-    heads, units = heads[:1], units[:1]
-  print()
-  print(line(*heads) + first)
-  print(line(*units) + second)
+  rows = []
   for name, run in runs.items():
-    cells = [describe(name, arguments)]
+    row = {titles[problem.name]: describe(name, arguments)}
     if on_mpi:
-      cells += [
-        f"{run['seconds']:.2f} s",
-        f"{run['fast_rate']:.1f}",
-        f"{run['slow_rate']:.1f}",
-        f"{100 * run['fast_loss']:.0f} %" if "slow" in name else "",
-      ]
+      row["wall\ntime"] = f"{run['seconds']:.2f} s"
+      row["fast ranks,\nsteps/s"] = f"{run['fast_rate']:.1f}"
+      row["slow rank,\nsteps/s"] = f"{run['slow_rate']:.1f}"
+      lost = f"{100 * run['fast_loss']:.0f} %" if "slow" in name else ""
+      row["fast ranks\nlose"] = lost
     if problem.name == "average":
-      end = last(f"{run['error']:.1e}")
+      row["error"] = f"{run['error']:.1e}"
       if not on_mpi:
         reached = np.flatnonzero(np.array(run["curve"]) < 1e-6)
-        end += last(run["x"][reached[0]] if len(reached) else "-")
+        steps = run["x"][reached[0]] if len(reached) else "-"
+        row["steps to\n1e-6"] = steps
     else:
-      end = last(
-        f"{100 * run['accuracy']:.2f} %",
-        f"{100 * run['accuracy_of_mean']:.2f} %",
-        f"{run['consensus_distance']:.1e}",
-      )
-    print(line(*cells) + end)
+      row["accuracy\n(mean)"] = f"{100 * run['accuracy']:.2f} %"
+      mean = f"{100 * run['accuracy_of_mean']:.2f} %"
+      row["accuracy of\nmean model"] = mean
+      row["consensus\ndistance"] = f"{run['consensus_distance']:.1e}"
+    rows.append(row)
+  align = ("left", *(len(rows[0]) - 1) * ["right"])
+  print()
+  print(tabulate(rows, "keys", colalign=align, disable_numparse=True))
   if on_mpi and problem.name == "digits":
     print(
       "(loss of the fast ranks: relative to their steps/s without a slow rank)"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from tabulate import tabulate
 
 import jfog
 from jfog import topology
@@ -112,15 +113,11 @@ def consensus(x, graph, rounds):
   return jnp.sqrt(jfog.allreduce(squares))
 
 
-def run(graph, n, rounds, seed, world):
-  """Runs the rounds of a graph, on MPI or in simulation."""
+def run(graph, n, rounds, seed):
+  """The errors of a graph, relative to the first one."""
   x = np.random.RandomState(seed).randn(n, DIMENSION)
   program = functools.partial(consensus, graph=graph, rounds=rounds)
-  if world.backend == "single":
-    program = jfog.simulate(program, n, out_axes=None)
-  else:
-    x = x[world.rank]
-  errors = np.asarray(jax.jit(program)(x))
+  errors = np.asarray(jax.jit(jfog.map_ranks(program, n, out_axes=None))(x))
   return errors / errors[0] if errors[0] > 0 else errors
 
 
@@ -143,25 +140,33 @@ def table(curves, n):
     f"{n} ranks, {rounds} rounds; the error is the root mean square distance"
   )
   print("to the average, 1 at the start")
-  line = "{:<24} {:>6} {:>6} {:>7} {:>8} {:>12} {:>9}".format
-  print(line("", "", "sends/", "", "gap of a", "exact", "last"))
-  print(line("graph", "degree", "round", "period", "period", "after", "error"))
+  rows = []
   for name, (graph, errors) in curves.items():
     protocol = isinstance(graph, topology.ExactAverage)
     exact = graph.rounds_to_exact_average()
     sends = jfog.diagnostics.bytes_per_step(graph, np.zeros(1, np.int8))
     averages = protocol or graph.is_doubly_stochastic
-    print(
-      line(
+    rows.append(
+      (
         name if averages else f"{name} *",
         min(1, n - 1) if protocol else graph.degree,
-        f"{sends:.2f}",
+        sends,
         len(graph),
-        "-" if protocol else f"{graph.spectral_gap:.3f}",
-        "-" if exact is None else f"{exact} rounds",
-        f"{errors[-1]:.1e}",
+        None if protocol else graph.spectral_gap,
+        None if exact is None else f"{exact} rounds",
+        errors[-1],
       )
     )
+  heads = ("graph", "degree", "sends/\nround", "period", "gap of a\nperiod")
+  print(
+    tabulate(
+      rows,
+      headers=(*heads, "exact\nafter", "last\nerror"),
+      floatfmt=("", "", ".2f", "", ".3f", "", ".1e"),
+      colalign=("left", *6 * ["right"]),
+      missingval="-",
+    )
+  )
   if not all(
     getattr(g, "is_doubly_stochastic", True) for g, _ in curves.values()
   ):
@@ -215,19 +220,17 @@ def main():
   )
   arguments = parser.parse_args()
   jax.config.update("jax_enable_x64", True)
-  world = jfog.init()
-  n = arguments.ranks or 16
-  if world.backend != "single":
-    if arguments.ranks not in (None, world.size):
-      raise SystemExit(f"--ranks {n} in a job of {world.size}; leave it out.")
-    n = world.size
+  n = jfog.num_ranks(arguments.ranks or 16)
+  if arguments.ranks not in (None, n):
+    raise SystemExit(
+      f"--ranks {arguments.ranks} in a job of {n}; leave it out."
+    )
+  verbose = jfog.rank() == 0
   curves = {
-    name: (graph, run(graph, n, arguments.rounds, arguments.seed, world))
-    for name, graph in graphs_of(
-      n, arguments.graphs, verbose=world.rank == 0
-    ).items()
+    name: (graph, run(graph, n, arguments.rounds, arguments.seed))
+    for name, graph in graphs_of(n, arguments.graphs, verbose).items()
   }
-  if world.rank == 0:
+  if jfog.rank() == 0:
     table(curves, n)
     plot(curves, n, arguments.output)
 

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
+from tabulate import tabulate
 from tqdm import tqdm
 
 import jfog
@@ -152,40 +153,31 @@ def make_epoch(tx):
   return epoch
 
 
-def train(method, arguments, world, n, data, test, progress):
+def train(method, arguments, n, data, test, progress):
   """Trains with one method; returns the curves and the bytes sent."""
   images = data.y.shape[1]
   steps = arguments.epochs * (images // BATCH)
   tx = optimizer(method, n, arguments.learning_rate, steps)
-  progress.set_description(method)
-  params = init_params(arguments.seed)
-  state = tx.init(params)
-  size = bytes_per_step(topology.ring(2), params)  # one message: all parameters
-  epoch = make_epoch(tx)
-
-  on_mpi = world.backend == "mpi"
-
-  def here(stacked):  # the part of this process
-    return stacked[world.rank] if on_mpi else stacked
-
-  if not on_mpi:
-    params, state = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (n, *x.shape)), (params, state)
+  progress.set_description(f"{method}, compiling")
+  start = init_params(arguments.seed)
+  params = jfog.stack(start, n)
+  state = jfog.map_ranks(tx.init, n)(params)
+  epoch = jax.jit(
+    jfog.map_ranks(
+      make_epoch(tx), n, in_axes=(0, 0, 0, 0, None), out_axes=(0, 0, None)
     )
-    epoch = jfog.simulate(epoch, n, in_axes=(0, 0, 0, 0, None))
-  data = jax.tree.map(here, data)
-  epoch = jax.jit(epoch)
+  )
   curves = []
   for number in range(arguments.epochs):
-    order = here(batches(n, images, arguments.seed, number))
+    order = batches(n, images, arguments.seed, number)
     params, state, metrics = epoch(params, state, data, order, test)
-    # The metrics are averages over ranks, equal on all of them.
-    curves.append(np.asarray(metrics).reshape(-1, 3)[0].tolist())
+    curves.append(np.asarray(metrics).tolist())
+    progress.set_description(method)
     progress.update()
   if method in GRAPHS:
-    sent = bytes_per_step(GRAPHS[method](n), params) / (1 if on_mpi else n)
+    sent = bytes_per_step(GRAPHS[method](n), start)
   elif method == "gradient allreduce":
-    sent = 2 * (n - 1) / n * size
+    sent = 2 * (n - 1) / n * bytes_per_step(topology.ring(2), start)
   else:
     sent = 0.0
   return {
@@ -202,24 +194,36 @@ def report(results, arguments, n, place):
     f"{n} ranks ({place}), split: {arguments.split}, {arguments.epochs} epochs, "
     f"seed {arguments.seed}"
   )
-  line = "{:<22} {:>9} {:>14} {:>10} {:>15}".format
-  print(line("", "accuracy", "accuracy of", "consensus", "bytes sent per"))
-  print(line("method", "(mean)", "averaged model", "distance", "rank and step"))
+  rows = []
   figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
   for method, curves in results.items():
-    print(
-      line(
+    rows.append(
+      (
         method,
         f"{100 * curves['accuracy'][-1]:.2f} %",
         f"{100 * curves['accuracy_of_mean'][-1]:.2f} %",
-        f"{curves['consensus_distance'][-1]:.1e}",
-        f"{curves['bytes_per_step']:,.0f}",
+        curves["consensus_distance"][-1],
+        curves["bytes_per_step"],
       )
     )
     epochs = range(1, len(curves["accuracy"]) + 1)
     left.plot(epochs, 100 * np.array(curves["accuracy"]), label=method)
     distance = np.maximum(curves["consensus_distance"], 1e-8)
     right.semilogy(epochs, distance, label=method)
+  print(
+    tabulate(
+      rows,
+      headers=(
+        "method",
+        "accuracy\n(mean)",
+        "accuracy of\naveraged model",
+        "consensus\ndistance",
+        "bytes sent per\nrank and step",
+      ),
+      floatfmt=("", "", "", ".1e", ",.0f"),
+      colalign=("left", *4 * ["right"]),
+    )
+  )
   print("(gradient allreduce: bytes of a ring allreduce, 2 (n-1)/n times)")
   left.set(xlabel="epoch", ylabel="test accuracy of the ranks' models in %")
   right.set(xlabel="epoch", ylabel="consensus distance (floor 1e-8)")
@@ -260,21 +264,21 @@ def parse():
 def main():
   """Trains with every method and reports."""
   arguments = parse()
-  world = jfog.init()
-  on_mpi = world.backend == "mpi"
-  n = world.size if on_mpi else arguments.ranks
+  n = jfog.num_ranks(arguments.ranks)
   data, test = load(n, arguments.split, arguments.seed)
   results = {}
   with tqdm(
     total=len(arguments.methods) * arguments.epochs,
-    disable=world.rank != 0,
+    disable=jfog.rank() != 0,
     unit="epoch",
     mininterval=1.0,
   ) as progress:
     for method in arguments.methods:
-      results[method] = train(method, arguments, world, n, data, test, progress)
-  if world.rank == 0:
-    report(results, arguments, n, "MPI" if on_mpi else "virtual")
+      results[method] = train(method, arguments, n, data, test, progress)
+  if jfog.rank() == 0:
+    backend = jfog.init().backend
+    place = "virtual" if backend == "single" else backend.upper()
+    report(results, arguments, n, place)
     if arguments.json:
       arguments.json.write_text(json.dumps(results))
 

@@ -29,6 +29,7 @@ import networkx as nx
 import numpy as np
 import optax
 from sklearn.datasets import load_diabetes, load_wine
+from tabulate import tabulate
 from tqdm import tqdm
 
 import jfog
@@ -381,7 +382,7 @@ METHODS = {
 }
 
 
-def fit(name, model, arguments, world):
+def fit(name, model, arguments):
   """Fits a model with one method; returns its curves."""
   method = METHODS[name]
   n = len(model.x)
@@ -402,10 +403,7 @@ def fit(name, model, arguments, world):
       bytes_per_step=method.sent(graph, start),
     )[2]
 
-  if world.backend == "mpi":
-    seen = program(model.x[world.rank], model.y[world.rank])
-  else:
-    seen = jax.jit(jfog.simulate(program, n, out_axes=None))(model.x, model.y)
+  seen = jax.jit(jfog.map_ranks(program, n, out_axes=None))(model.x, model.y)
 
   def relative(distance):
     return (np.asarray(distance) / np.linalg.norm(model.solution)).tolist()
@@ -437,22 +435,35 @@ def table(name, model, curves):
     f"largest curvature of a rank L = {model.smoothness:.3g}, smallest "
     f"curvature of the mean loss mu = {model.convexity:.3g}"
   )
-  line = "{:<28} {:>6} {:>8} {:>11} {:>10} {:>12} {:>10}".format
-  print(line("", "", "step", "bytes per", "final", "bytes until", "ranks"))
-  print(line("method", "exact", "times L", "step", "distance", "1e-6", "apart"))
+  rows = []
   for method, curve in curves.items():
     near = np.flatnonzero(np.array(curve["distance"]) < 1e-6)
-    print(
-      line(
+    rows.append(
+      (
         method,
         "yes" if curve["exact"] else "no",
         f"{curve['step_size'] * model.smoothness:.2g}",
-        f"{curve['bytes_per_step']:,.0f}",
-        f"{curve['distance'][-1]:.1e}",
-        f"{curve['bytes'][near[0]]:,.0f}" if len(near) else "-",
-        f"{curve['consensus_distance'][-1]:.1e}",
+        curve["bytes_per_step"],
+        curve["distance"][-1],
+        curve["bytes"][near[0]] if len(near) else None,
+        curve["consensus_distance"][-1],
       )
     )
+  heads = ("method", "exact", "step\ntimes L", "bytes per\nstep")
+  print(
+    tabulate(
+      rows,
+      headers=(
+        *heads,
+        "final\ndistance",
+        "bytes until\n1e-6",
+        "ranks\napart",
+      ),
+      floatfmt=("", "", "", ",.0f", ".1e", ",.0f", ".1e"),
+      colalign=("left", *6 * ["right"]),
+      missingval="-",
+    )
+  )
 
 
 def plot(results, arguments, place):
@@ -544,9 +555,7 @@ def main():
   """Fits the models with every method and reports."""
   arguments = parse()
   jax.config.update("jax_enable_x64", True)
-  world = jfog.init()
-  on_mpi = world.backend == "mpi"
-  n = world.size if on_mpi else arguments.ranks
+  n = jfog.num_ranks(arguments.ranks)
   names = MODELS if arguments.model == "both" else [arguments.model]
   models = {
     name: MODELS[name](n, arguments.split, arguments.seed, arguments.l2)
@@ -555,18 +564,20 @@ def main():
   results = {name: {} for name in names}
   with tqdm(
     total=len(names) * len(arguments.methods),
-    disable=world.rank != 0,
+    disable=jfog.rank() != 0,
     unit="fit",
   ) as progress:
     for name in names:
       for method in arguments.methods:
         progress.set_description(f"{name}, {method}")
-        results[name][method] = fit(method, models[name], arguments, world)
+        results[name][method] = fit(method, models[name], arguments)
         progress.update()
-  if world.rank == 0:
+  if jfog.rank() == 0:
     for name in names:
       table(name, models[name], results[name])
-    plot(results, arguments, f"{n} {'MPI' if on_mpi else 'virtual'} ranks")
+    backend = jfog.init().backend
+    place = "virtual" if backend == "single" else backend.upper()
+    plot(results, arguments, f"{n} {place} ranks")
     if arguments.json:
       arguments.json.write_text(json.dumps(results))
 

@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import jax
 import matplotlib
 import matplotlib.pyplot
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jfog import launch, runtime
@@ -19,6 +22,9 @@ DOCS = EXAMPLES.parent / "docs"
 DEADLINE = 300.0  # seconds; each takes about ten when all is quiet
 needs_mpi = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
+)
+simulated_and_on_mpi = pytest.mark.parametrize(
+  "ranks", [0, pytest.param(2, marks=needs_mpi)], ids=["simulate", "mpi-2"]
 )
 
 
@@ -59,7 +65,7 @@ def rows(text):
   for line in text.splitlines():
     words = line.rsplit(None, 1)
     if len(words) == 2 and re.fullmatch(r"\d\.\de[-+]\d\d", words[1]):
-      found[line[:24].strip()] = words[1]
+      found[re.split(r"  +| \*", line)[0]] = words[1]
   return found
 
 
@@ -243,6 +249,127 @@ def test_linear_models_are_equal_on_mpi_and_in_simulation(
       truth["distance"], rel=1e-6, abs=1e-11
     )
     assert got["bytes_per_step"] == truth["bytes_per_step"] > 0
+
+
+def saved(folder, epoch):
+  """The arrays that a process of `flax_nnx.py` saved after an epoch."""
+  with ocp.CheckpointManager(folder) as checkpoints:
+    tree = checkpoints.restore(epoch, args=ocp.args.StandardRestore())
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@simulated_and_on_mpi
+def test_flax_network_resumes(tmp_path, ranks):
+  """Also where one rank has not saved the last epoch."""
+  first = run("flax_nnx.py", tmp_path, "--epochs", "3", ranks=ranks)
+  assert percentages(first) > 85
+  size = ranks or 1  # processes
+  folders = [
+    tmp_path / "checkpoints" / f"rank{rank}of{size}" for rank in range(size)
+  ]
+  truth = [saved(folder, 3) for folder in folders]
+  shutil.rmtree(folders[-1] / "3")
+  again = run("flax_nnx.py", tmp_path, "--epochs", "3", "--resume", ranks=ranks)
+  assert again.splitlines() == first.splitlines()[2:]
+  for folder, wanted in zip(folders, truth, strict=True):
+    assert {len(leaf) for leaf in wanted} == {1 if ranks else 8}
+    for got, leaf in zip(saved(folder, 3), wanted, strict=True):
+      np.testing.assert_array_equal(got, leaf)
+
+
+def percentages(text):
+  """The percentage in the last line."""
+  return float(re.search(r"([\d.]+) %", text.splitlines()[-1])[1])
+
+
+def accuracies(text, column):
+  """A column of numbers of a table by the name in the first column."""
+  cells = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+  return {
+    row[0]: float(row[column].replace(",", ""))
+    for row in cells
+    if len(row) > 2 and re.fullmatch(r"[\d.,]+", row[column])
+  }
+
+
+def test_data_split_by_label(tmp_path):
+  """The gap is 15 points and more over seeds."""
+  found = accuracies(run("label_split.py", tmp_path, "--steps", "300"), 2)
+  assert list(found) == [
+    *("adapt_then_combine", "exact_diffusion", "gradient_tracking"),
+  ]
+  assert 40 < found["adapt_then_combine"] < 82
+  assert found["exact_diffusion"] > 90
+  assert found["gradient_tracking"] > 90
+
+
+@needs_mpi
+def test_data_split_by_label_on_mpi(tmp_path):
+  name, arguments = "label_split.py", ("--steps", "50")
+  on_mpi = run(name, tmp_path, *arguments, ranks=3)
+  simulated = run(name, tmp_path, *arguments, "--ranks", "3")
+  assert accuracies(on_mpi, 1) == accuracies(simulated, 1)
+  got, truth = accuracies(on_mpi, 2), accuracies(simulated, 2)
+  assert len(truth) == 3
+  for method in truth:
+    # One of the 357 test images may fall on the other side by rounding.
+    assert got[method] == pytest.approx(truth[method], abs=0.3), method
+
+
+@simulated_and_on_mpi
+def test_low_rank_adapters(tmp_path, ranks):
+  text = run("low_rank_adapters.py", tmp_path, "--steps", "100", ranks=ranks)
+  sent, accuracy = accuracies(text, 1), accuracies(text, 2)
+  assert accuracy["pretrained, upright"] > 93
+  assert accuracy["pretrained, turned"] < 30
+  assert accuracy["adapters, turned"] > 85
+  assert accuracy["all weights, turned"] > 93
+  # Rank 4 of a network of 64 x 256 x 256 x 10 float32 numbers, to one neighbor.
+  assert sent["adapters, turned"] == 4 * 4 * (64 + 4 * 256 + 10)
+  assert sent["all weights, turned"] == 4 * 256 * (64 + 256 + 10)
+
+
+def test_ranks_and_parts_of_a_mesh(tmp_path):
+  text = run("two_mesh_axes.py", tmp_path)
+  losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
+  assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+  assert losses[0] < 0.2
+  assert "4 ranks x 2 parts" in text
+  assert "hidden: (64, 256) on a rank, (64, 128) on a device" in text
+  assert "out: (256, 10) on a rank, (128, 10) on a device" in text
+  assert f"sends {4 * (64 * 128 + 128 + 128 * 10):,} bytes" in text
+
+
+def last_errors(text):
+  """The last error of each graph of the gallery."""
+  return {
+    line[:20].strip(): float(line.split()[-1])
+    for line in text.splitlines()
+    if "last error" in line
+  }
+
+
+def test_graph_gallery(tmp_path):
+  text = run("graph_gallery.py", tmp_path, "--ranks", "8", "--rounds", "9")
+  errors = last_errors(text)
+  assert len(errors) == 8
+  for name in ("one-peer exponential", "base-2", "fully connected"):
+    assert errors[name] < 1e-6
+  assert errors["star"] > errors["ring"] > errors["torus"] > 1e-6
+  gap = re.search(r"^ring .*round: (\S+)", text, re.M)[1]
+  assert float(gap) == pytest.approx((2 - 2 * np.cos(np.pi / 4)) / 3, abs=1e-3)
+  assert is_png(tmp_path / "graph_gallery.png")
+
+
+@needs_mpi
+def test_graph_gallery_on_mpi(tmp_path):
+  name, arguments = "graph_gallery.py", ("--rounds", "3")
+  on_mpi = last_errors(run(name, tmp_path, *arguments, ranks=3))
+  simulated = last_errors(run(name, tmp_path, *arguments, "--ranks", "3"))
+  assert list(on_mpi) == list(simulated)
+  for graph, error in simulated.items():
+    assert on_mpi[graph] == pytest.approx(error, rel=0.11, abs=1e-6), graph
+  assert is_png(tmp_path / "graph_gallery.png")
 
 
 def run_cells(path):
