@@ -46,6 +46,8 @@ _XLA_FLAGS = [
 ]
 if not _RANKS:
   _XLA_FLAGS += [f"--xla_force_host_platform_device_count={_DEVICES}"]
+# A development install builds at import and says so; programs' output is compared.
+os.environ.setdefault("SKBUILD_EDITABLE_VERBOSE", "0")
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]
 )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from jfog import cli, launch, runtime
+from jfog.launch import output
 from jfog.runtime import _gpu_placement
 
 DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
@@ -171,12 +173,61 @@ def test_first_traceback_comes_last(program):
   )
   assert job.returncode == 1
   head, _, report = job.err.rpartition("jfog run: ")
-  assert "ValueError: broken on one" in head  # as it happened
+  assert head == "\n", head  # neither the traceback nor a text of Open MPI
   lines = report.strip().split("\n")
   assert lines[0] == "rank 1 failed first (exit code 1):"
   assert lines[1] == "Traceback (most recent call last):"
   assert lines[-1] == "ValueError: broken on one"
   assert job.seconds < ENDS_WITHIN
+
+
+def test_tracebacks_of_all_ranks_on_request(program):
+  job = run(
+    program,
+    *("--all-tracebacks", "-np", 2),
+    *python("barrier(); raise ValueError(f'broken on {rank}')"),
+  )
+  assert job.err.count("Traceback") == 2
+  last = job.err.split("jfog run: ")[-1]
+  assert re.fullmatch(
+    r"rank \d failed first \(exit code 1\), by the traceback above that ends "
+    r"with:\nValueError: broken on \d\n",
+    last,
+  ), job.err
+
+
+def test_ranks_that_fail_later_have_one_line_each(program):
+  job = run(
+    program,
+    *("-np", 3),
+    *python("barrier(); raise ValueError(f'broken on {rank}')"),
+  )
+  reported = re.findall(r"broken on (\d)\n", job.err)
+  assert len(reported) == len(set(reported))
+  assert job.err.count("Traceback") == 1
+  assert job.err.count("failed first") == 1
+  # Those that mpirun has ended before their own failure are left out.
+  assert job.err.count("failed later") == len(reported) - 1
+
+
+def test_a_traceback_of_a_program_that_goes_on_is_shown(program):
+  job = run(
+    program,
+    *("-np", 1),
+    *python("""
+    import traceback
+    print("before", file=sys.stderr)
+    try:
+      1 / 0
+    except ZeroDivisionError:
+      traceback.print_exc()
+    print("after", file=sys.stderr)
+    """),
+  )
+  assert job.returncode == 0
+  first, *_, error, last = job.err.splitlines()
+  assert (first, last) == ("before", "after")
+  assert error == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize(
@@ -279,6 +330,38 @@ def test_tagged_output(program):
     *("[0] one", "[0] two", "[1] one", "[1] two")
   ]
   assert sorted(job.err.split("\n")[:-1]) == ["[0] three", "[1] three"]
+
+
+def test_output_of_several_ranks_is_tagged_by_default(program):
+  words = [sys.executable, "-I", "-S", str(program)]
+  for ranks, text in ((2, "[0] one\n[1] one\n"), (1, "one\n")):
+    done = subprocess.run(
+      [*words, "-np", str(ranks), "echo", "one"],
+      stdout=subprocess.PIPE,
+      text=True,
+      timeout=DEADLINE,
+    )
+    assert "".join(sorted(done.stdout.splitlines(keepends=True))) == text
+
+
+def test_filters_of_output():
+  """Carriage returns end lines; what looks like a text of Open MPI passes."""
+  lines = output.Prefixed(b"[1] ")
+  assert lines.feed(b"10%\r20%") == b"[1] 10%\r"
+  assert lines.feed(b"\rend\npart") == b"[1] 20%\r[1] end\n"
+  assert lines.finish() == b"[1] part\n"
+  banner = output.WithoutBanner()
+  rule = b"-" * 74 + b"\n"
+  own = rule + b"results\n" + rule
+  theirs = rule + b"prterun detected that one or more processes exited\n" + rule
+  text = b"a\n" + own + theirs + b"b\n"
+  parts = [text[k : k + 50] for k in range(0, len(text), 50)]
+  found = b"".join(map(banner.feed, parts)) + banner.finish()
+  assert found == b"a\n" + own + b"b\n"
+  assert banner.dropped == theirs
+  assert banner.feed(b"c\n" + rule + b"open") == b"c\n"
+  assert banner.until < float("inf")
+  assert banner.expire() == rule + b"open"
 
 
 def test_output_is_untouched_without_tags(program):
@@ -392,12 +475,13 @@ def test_report_shows_a_chained_traceback_whole():
   done = subprocess.run(
     [sys.executable, "-c", body], stderr=subprocess.PIPE, text=True
   )
-  record = {"rank": 0, "code": 1, "signal": "", "stderr": done.stderr}
+  record = {"rank": 0, "code": 1, "signal": "", "is_held": True}
+  record["stderr"] = done.stderr
   report = launch.failure_report(record)
   assert report.count("Traceback") == 2
   assert report.endswith("ValueError: outer\n")
   assert "noise" not in report
-  record = {"rank": 0, "code": 9, "signal": "", "stderr": "reason\n"}
+  record.update(code=9, stderr="reason\n", is_held=False)
   assert launch.failure_report(record).endswith("(exit code 9):\nreason\n")
 
 

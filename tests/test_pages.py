@@ -45,11 +45,11 @@ def outputs(name):
   return re.findall(r"[^`]\n\n```text\n(.*?)^```", text, re.M | re.S)
 
 
-def run_file(path, program, *options):
+def run_file(path, program, tags="--no-tag-output"):
   """Runs a program on two ranks from a file; returns code, stdout and stderr."""
   path.write_text(program)
   done = subprocess.run(
-    [*launch.command_line(["-np", "2", *options]), sys.executable, path.name],
+    [*launch.command_line([tags, "-np", "2"]), sys.executable, path.name],
     cwd=path.parent,
     env={**os.environ, "OMP_NUM_THREADS": "4"},
     stdin=subprocess.DEVNULL,
@@ -64,7 +64,7 @@ def run_file(path, program, *options):
 def test_a_job_with_tagged_output(tmp_path):
   hello, _ = programs("running.md")
   tagged, _ = outputs("running.md")
-  code, out, err = run_file(tmp_path / "hello.py", hello, "--tag-output")
+  code, out, err = run_file(tmp_path / "hello.py", hello, tags="--tag-output")
   assert code == 0, err
   assert sorted(out.splitlines()) == sorted(tagged.splitlines())
 

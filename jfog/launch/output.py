@@ -7,7 +7,7 @@ once the time `until` has come, `finish` at the end.
 import time
 
 TRACEBACK = b"Traceback (most recent call last):"
-_HOLD = 5.0  # seconds that a traceback is kept back
+_HOLD = 15.0  # seconds that a traceback is kept back
 _RULE = b"-" * 74 + b"\n"  # before and after a text of Open MPI
 _RULE_HOLD = 0.5  # seconds from the first rule to the second
 # How Open MPI 5 and 4 begin their texts about a rank that has failed.
@@ -32,11 +32,11 @@ class Filter:
     return chunk
 
   def expire(self) -> bytes:
-    """What goes on once the time `until` has come."""
+    """Returns the bytes that go on once the time `until` has come."""
     return b""
 
   def finish(self) -> bytes:
-    """What goes on at the end."""
+    """Returns the bytes that go on at the end."""
     return b""
 
 
@@ -56,12 +56,12 @@ class Prefixed(Filter):
     return b"".join(self._prefix + each for each in lines)
 
   def finish(self) -> bytes:
-    """What goes on at the end."""
+    """Returns the bytes that go on at the end."""
     return self._prefix + self._line + b"\n" if self._line else b""
 
 
 class WithoutTraceback(Filter):
-  """Keeps a traceback and what follows it back, for a few seconds.
+  """Keeps a traceback and what follows it back, for 15 seconds.
 
   If the command ends by it, the launcher's report shows it.
   """
@@ -85,7 +85,7 @@ class WithoutTraceback(Filter):
     return chunk[:start]
 
   def expire(self) -> bytes:
-    """What goes on once the time `until` has come."""
+    """Returns the bytes that go on once the time `until` has come."""
     held, self.held = self.held, b""
     self.until = float("inf")
     self._is_new_line = held.endswith(b"\n")
@@ -107,18 +107,25 @@ class WithoutBanner(Filter):
       passed, text = passed + text[:start], text[start:]
       end = text.find(_RULE, len(_RULE))
       if end < 0:
-        self._held = text
-        self.until = time.monotonic() + _RULE_HOLD
-        return passed
+        return passed + self._hold(text)
       banner, text = text[: end + len(_RULE)], text[end + len(_RULE) :]
       if banner[len(_RULE) :].startswith(_ABOUT_FAILURES):
         self.dropped += banner
       else:
         passed += banner
+    start = text.rfind(b"\n") + 1
+    if text[start:] and _RULE.startswith(text[start:]):  # the begin of a rule
+      return passed + text[:start] + self._hold(text[start:])
     return passed + text
 
+  def _hold(self, text: bytes) -> bytes:
+    """Keeps the text back; nothing goes on."""
+    self._held = text
+    self.until = time.monotonic() + _RULE_HOLD
+    return b""
+
   def expire(self) -> bytes:
-    """What goes on once the time `until` has come."""
+    """Returns the bytes that go on once the time `until` has come."""
     held, self._held = self._held, b""
     self.until = float("inf")
     return held

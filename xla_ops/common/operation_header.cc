@@ -14,7 +14,7 @@ constexpr int kCountShift = 40;  // 16 bits of number, 40 of bytes
 constexpr std::uint64_t kMostLeaves = (1u << 16) - 1;
 constexpr std::uint64_t kMostBytes = (std::uint64_t{1} << kCountShift) - 1;
 
-// What distinguishes two operations of one name and equal leaves.
+// The difference between two operations of one name and equal leaves.
 std::string Variant(const std::string& name) {
   if (name == "allreduce") return "reduction";
   if (name == "broadcast") return "root";

@@ -204,7 +204,9 @@ ffi::Error WindowTransfer::CheckState(int rank, WindowMemory::State state) {
     case WindowMemory::kEnded:
       return MakeError(ffi::ErrorCode::kAborted,
                        Title() + " accesses the window of rank " +
-                           std::to_string(rank) + ", which has already ended");
+                           std::to_string(rank) +
+                           ", which has already ended; all ranks call "
+                           "jfog.barrier after their last step");
     default:
       return CheckMessage(rank, CheckWindowState(state));
   }
