@@ -115,3 +115,20 @@ def test_devices_are_ranks(place):
   np.testing.assert_allclose(y, np.full(n, x.mean()))
   if n > 1:
     assert len(y.devices()) == n
+
+
+def test_a_mesh_is_used_in_one_process(place):
+  if place.name == "single" and jax.device_count() < 4:
+    pytest.skip("needs 4 devices")
+  mesh = None
+  if place.name == "single":
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("jfog", "model"))
+    with pytest.raises(ValueError, match="2 ranks along 'jfog', size is 3"):
+      jfog.map_ranks(jfog.allreduce, 3, mesh=mesh)(jnp.ones((3, 2)))
+  n = place.size if mesh is None else 2
+  x = jnp.arange(4.0 * n).reshape(n, 4)
+  mean = jax.jit(jfog.map_ranks(jfog.allreduce, mesh=mesh))
+  y = mean(x)
+  np.testing.assert_allclose(y, np.tile(x.mean(axis=0), (len(y), 1)))
+  assert len(y) == (1 if mesh is None else 2)

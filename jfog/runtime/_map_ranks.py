@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jfog import _validation
 from jfog.runtime import _simulate, _world
+from jfog.runtime._communicator import AXIS_NAME
 from jfog.runtime._process_communicator import ProcessCommunicator
 
 
@@ -20,12 +22,13 @@ def map_ranks(
   in_axes: Any = 0,
   out_axes: Any = 0,
   local_size: int = 1,
+  mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
   """Runs `fun` on the ranks of this process, wherever the script was started.
 
   - Under `jfog run` or `mpirun`, each process runs `fun` for its own rank.
   - In one process with several devices it is `jfog.spmd` over these, if `size` is
-    their number or left out.
+    their number or left out, or over those of `mesh`.
   - In one process otherwise it is `jfog.simulate` on `size` virtual ranks.
 
   Arguments and results have an axis over the ranks that this process runs, of
@@ -41,14 +44,16 @@ def map_ranks(
     in_axes: as in `jfog.simulate`.
     out_axes: as in `jfog.simulate`.
     local_size: ranks of a pretended machine, in simulation only.
+    mesh: the mesh of `jfog.spmd`, with an axis `"jfog"` of `size` ranks; further
+      axes stay with the compiler. Between processes it is not used.
 
   Returns:
     A function of the arguments of `fun`, with an axis over ranks, to its results
     with one.
 
   Raises:
-    ValueError: for an argument whose axis has another length, and as
-      `jfog.simulate` does.
+    ValueError: for an argument whose axis has another length, for a `mesh` of
+      another number of ranks, and as `jfog.simulate` does.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -63,7 +68,15 @@ def map_ranks(
     if comm is not None:
       return _run_own(fun, comm, in_axes, out_axes, args, kwargs)
     ranks = num_ranks(size)
-    if local_size == 1 and 1 < ranks == jax.device_count():
+    if mesh is not None:
+      held = mesh.shape.get(AXIS_NAME)
+      if size is not None and held not in (None, size):
+        raise ValueError(
+          f"map_ranks: the mesh has {held} ranks along {AXIS_NAME!r}, size is "
+          f"{size}; make them equal, or leave size out."
+        )
+      run = _simulate.spmd(fun, mesh, in_axes=in_axes, out_axes=out_axes)
+    elif local_size == 1 and 1 < ranks == jax.device_count():
       run = _simulate.spmd(fun, in_axes=in_axes, out_axes=out_axes)
     else:
       run = _simulate.simulate(
