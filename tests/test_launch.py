@@ -475,13 +475,13 @@ def test_report_shows_a_chained_traceback_whole():
   done = subprocess.run(
     [sys.executable, "-c", body], stderr=subprocess.PIPE, text=True
   )
-  record = {"rank": 0, "code": 1, "signal": "", "is_held": True}
+  record = {"rank": 0, "code": 1, "signal": "", "is_shown": False}
   record["stderr"] = done.stderr
   report = launch.failure_report(record)
   assert report.count("Traceback") == 2
   assert report.endswith("ValueError: outer\n")
   assert "noise" not in report
-  record.update(code=9, stderr="reason\n", is_held=False)
+  record.update(code=9, stderr="reason\n", is_shown=True)
   assert launch.failure_report(record).endswith("(exit code 9):\nreason\n")
 
 

@@ -99,7 +99,13 @@ def rank_main(arguments: list[str]) -> int:
   is_reported = False
   if code:
     is_reported = report.leave_record(
-      int(rank), code, ended, torn_down, stderr.tail, bool(held.held)
+      int(rank),
+      code,
+      ended,
+      stderr.tail,
+      torn_down=torn_down,
+      is_held=bool(held.held),
+      is_shown=not holds,
     )
   elif not torn_down:
     marks.leave_end(int(rank))

@@ -35,7 +35,7 @@ def failure_report(record: dict, others: Sequence[dict] = ()) -> str:
   else:
     head = f"jfog run: rank {rank} failed first (exit code {record['code']})"
     shown = traceback or _last_lines(stderr)
-    if traceback and not record["is_held"]:
+    if traceback and record["is_shown"]:
       head += ", by the traceback above that ends with"
       shown = _last_lines(stderr, 1)
   text = f"{head}:\n{shown}\n" if shown else f"{head}\n"
@@ -44,11 +44,11 @@ def failure_report(record: dict, others: Sequence[dict] = ()) -> str:
 
 def interrupt_report(records: list[dict]) -> str:
   """Returns the text about a job that was ended: where one of its ranks was."""
-  held = [record for record in records if record["is_held"]]
-  if not held:
-    return ""
-  shown = _last_traceback(held[0]["stderr"].rstrip("\n"))
-  return f"jfog run: rank {held[0]['rank']} was here:\n{shown}\n"
+  for record in records:
+    if record["is_held"]:
+      traceback = _last_traceback(record["stderr"].rstrip("\n"))
+      return f"jfog run: rank {record['rank']} was here:\n{traceback}\n"
+  return ""
 
 
 def _later(records: Sequence[dict]) -> str:
@@ -69,9 +69,11 @@ def leave_record(
   rank: int,
   code: int,
   ended: float,
-  torn_down: bool,
   stderr: bytes,
+  *,
+  torn_down: bool,
   is_held: bool,
+  is_shown: bool,
 ) -> bool:
   """Writes the record of a failed rank for `jfog run`; returns whether it could.
 
@@ -79,9 +81,10 @@ def leave_record(
     rank: the rank in the job.
     code: the exit code, -n for signal n.
     ended: the time of its end, as `time.time` has it.
-    torn_down: whether mpirun was ending the job already.
     stderr: the end of its stderr.
-    is_held: whether the traceback at its end is not on the terminal yet.
+    torn_down: whether mpirun was ending the job already.
+    is_held: whether it ends by a traceback that is not on the terminal yet.
+    is_shown: whether tracebacks were shown at once.
   """
   import json
 
@@ -94,6 +97,7 @@ def leave_record(
     "torn_down": torn_down,
     "stderr": stderr.decode(errors="replace"),
     "is_held": is_held,
+    "is_shown": is_shown,
   }
   path = os.path.join(run_dir, f"{rank}.json")
   try:
