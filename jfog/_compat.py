@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -291,7 +292,10 @@ def _test_program_order() -> None:
 # functions that have no argument but a token, and makes their constants depend on
 # it. A later pass merges equal constants and fails a check where one of them has
 # such a dependency, which ends the process. So JAX inlines these calls, early.
-_HAS_INLINE = hasattr(api, "Inline")
+# JAX 0.11.0 and earlier cannot, and have another XLA.
+_HAS_INLINE = (
+  "inline_jax_late" in inspect.signature(mlir.core_call_lowering).parameters
+)
 
 
 def _without_nullary_calls(jaxpr: Any, seen: dict[int, Any]) -> Any:
