@@ -100,7 +100,7 @@ def test_faults(cell):
   "kind", [pytest.param("late", marks=full), "suspended"]
 )
 def test_late_and_suspended_ranks(kind):
-  require(plan.run(plan.Job(SEED, 0, kind, 4)))
+  require(plan.run(plan.Job(SEED, 0, kind, 2)))
 
 
 @pytest.mark.parametrize(

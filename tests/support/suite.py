@@ -21,6 +21,7 @@ SIZES = ("3", "4x2", "2", "4", "3x1", "1", "3x3")
 
 FULL_FILES = {
   "test_asynchrony.py": "windows under load, on several networks",
+  "test_emulation.py": "the emulation of NCCL itself",
   "test_examples.py": "every example, in simulation and on MPI",
   "test_failures.py": "jobs that fail",
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
@@ -102,7 +103,22 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   # Compressors, whose recursions are quick tests
   "test_power_gossip_in_full_rank_is_plain_gossip_in_even_steps": (),
   "test_codes_of_all_widths_fill_their_bytes": (),
+  # Pages that take long; the others are quick.
+  "test_python_blocks_run": (
+    *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
+  ),
+  "test_two_groups_of_ranks_of_mpi4py": (),
+  "test_the_report_of_the_first_failure": (),
+  "test_counters_and_the_warning_of_a_wait": (),
   # Jobs of their own
+  "test_chunks_of_operations_with_one_tag_are_not_swapped": (),
+  "test_a_peer_that_has_passed_by_is_a_mismatch": (),
+  "test_an_operation_without_memory_is_an_error_on_all_ranks": (
+    *("neighbor", "broadcast", "allgather"),
+  ),
+  "test_doctor_does_well_without_gpus": (),
+  "test_a_world_without_a_launcher_leaves_no_shared_memory": (),
+  "test_a_world_on_gpus_needs_gpus": (),
   "test_a_world_that_is_not_the_job_says_so": (),
   "test_handlers_are_registered_after_the_backends_have_started": (),
   "test_a_rank_that_never_connects": (),

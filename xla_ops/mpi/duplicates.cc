@@ -37,7 +37,7 @@ struct Kept {
   std::map<const Duplicates*, std::pair<std::vector<int>, std::size_t>> in_use;
 };
 
-int SizeOf(MPI_Comm comm) {
+int RanksOf(MPI_Comm comm) {
   int size = 0;
   MPI_Comm_size(comm, &size);
   return size;
@@ -52,7 +52,7 @@ MPI_Comm Duplicate(MPI_Comm comm) {
 
 // The ranks of a communicator in MPI_COMM_WORLD; empty if some are not in it.
 std::vector<int> WorldRanks(MPI_Comm comm) {
-  std::vector<int> ranks(SizeOf(comm)), world_ranks(ranks.size());
+  std::vector<int> ranks(RanksOf(comm)), world_ranks(ranks.size());
   for (std::size_t i = 0; i < ranks.size(); ++i) ranks[i] = static_cast<int>(i);
   MPI_Group own, all;
   MPI_Comm_group(comm, &own);
@@ -72,7 +72,7 @@ std::vector<int> WorldRanks(MPI_Comm comm) {
 Duplicates::Duplicates(MPI_Comm parent)
     : comm_(Duplicate(parent)),
       control_comm_(Duplicate(parent)),
-      sent_(SizeOf(parent)),
+      sent_(RanksOf(parent)),
       received_(sent_.size()),
       control_sent_(sent_.size()),
       control_received_(sent_.size()) {}

@@ -21,7 +21,7 @@ namespace {
 
 using Ints = ffi::Span<const std::int32_t>;
 
-constexpr const char* kName = "finite_time_average";
+constexpr const char* kFiniteTime = "finite_time_average";
 
 // A view of the leaves: from the operands or the outputs to the outputs.
 enum Input { kOperands, kOutputs };
@@ -42,7 +42,7 @@ class Hop : public Exchange {
  public:
   Hop(std::shared_ptr<Communicator> comm, Payload leaves, std::uint64_t variant,
       const Round& round, std::byte* t, bool sends_s, bool is_followup)
-      : Exchange(std::move(comm), kName, std::move(leaves), variant,
+      : Exchange(std::move(comm), kFiniteTime, std::move(leaves), variant,
                  {round.sources, round.destinations, /*same_payload=*/true,
                   is_followup}),
         t_(t),
@@ -82,10 +82,10 @@ struct FiniteTimePlan : Plan {
   std::vector<bool> sends_s;  // by round; otherwise T is sent
 
   ffi::Error Read(const ffi::Dictionary& attributes) {
-    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kName));
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kFiniteTime));
     const auto exact = attributes.get<std::int64_t>("exact");
     const auto inclusive = attributes.get<Ints>("inclusive");
-    if (!(exact && inclusive)) return LacksAttributes(kName);
+    if (!(exact && inclusive)) return LacksAttributes(kFiniteTime);
     is_exact = *exact != 0;
     sends_s.assign(inclusive->begin(), inclusive->end());
     return ffi::Error::Success();
@@ -97,7 +97,7 @@ struct FiniteTimePlan : Plan {
 class FiniteTime : public Operation {
  public:
   FiniteTime(const FiniteTimePlan& plan, Payload leaves)
-      : Operation(plan.comm, kName, std::move(leaves),
+      : Operation(plan.comm, kFiniteTime, std::move(leaves),
                   static_cast<std::uint64_t>(plan.graph)),
         divides_(plan.is_exact) {
     const Payload& whole = this->leaves();
@@ -114,7 +114,7 @@ class FiniteTime : public Operation {
             sum_.get(), plan.sends_s[k], is_followup));
       } else {
         rounds_.push_back(std::make_unique<NeighborAverage>(
-            plan.comm, kName, ViewOf(whole, is_followup ? kOutputs : kOperands),
+            plan.comm, kFiniteTime, ViewOf(whole, is_followup ? kOutputs : kOperands),
             variant, plan.rounds[k], is_followup));
       }
     }
@@ -181,10 +181,10 @@ Completion FiniteTimeImpl(State* state, ffi::Token, ffi::RemainingArgs args,
                           ffi::Result<ffi::Token>, ffi::RemainingRets results,
                           ffi::Dictionary) {
   FiniteTimePlan& plan = As<FiniteTimePlan>(state);
-  JFOG_RETURN_IF_ERROR(plan.Check(kName));
+  JFOG_RETURN_IF_ERROR(plan.Check(kFiniteTime));
   plan.Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
-  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kFiniteTime));
   if (plan.mode == kStart) leaves.Stage();
   return Launch(std::make_shared<FiniteTime>(plan, std::move(leaves)), results,
                 plan.mode);

@@ -16,13 +16,13 @@ namespace {
 
 using Ints = ffi::Span<const std::int32_t>;
 
-constexpr const char* kName = "hierarchical_neighbor_allreduce";
+constexpr const char* kHierarchical = "hierarchical_neighbor_allreduce";
 
 struct HierarchicalPlan : Plan {
   std::vector<int> members;  // the ranks of this machine
 
   ffi::Error Read(const ffi::Dictionary& attributes) {
-    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kName));
+    JFOG_RETURN_IF_ERROR(ReadCommon(attributes, kHierarchical));
     const auto ranks = attributes.get<Ints>("members");
     if (!ranks) return ranks.error();
     members.assign(ranks->begin(), ranks->end());
@@ -35,15 +35,15 @@ Completion HierarchicalImpl(State* state, ffi::Token,
                             ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                             ffi::RemainingRets results, ffi::Dictionary) {
   HierarchicalPlan& plan = As<HierarchicalPlan>(state);
-  JFOG_RETURN_IF_ERROR(plan.Check(kName));
+  JFOG_RETURN_IF_ERROR(plan.Check(kHierarchical));
   const std::int64_t at = *step.typed_data();
   JFOG_ASSIGN_OR_RETURN(round, plan.At(at));
   plan.Agree();
   JFOG_ASSIGN_OR_RETURN(leaves, ReadCall(args, 0, results, plan.mode));
-  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kName));
+  JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kHierarchical));
   if (plan.mode == kStart) leaves.Stage();
   return Launch(std::make_shared<HierarchicalExchange>(
-                    plan.comm, kName, std::move(leaves), Mix(plan.graph, at),
+                    plan.comm, kHierarchical, std::move(leaves), Mix(plan.graph, at),
                     plan.members, *round),
                 results, plan.mode);
 }

@@ -19,8 +19,8 @@ constexpr std::chrono::milliseconds kStalledAfter{50};
 constexpr std::chrono::seconds kGrace{1};
 // A thread that drives an operation to completion yields this long before it
 // sleeps.
-constexpr std::chrono::microseconds kYieldFor{500};
-constexpr std::chrono::microseconds kNap{100};
+constexpr std::chrono::microseconds kAwaitYieldFor{500};
+constexpr std::chrono::microseconds kAwaitNap{100};
 
 Header HeaderOf(const char* name, std::uint64_t sequence, const Payload& leaves,
                 std::uint64_t variant) {
@@ -282,11 +282,11 @@ ffi::Error Operation::Complete() {
     const Clock::time_point now = Clock::now();
     if (moved) {
       moved_at = now;
-    } else if (now - moved_at < kYieldFor) {
+    } else if (now - moved_at < kAwaitYieldFor) {
       sched_yield();
     } else {
       CheckStall(now);
-      std::this_thread::sleep_for(kNap);
+      std::this_thread::sleep_for(kAwaitNap);
     }
   }
   return error_;

@@ -16,10 +16,10 @@ namespace jfog::mpi {
 namespace {
 
 // While messages arrive, the leader polls again at once, then yields between
-// polls. After kYieldFor without progress it sleeps between two polls for a
+// polls. After kEngineYieldFor without progress it sleeps between two polls for a
 // fraction of the quiet time: the longer a wait has lasted, the less a late
 // wake-up matters, and the less of a core the wait takes.
-constexpr std::chrono::microseconds kYieldFor{100};
+constexpr std::chrono::microseconds kEngineYieldFor{100};
 constexpr int kNapPart = 32;
 constexpr std::chrono::microseconds kShortestNap{20};
 constexpr std::chrono::microseconds kLongestNap{1000};
@@ -261,7 +261,7 @@ Engine::Entries Engine::Lead(std::unique_lock<std::mutex>& lock) {
       for (const Entry& entry : polled_) entry.operation->CheckStall(now);
     }
     quiet = now - moved_at;
-    if (!moved && quiet < kYieldFor) sched_yield();
+    if (!moved && quiet < kEngineYieldFor) sched_yield();
     lock.lock();
     for (auto entry = ended.begin(); entry != ended.end();) {
       const auto end = entry++;
@@ -269,7 +269,7 @@ Engine::Entries Engine::Lead(std::unique_lock<std::mutex>& lock) {
       Entries& to = end->waiter == nullptr ? unawaited : ended_;
       to.splice(to.end(), ended, end);
     }
-    if (!moved && quiet >= kYieldFor && ended_.empty() && added_.empty() &&
+    if (!moved && quiet >= kEngineYieldFor && ended_.empty() && added_.empty() &&
         attached_.empty() && !stopped_) {
       const Clock::duration nap = std::clamp<Clock::duration>(
           quiet / kNapPart, kShortestNap, kLongestNap);

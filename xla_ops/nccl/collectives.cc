@@ -10,7 +10,7 @@
 namespace jfog::nccl {
 namespace {
 
-ffi::Error Malformed(const Plan& plan) {
+ffi::Error MalformedCollective(const Plan& plan) {
   return MakeError(ffi::ErrorCode::kInternal,
                    "malformed call of " + plan.operation);
 }
@@ -35,7 +35,7 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
       args, results, [&](const Leaf& leaf) { return times * leaf.bytes; }));
   const std::vector<Leaf>& leaves = call.leaves();
   for (const Leaf& leaf : leaves) {
-    if (leaf.output_bytes != times * leaf.bytes) return Malformed(plan);
+    if (leaf.output_bytes != times * leaf.bytes) return MalformedCollective(plan);
   }
   JFOG_RETURN_IF_ERROR(check(leaves));
   OperationSpec spec = call.MakeOperationSpec();
@@ -66,7 +66,7 @@ ffi::Error AllreduceImpl(CudaStream stream, State* state, ffi::Token,
   const auto& plan = As<CollectivePlan>(state);
   std::vector<ElementType> types;
   const auto check = [&](const std::vector<Leaf>& leaves) {
-    if (plan.reductions.size() != leaves.size()) return Malformed(plan);
+    if (plan.reductions.size() != leaves.size()) return MalformedCollective(plan);
     for (const Leaf& leaf : leaves) {
       types.emplace_back();
       if (!FindElementType(leaf.type, &types.back())) {
@@ -93,7 +93,7 @@ ffi::Error BroadcastImpl(CudaStream stream, State* state, ffi::Token,
   const auto& plan = As<CollectivePlan>(state);
   const auto check = [&](const std::vector<Leaf>&) {
     const bool is_rank = plan.root >= 0 && plan.root < plan.comm->size();
-    return is_rank ? ffi::Error::Success() : Malformed(plan);
+    return is_rank ? ffi::Error::Success() : MalformedCollective(plan);
   };
   const auto post = [&](Group& group, std::size_t, const Leaf& leaf) {
     group.Broadcast(leaf.input, leaf.output, leaf.bytes,

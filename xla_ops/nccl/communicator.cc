@@ -12,7 +12,7 @@ namespace {
 
 // A call polls NCCL without a pause first, then naps between polls.
 constexpr int kPolls = 1000;
-constexpr std::chrono::microseconds kNap{50};
+constexpr std::chrono::microseconds kCommunicatorNap{50};
 // Grace period for a thread inside NCCL to return before an abort.
 constexpr std::chrono::seconds kInsideWithin{2};
 // Grace period before ncclCommAbort, so that in-flight headers reach peers and
@@ -162,7 +162,7 @@ Result Communicator::AwaitReady(const KeepsWaiting& keeps_waiting,
     if (polls < kPolls) {
       std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(kNap);
+      std::this_thread::sleep_for(kCommunicatorNap);
     }
   }
 }
@@ -180,7 +180,7 @@ std::shared_ptr<Communicator::NcclCall> Communicator::RunOnThread(
     called->ended.store(true, std::memory_order_release);
   }).detach();
   while (!called->ended.load(std::memory_order_acquire) && keeps_waiting()) {
-    std::this_thread::sleep_for(kNap);
+    std::this_thread::sleep_for(kCommunicatorNap);
   }
   return called;
 }
@@ -407,7 +407,7 @@ void Communicator::AwaitAbort(Clock::time_point until) {
 void Communicator::Drain() {
   while (!failed() && PollAll(Clock::now())) {
     for (const auto& operation : in_flight_.All()) operation->Await();
-    std::this_thread::sleep_for(kNap);
+    std::this_thread::sleep_for(kCommunicatorNap);
   }
 }
 
@@ -429,7 +429,7 @@ void Communicator::Finalize() {
           if (*comm == nullptr) continue;
           called.code = Nccl().comm_finalize(*comm);
           while (called.code == kInProgress && Clock::now() < limit) {
-            std::this_thread::sleep_for(kNap);
+            std::this_thread::sleep_for(kCommunicatorNap);
             Result state = kSuccess;
             called.code = Nccl().comm_get_async_error(*comm, &state);
             if (called.code == kSuccess) called.code = state;

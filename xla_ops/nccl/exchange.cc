@@ -58,7 +58,7 @@ class Slices {
   std::vector<Buffer> buffers_;
 };
 
-ffi::Error Malformed(const Plan& plan) {
+ffi::Error MalformedExchange(const Plan& plan) {
   return MakeError(ffi::ErrorCode::kInternal,
                    "malformed call of " + plan.operation);
 }
@@ -73,7 +73,7 @@ ffi::ErrorOr<Round> ReadRound(const ExchangePlan& plan, Call& call,
     if (error.failure()) return ffi::Unexpected(std::move(error));
   }
   if (!plan.selects) {
-    if (values.size() != 1) return ffi::Unexpected(Malformed(plan));
+    if (values.size() != 1) return ffi::Unexpected(MalformedExchange(plan));
     auto round = FindRound(plan.rounds, values[0]);
     if (!round) return ffi::Unexpected(round.error());
     spec->variant = Mix(spec->variant, values[0]);
@@ -122,7 +122,7 @@ ffi::Error CopyOwn(const Plan& plan, Call& call,
   for (std::size_t k = 0; k < from.size(); ++k) {
     for (std::size_t i = 0; i < from[k].pieces.size(); ++i) {
       const PeerMessage::Piece& source = from[k].pieces[i];
-      if (source.bytes != to[k].pieces[i].bytes) return Malformed(plan);
+      if (source.bytes != to[k].pieces[i].bytes) return MalformedExchange(plan);
       JFOG_RETURN_IF_ERROR(
           call.Copy(to[k].pieces[i].address, source.address, source.bytes));
     }
@@ -170,7 +170,7 @@ ffi::Error ExchangeImpl(CudaStream stream, State* state, ffi::Token,
   for (std::size_t k = 0; k < outgoing.size(); ++k) {
     if (plan.apart) {
       if (!inputs.Next(round->destinations[k], &outgoing[k])) {
-        return Malformed(plan);
+        return MalformedExchange(plan);
       }
       continue;
     }
@@ -181,7 +181,7 @@ ffi::Error ExchangeImpl(CudaStream stream, State* state, ffi::Token,
   }
   std::vector<PeerMessage> incoming(round->sources.size());
   for (std::size_t k = 0; k < incoming.size(); ++k) {
-    if (!outputs.Next(round->sources[k], &incoming[k])) return Malformed(plan);
+    if (!outputs.Next(round->sources[k], &incoming[k])) return MalformedExchange(plan);
   }
   JFOG_RETURN_IF_ERROR(CopyOwn(plan, call, &outgoing, &incoming));
   if (!plan.receive_counts.empty()) {

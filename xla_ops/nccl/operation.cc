@@ -16,7 +16,7 @@ namespace {
 // Time without progress before the headers of an operation are checked.
 constexpr std::chrono::milliseconds kStalledAfter{50};
 constexpr std::chrono::milliseconds kPeekWithin{20};
-constexpr std::chrono::microseconds kNap{100};
+constexpr std::chrono::microseconds kOperationNap{100};
 
 // Names by number: a collective reduces the headers of all ranks to one, which
 // keeps only the number of a name.
@@ -359,7 +359,7 @@ void Operation::Peek() {
   const Clock::time_point limit = Clock::now() + kPeekWithin;
   while (!peeked_->HasPassed()) {
     if (Clock::now() > limit) return;
-    std::this_thread::sleep_for(kNap);
+    std::this_thread::sleep_for(kOperationNap);
   }
   if (const auto mismatch =
           FindMismatch(reinterpret_cast<const Header*>(to), /*partly=*/true)) {

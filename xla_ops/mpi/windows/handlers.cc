@@ -103,7 +103,7 @@ Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-constexpr const char* NameOf(WindowRequest::Kind kind) {
+constexpr const char* OperationOf(WindowRequest::Kind kind) {
   switch (kind) {
     case WindowRequest::kPut:
       return "win_put";
@@ -120,7 +120,7 @@ Completion TransferImpl(ffi::Token, HandleBuffer handle, ffi::AnyBuffer weights,
                         ffi::RemainingArgs args, ffi::Result<ffi::Token>,
                         ffi::RemainingRets results, std::int64_t,
                         std::int64_t mode, Ints peers) {
-  constexpr const char* kName = NameOf(kKind);
+  constexpr const char* kName = OperationOf(kKind);
   JFOG_ASSIGN_OR_RETURN(window, FindWindow(handle.typed_data(), kName));
   std::vector<int> ranks = WithoutLast(peers);
   JFOG_ASSIGN_OR_RETURN(row, ReadWeights(weights, ranks.size()));

@@ -17,7 +17,7 @@ namespace {
 // A lock is held for the copy of a payload, or longer if its holder waits for a
 // core: yield the core first, then sleep.
 constexpr int kYields = 200;
-constexpr std::chrono::microseconds kNap{50};
+constexpr std::chrono::microseconds kMemoryNap{50};
 constexpr std::size_t kHeadBytes = AlignUp(sizeof(WindowMemory::Head));
 constexpr std::size_t kRecordBytes = AlignUp(sizeof(WindowMemory::Record));
 
@@ -29,7 +29,7 @@ bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
     if (polls < kYields) {
       sched_yield();
     } else if (may_wait()) {
-      std::this_thread::sleep_for(kNap);
+      std::this_thread::sleep_for(kMemoryNap);
     } else {
       return false;
     }

@@ -12,7 +12,7 @@
 namespace jfog::mpi {
 namespace {
 
-constexpr const char* kName = "win_mutex";
+constexpr const char* kWinMutex = "win_mutex";
 
 ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
   // A second acquisition by the same thread would wait for itself.
@@ -23,7 +23,7 @@ ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
   }
   if (const WindowMemory& there = window->part(rank)) {
     const auto title = [&window] {
-      return std::string(kName) + " on rank " +
+      return std::string(kWinMutex) + " on rank " +
              std::to_string(window->comm()->rank());
     };
     JFOG_RETURN_IF_ERROR(window->Acquire(there.head().mutex, rank, title));
@@ -75,13 +75,13 @@ void ThrowIf(const ffi::Error& error) {
 }  // namespace
 
 void LockWindow(std::uint32_t handle, const std::vector<int>& ranks) {
-  auto window = FindWindow(&handle, kName);
+  auto window = FindWindow(&handle, kWinMutex);
   if (!window) return ThrowIf(window.error());
   ThrowIf(LockAll(*window, ranks));
 }
 
 void UnlockWindow(std::uint32_t handle, const std::vector<int>& ranks) {
-  auto window = FindWindow(&handle, kName);
+  auto window = FindWindow(&handle, kWinMutex);
   if (!window) return ThrowIf(window.error());
   ThrowIf(UnlockAll(*window, ranks));
 }

@@ -19,7 +19,7 @@
 namespace jfog::mpi {
 namespace {
 
-constexpr std::chrono::microseconds kNap{100};
+constexpr std::chrono::microseconds kWindowNap{100};
 
 // The windows of this process.
 struct Windows {
@@ -242,7 +242,7 @@ ffi::Error Window::Free() {
                       " waited for operations that were started on the window "
                       "and do not end; has another rank died?");
     }
-    std::this_thread::sleep_for(kNap);
+    std::this_thread::sleep_for(kWindowNap);
   }
   // After this barrier no rank has an operation in flight on any part.
   JFOG_RETURN_IF_ERROR(
