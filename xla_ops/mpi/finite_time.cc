@@ -114,8 +114,9 @@ class FiniteTime : public Operation {
             sum_.get(), plan.sends_s[k], is_followup));
       } else {
         rounds_.push_back(std::make_unique<NeighborAverage>(
-            plan.comm, kFiniteTime, ViewOf(whole, is_followup ? kOutputs : kOperands),
-            variant, plan.rounds[k], is_followup));
+            plan.comm, kFiniteTime,
+            ViewOf(whole, is_followup ? kOutputs : kOperands), variant,
+            plan.rounds[k], is_followup));
       }
     }
   }

@@ -43,8 +43,8 @@ Completion HierarchicalImpl(State* state, ffi::Token,
   JFOG_RETURN_IF_ERROR(CheckWeighable(leaves, kHierarchical));
   if (plan.mode == kStart) leaves.Stage();
   return Launch(std::make_shared<HierarchicalExchange>(
-                    plan.comm, kHierarchical, std::move(leaves), Mix(plan.graph, at),
-                    plan.members, *round),
+                    plan.comm, kHierarchical, std::move(leaves),
+                    Mix(plan.graph, at), plan.members, *round),
                 results, plan.mode);
 }
 

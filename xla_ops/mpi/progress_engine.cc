@@ -16,8 +16,8 @@ namespace jfog::mpi {
 namespace {
 
 // While messages arrive, the leader polls again at once, then yields between
-// polls. After kEngineYieldFor without progress it sleeps between two polls for a
-// fraction of the quiet time: the longer a wait has lasted, the less a late
+// polls. After kEngineYieldFor without progress it sleeps between two polls for
+// a fraction of the quiet time: the longer a wait has lasted, the less a late
 // wake-up matters, and the less of a core the wait takes.
 constexpr std::chrono::microseconds kEngineYieldFor{100};
 constexpr int kNapPart = 32;
@@ -269,8 +269,8 @@ Engine::Entries Engine::Lead(std::unique_lock<std::mutex>& lock) {
       Entries& to = end->waiter == nullptr ? unawaited : ended_;
       to.splice(to.end(), ended, end);
     }
-    if (!moved && quiet >= kEngineYieldFor && ended_.empty() && added_.empty() &&
-        attached_.empty() && !stopped_) {
+    if (!moved && quiet >= kEngineYieldFor && ended_.empty() &&
+        added_.empty() && attached_.empty() && !stopped_) {
       const Clock::duration nap = std::clamp<Clock::duration>(
           quiet / kNapPart, kShortestNap, kLongestNap);
       changed_.wait_for(lock, nap);

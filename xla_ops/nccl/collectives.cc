@@ -35,7 +35,8 @@ ffi::Error Collective(CudaStream stream, const Plan& plan,
       args, results, [&](const Leaf& leaf) { return times * leaf.bytes; }));
   const std::vector<Leaf>& leaves = call.leaves();
   for (const Leaf& leaf : leaves) {
-    if (leaf.output_bytes != times * leaf.bytes) return MalformedCollective(plan);
+    if (leaf.output_bytes != times * leaf.bytes)
+      return MalformedCollective(plan);
   }
   JFOG_RETURN_IF_ERROR(check(leaves));
   OperationSpec spec = call.MakeOperationSpec();
@@ -66,7 +67,8 @@ ffi::Error AllreduceImpl(CudaStream stream, State* state, ffi::Token,
   const auto& plan = As<CollectivePlan>(state);
   std::vector<ElementType> types;
   const auto check = [&](const std::vector<Leaf>& leaves) {
-    if (plan.reductions.size() != leaves.size()) return MalformedCollective(plan);
+    if (plan.reductions.size() != leaves.size())
+      return MalformedCollective(plan);
     for (const Leaf& leaf : leaves) {
       types.emplace_back();
       if (!FindElementType(leaf.type, &types.back())) {

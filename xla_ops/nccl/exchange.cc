@@ -181,7 +181,8 @@ ffi::Error ExchangeImpl(CudaStream stream, State* state, ffi::Token,
   }
   std::vector<PeerMessage> incoming(round->sources.size());
   for (std::size_t k = 0; k < incoming.size(); ++k) {
-    if (!outputs.Next(round->sources[k], &incoming[k])) return MalformedExchange(plan);
+    if (!outputs.Next(round->sources[k], &incoming[k]))
+      return MalformedExchange(plan);
   }
   JFOG_RETURN_IF_ERROR(CopyOwn(plan, call, &outgoing, &incoming));
   if (!plan.receive_counts.empty()) {
