@@ -12,6 +12,7 @@ import types
 
 import numpy as np
 import pytest
+from support import suite
 
 import jfog
 
@@ -170,6 +171,8 @@ def blocks(page):
 )
 def test_python_blocks_run(page, no_world):
   """The blocks of one page are one program; a text block below is its output."""
+  if page.name == "frameworks.md":
+    suite.require("flax", "equinox", "haiku", "grain")
   namespace = {}
   for line, code, output in blocks(page):
     printed = io.StringIO()

@@ -14,6 +14,7 @@ import matplotlib.pyplot
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from support import suite
 
 from jfog import launch, runtime
 
@@ -260,6 +261,7 @@ def saved(folder, epoch):
 @simulated_and_on_mpi
 def test_flax_network_resumes(tmp_path, ranks):
   """Also where one rank has not saved the last epoch."""
+  suite.require("flax", "mlxtend")
   first = run("flax_nnx.py", tmp_path, "--epochs", "3", ranks=ranks)
   assert percentages(first) > 85
   size = ranks or 1  # processes

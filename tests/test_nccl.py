@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from support import emulated
+from support import emulated, suite
 
 import jfog
 from jfog import launch
@@ -67,6 +67,7 @@ def opened(path):
 
 def test_the_library_of_the_wheel_opens():
   """And its version is the one that it says itself."""
+  suite.require("nvidia.nccl")
   output, _ = run("""
     import ctypes, jfog.runtime
     version, path = jfog.runtime.nccl_library()

@@ -15,7 +15,10 @@ A test that is named on the command line by its full id (`file.py::test`) always
 runs.
 """
 
+import importlib.util
 import re
+
+import pytest
 
 SIZES = ("3", "4x2", "2", "4", "3x1", "1", "3x3")
 
@@ -29,6 +32,7 @@ FULL_FILES = {
   "test_mailboxes.py": "every length, graph and number of machines",
   "test_malformed_messages.py": "jobs whose messages are damaged",
   "test_mpi4jax.py": "mpi4jax in the same program",
+  "test_nccl.py": "handlers of NCCL on the emulation",
   "test_shared_memory_channel.py": "every length, graph and number of hosts",
 }
 
@@ -134,6 +138,16 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_ranks_may_end_at_different_times": (),
   "test_ranked_tests_pass_on_the_emulation": (),
 }
+
+
+def require(*modules: str) -> None:
+  """Skips a test without a module that only the extra `test-all` installs."""
+  for module in modules:
+    parent = module.partition(".")[0]
+    if not (
+      importlib.util.find_spec(parent) and importlib.util.find_spec(module)
+    ):
+      pytest.skip(f"{module} is missing: pip install '.[test-all]'")
 
 
 def place_of(item) -> str:
