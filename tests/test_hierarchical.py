@@ -308,6 +308,65 @@ def test_machines_of_different_sizes(place, rng, monkeypatch):
     jfog.init(timeout=60)
 
 
+def peers_of(place, machine):
+  """A directed choice of each machine: from all machines before it."""
+  before = list(range(machine))
+  after = list(range(machine + 1, machines(place)))
+  own = 1 / (machine + 1)
+  return jfog.Peers(own, {b: own / 2 for b in before}, {b: 2.0 for b in after})
+
+
+@pytest.mark.places("mpi-4x2", "mpi-3x1", "mpi-4", "mpi-2", "single")
+def test_machines_that_choose_their_peers(place, rng):
+  n, m = place.size, machines(place)
+  tree = {
+    "matrix": rng.randn(n, 5, 7).astype(np.float32),
+    "scalar": rng.randn(n),
+    "empty": np.zeros((n, 0, 3), np.float32),
+    "complex": (rng.randn(n, 3) + 1j * rng.randn(n, 3)).astype(np.complex64),
+  }
+  mixing = np.zeros((m, m))
+  for a in range(m):
+    mixing[a, : a + 1] = 1 / (a + 1)
+  dense = np.kron(mixing, np.full((place.local_size,) * 2, 1 / place.local_size))
+  start = jfog.hierarchical_neighbor_allreduce_start
+
+  def own(comm):
+    return peers_of(place, comm.machine_rank)
+
+  def program(x):
+    comm = jfog.runtime.resolve()
+    gradient = jax.grad(lambda x: jnp.sum(average(x, own(comm)) * x[0]))
+    return (
+      average(x, own(comm)),
+      jfog.wait(start(x, own(comm))),
+      gradient(x["scalar"][None])[0],
+    )
+
+  for compiled in (program, jax.jit(program)):
+    blocking, split, gradient = place.run(compiled, tree)
+    for name, x in tree.items():
+      truth = np.einsum("ij,j...->i...", dense, x)
+      for y in (blocking[name], split[name]):
+        assert np.shape(y)[-x.ndim + 1 :] == x.shape[1:] or x.ndim == 1
+        np.testing.assert_allclose(
+          y, place.mine(truth), rtol=1e-5, atol=1e-6, err_msg=name
+        )
+    x = tree["scalar"]
+    truth = dense.T @ x + dense @ x
+    np.testing.assert_allclose(gradient, place.mine(truth), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.places("mpi-4x2", "simulate-6x2", "single")
+def test_bad_peers_of_machines(place, rng):
+  x = rng.randn(place.size, 3).astype(np.float32)
+  m = machines(place)
+  text = "on a mesh" if place.kind == "simulate" else f"rank {m}"
+  for call in (average, jfog.hierarchical_neighbor_allreduce_start):
+    with pytest.raises(ValueError, match=text):
+      place.run(lambda x, c=call: c(x, jfog.Peers(0.5, {m: 0.5}, [])), x)
+
+
 # Errors are raised before the first message, on every rank.
 
 
@@ -326,7 +385,6 @@ def test_bad_arguments(place, rng):
     refused(ValueError, "neighbor_allreduce", ring(place.size))
   refused(TypeError, "protocol", ceca(m))
   refused(TypeError, "'ring'", "ring")
-  refused(TypeError, "Peers", jfog.Peers(1.0, {}, {}))
   refused(ValueError, "needs a step", one_peer_exponential(m))
   refused(TypeError, "integer scalar", one_peer_exponential(m), 1.5)
   refused(TypeError, "int32", ring(m), leaf=jnp.int32(1))

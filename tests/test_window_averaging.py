@@ -224,6 +224,79 @@ def test_what_is_published_are_parameters(place, rng):
     np.testing.assert_array_equal(got, np.roll(entered, 1, axis=0))
 
 
+@pytest.mark.places("simulate", "mesh", "single")
+@pytest.mark.parametrize("method", BOTH)
+def test_weights_of_each_step(place, rng, x64, method):
+  """They take the place of the topology's, on its edges."""
+  n, steps = place.size, 20
+  graph = chords(n, "uniform_in")
+  problem = Quadratic(n, rng)
+  weights = rng.rand(steps, n, n)
+  tx = make(method, optax.sgd(RATE), graph)
+
+  def program(hessian, linear, x):
+    state: Any = tx.init(x)
+
+    def update(carry, w):
+      x, state = carry
+      gradient = hessian @ x - linear
+      updates, state = tx.update(gradient, state, x, weights=w)
+      x = optax.apply_updates(x, updates)
+      return (x, state), x
+
+    return jax.lax.scan(update, (x, state), weights)[1]
+
+  result = place.run(
+    jax.jit(program), problem.hessian, problem.linear, problem.start
+  )
+  x, dense = problem.start, []
+  edges = reference.mixing(graph) != 0
+  np.fill_diagonal(edges, True)
+  for w in weights:
+    x = (w * edges) @ x - RATE * problem.gradient(x)
+    dense.append(x)
+  assert_iterates(place, result, np.array(dense))
+  with pytest.raises(ValueError, match=rf"weights has shape \({n},\)"):
+    place.run(
+      lambda x: tx.update(x, tx.init(x), x, weights=np.ones(n))[0],
+      problem.start,
+    )
+
+
+@pytest.mark.places("mpi-2", "mpi-3", "mpi-4")
+@pytest.mark.parametrize("every", [1, 3])
+def test_put_parameters_are_those_of_the_next_step(place, rng, every):
+  """A put at the end of an update is there before the next one, with barriers."""
+  n = place.size
+  graph = topology.ring(n, "right")
+  tx = make("window_put", optax.sgd(0.1), graph, every)
+  start, target = rng.randn(2, n, 5).astype(np.float32)
+
+  def program(x, target):
+    state: Any = tx.init(x)
+    update = jax.jit(tx.update)
+    seen = []
+    for _ in range(7):
+      jfog.barrier()
+      updates, state = update(x - target, state, x)
+      x = optax.apply_updates(x, updates)
+      jax.block_until_ready(state)
+      seen.append(x)
+    jfog.barrier()
+    jfog.win_free(state.window)
+    return jnp.stack(seen)
+
+  x, dense = start.astype(np.float64), []
+  matrix = reference.mixing(graph)
+  for k in range(7):
+    mixed = matrix @ x if (k + 1) % every == 0 else x
+    x = mixed - 0.1 * (x - target)
+    dense.append(x)
+  assert_iterates(
+    place, place.run(program, start, target), np.array(dense), 1e-4
+  )
+
+
 # With delays.
 
 

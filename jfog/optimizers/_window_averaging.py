@@ -26,6 +26,9 @@ _ROUNDS = 1000  # limit of the simulated push-sum rounds in `_least_kept`
 _MARGIN = 0.9  # covers rounding, and the decrease after these rounds
 
 
+# Arguments of `win_update`; none for the topology's weights.
+_Weights = dict[str, Any]
+
 WindowPutState = WindowState
 
 
@@ -38,18 +41,24 @@ def window_put(
   check: bool = True,
   comm: Communicator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Puts the parameters to the out-neighbors and averages the slots.
+  """Averages the slots, and puts the parameters to the out-neighbors.
 
   With `u` the inner transformation's updates, and `slot[i, j]` the last value
   put by rank `j` to rank `i`,
 
-      slot[j, i] <- x[i]                                  at all out-neighbors j
       x[i] <- W[i, i] x[i] + sum_j W[i, j] slot[i, j] + u[i]
+      slot[j, i] <- x[i]                                  at all out-neighbors j
 
-  No rank waits for another: `update` uses the values that have arrived. Until
-  an in-neighbor's first put, its slot holds the rank's own initial parameters.
-  If every put arrives before the average is taken, as on a mesh and in
-  simulation without delays, this is `adapt_with_combine`.
+  `init` puts the initial parameters. No rank waits for another: `update` uses the
+  values that have arrived. The put comes at the end of an update, so that it
+  travels while the next gradient is computed: what is put are `params` and the
+  returned updates together. If every put arrives before the next average is
+  taken, as on a mesh and in simulation without delays, this is
+  `adapt_with_combine`.
+
+  `update(..., weights=W)` takes the place of the topology's matrix in this
+  average: an array of shape `(size, size)`, traced or not, of which each rank
+  reads its own row. Entries outside the topology's edges are not used.
 
   Ranks at different paces lose the mean: two that start at 0 and 10 can agree on
   6.67. `window_push_sum` keeps it in any interleaving.
@@ -95,14 +104,14 @@ def window_put(
   decentralized parallel stochastic gradient descent", 2018.
   """
 
-  def exchange(window: Window, own: Any) -> tuple:
-    # The put does not wait for its receivers: the slots hold what has arrived,
-    # which in simulation is delayed by `delay`.
-    return win_update(win_put(window, own), own)
+  def average(window: Window, own: Any, weights: _Weights) -> tuple:
+    # The slots hold what has arrived, which in simulation is delayed by `delay`.
+    return win_update(window, own, **weights)
 
   return _averaging_in_window(
     "window_put",
-    exchange,
+    average,
+    win_put,
     inner,
     topology,
     every,
@@ -137,7 +146,7 @@ def window_get(
   rank waits for another. Compared with `window_put`, values are read when they
   are needed, and the reading rank pays for the transfer. If all ranks expose
   before any of them gets, as on a mesh and in simulation without delays, this
-  is `adapt_with_combine`.
+  is `adapt_with_combine`. `update` takes `weights=`, as that of `window_put`.
 
   Ranks at different paces lose the mean, as with `window_put`; `window_push_sum`
   keeps it in any interleaving.
@@ -178,17 +187,18 @@ def window_get(
   Source: `DistributedPullGetOptimizer` of BlueFog.
   """
 
-  def exchange(window: Window, own: Any) -> tuple:
-    # An update with no source only exposes `own`.
-    # Before the get: a neighbor that reads in the meantime finds these
-    # parameters and not those of the last step.
+  def average(window: Window, own: Any, weights: _Weights) -> tuple:
+    # An update with no source only exposes `own`, before the get: a neighbor
+    # that reads in the meantime finds these parameters and not those of the last
+    # step.
     _, window = win_update(window, own, self_weight=1, src_weights={})
     # expose=False: others read the parameters, not this average of older ones.
-    return win_update(win_get(window), own, expose=False)
+    return win_update(win_get(window), own, expose=False, **weights)
 
   return _averaging_in_window(
     "window_get",
-    exchange,
+    average,
+    None,  # values are published when they are read
     inner,
     topology,
     every,
@@ -369,7 +379,8 @@ def window_push_sum(
 
 def _averaging_in_window(
   name: str,
-  exchange: Callable[[Window, Any], tuple],
+  average: Callable[[Window, Any, _Weights], tuple],
+  publish: Callable[[Window, Any], Window] | None,
   inner: optax.GradientTransformation,
   topology: Topology,
   every: int,
@@ -377,7 +388,7 @@ def _averaging_in_window(
   check: bool,
   comm: Communicator | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`window_put` and `window_get`, which differ in their `exchange`."""
+  """`window_put` and `window_get`: an average, and a put of the result or none."""
   _requirements.require_topology(topology, name)
   if check:
     _requirements.AVERAGING.check(topology, name)
@@ -386,17 +397,24 @@ def _averaging_in_window(
 
   def init_fn(params: optax.Params) -> Any:
     _requirements.require_params(params, name)
-    window = win_create(_tree.widen(params), topology, delay=delay, comm=comm)
+    own = _tree.widen(params)
+    window = win_create(own, topology, delay=delay, comm=comm)
+    window = publish(window, own) if publish else window
     return WindowState(jnp.zeros([], jnp.int32), inner.init(params), window)
 
   def update_fn(
-    updates: optax.Updates, state: Any, params: Any = None, **extra: Any
+    updates: optax.Updates,
+    state: Any,
+    params: Any = None,
+    weights: Any = None,
+    **extra: Any,
   ) -> tuple[optax.Updates, Any]:
     _requirements.require_params(params, name)
     own = _tree.widen(params)
+    weights = _row(weights, state.window, name)
     combined, window = _averaging.on_schedule(
-      lambda operand, _: exchange(*operand),
-      lambda operand, _: operand[::-1],  # (own, window), as `exchange` returns
+      lambda operand, _: average(*operand, weights),
+      lambda operand, _: operand[::-1],  # (own, window), as `average` returns
       (state.window, own),
       state.step,
       every,
@@ -408,9 +426,34 @@ def _averaging_in_window(
     # (c - x) + u: the change by averaging, then the local step.
     updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
+    if publish:
+      # Now and not at the start of the next update: it travels while the next
+      # gradient is computed.
+      window = _averaging.on_schedule(
+        lambda operand, _: publish(*operand),
+        lambda operand, _: operand[0],
+        (window, _tree.widen(optax.apply_updates(params, updates))),
+        step,
+        every,
+        window.comm,
+      )
     return updates, WindowState(step, inner_state, window)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _row(weights: Any, window: Window, name: str) -> _Weights:
+  """This rank's row of a matrix of weights, as arguments of `win_update`."""
+  if weights is None:
+    return {}
+  shape = (window.comm.size,) * 2
+  if jnp.shape(weights) != shape:
+    raise ValueError(
+      f"{name}: weights has shape {jnp.shape(weights)}; pass a matrix "
+      f"weights[dst, src] of shape {shape}."
+    )
+  row = jnp.asarray(weights)[window.comm.rank]
+  return {"self_weight": row[window.comm.rank], "src_weights": row}
 
 
 def _least_kept(matrix: np.ndarray) -> np.ndarray:

@@ -20,7 +20,10 @@ from jfog.primitives import (
   _pytree,
   _weighted_sum,
 )
+from jfog.primitives._allgather import allgather
+from jfog.primitives._allreduce import allreduce
 from jfog.primitives._operation import Operation
+from jfog.primitives._peers import PackedPeers, Peers, pack
 from jfog.primitives.nccl._hierarchical import HierarchicalNeighborAllreduce
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Schedule, Topology
@@ -29,10 +32,20 @@ from jfog.topology._neighbor_table import neighbor_table
 _NAME = "hierarchical_neighbor_allreduce"
 
 
-@_operation.operation
+def _pack(peers: Peers, comm: Communicator) -> PackedPeers:
+  """Peers among the machines as operands, checked."""
+  if comm.backend == "mesh":
+    raise ValueError(
+      f"{_NAME}: Peers describe one machine, and on a mesh all ranks run one "
+      f"program; pass a Topology or a Schedule."
+    )
+  return pack(peers, comm.machines, f"{_NAME} between machines")
+
+
+@functools.partial(_operation.operation, pack={Peers: _pack})
 def hierarchical_neighbor_allreduce(
   x: Any,
-  machine_graph: Topology | Schedule,
+  machine_graph: Topology | Schedule | Peers,
   step: Any = None,
   *,
   comm: Communicator | None = None,
@@ -53,11 +66,22 @@ def hierarchical_neighbor_allreduce(
   Linear in `x`; the transpose is the same operation on the transposed machine
   graph.
 
+  With `Peers`, whose ranks are machines, machine a chooses its neighbors by
+  itself:
+
+      y[a] = self_weight[a] m[a] + sum_b src_weights[a][b] dst_weights[b][a] m[b]
+
+  This is three operations, one after the other: an allreduce inside the machine,
+  the average of parts between machines, and an allgather inside. Every rank
+  sends as much between machines as with a graph, and the `_start` form returns
+  when the average is computed.
+
   Args:
     x: a pytree of float or complex arrays, of equal shapes and dtypes on all
       ranks; of any number of elements.
     machine_graph: a `Topology` or a `Schedule` whose ranks are the machines,
-      equal on all ranks.
+      equal on all ranks; or between processes `Peers`, equal on the ranks of a
+      machine.
     step: the index into a `Schedule`, as in `neighbor_allreduce`.
     comm: the communicator; by default the one in reach, see `jfog.init`. Its
       machines are those that share memory, or pretended ones
@@ -71,8 +95,8 @@ def hierarchical_neighbor_allreduce(
 
   Raises:
     ValueError: if the graph has not as many ranks as there are machines, the
-      machines hold different numbers of ranks, or a schedule comes without a
-      step.
+      machines hold different numbers of ranks, a schedule comes without a step,
+      or Peers name a machine that is not there, or are used on a mesh.
     TypeError: for integer or bool leaves, or a graph of another type.
     NotInitializedError: if there is no communicator.
     jax.errors.JaxRuntimeError: on MPI, as in `neighbor_allreduce`.
@@ -93,6 +117,11 @@ def hierarchical_neighbor_allreduce(
   _pytree.require_inexact(leaves, names, _NAME)
   if comm.is_native:
     comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
+  if isinstance(machine_graph, Peers):
+    machine_graph = _pack(machine_graph, comm)
+  if isinstance(machine_graph, PackedPeers):
+    results = _average_of_peers(leaves, machine_graph, comm) if leaves else []
+    return Operation(leaves, structure, results)
   graph = _check_machine_graph(machine_graph, comm)
   index = _ffi_attributes.step_index(graph, step, _NAME)
   return Operation(
@@ -136,6 +165,29 @@ def _check_machine_graph(graph: Any, comm: Communicator) -> Topology | Schedule:
   return _ffi_attributes.check_graph(graph, machines, _NAME)
 
 
+def _average_of_peers(
+  leaves: Sequence[jax.Array], peers: PackedPeers, comm: Communicator
+) -> list[jax.Array]:
+  """The mean inside the machine, averaged part by part with peers' machines."""
+  inside = comm.local
+  means = allreduce(list(leaves), comm=inside)
+  parts = [_padded(mean, inside.size)[inside.rank] for mean in means]
+  parts = _neighbor_allreduce.neighbor_allreduce(
+    parts, peers, comm=comm.machines
+  )
+  wholes = allgather(parts, comm=inside)
+  return [
+    whole[: leaf.size].reshape(leaf.shape)
+    for whole, leaf in zip(wholes, leaves, strict=True)
+  ]
+
+
+def _padded(x: jax.Array, parts: int) -> jax.Array:
+  """The elements in rows, one for each part, with zeros up to a whole row."""
+  width = -(-x.size // parts)
+  return jnp.pad(x.ravel(), (0, parts * width - x.size)).reshape(parts, width)
+
+
 # The mesh: an all_to_all inside the machine, the average of neighbors between
 # machines, an all_gather inside.
 
@@ -170,14 +222,11 @@ def _mean_part(x: jax.Array, inside: tuple[str, ...], comm: Any) -> jax.Array:
   """This local rank's part of the mean over the machine."""
   if not inside or x.size == 0:
     return x
-  size = comm.local.size
-  flat = x.ravel()
-  # Zeros up to a multiple of the local size; `_join` cuts them off.
-  flat = jnp.pad(flat, (0, -len(flat) % size))
   (axis,) = inside
   # Rank r of the machine receives the r-th part of all: a reduce-scatter whose
   # sum has the order of ranks, and so the same bits everywhere.
-  return _weighted_sum.mean(lax.all_to_all(flat.reshape(size, -1), axis, 0, 0))
+  parts = _padded(x, comm.local.size)  # `_join` cuts the zeros off
+  return _weighted_sum.mean(lax.all_to_all(parts, axis, 0, 0))
 
 
 def _join(

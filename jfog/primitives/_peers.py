@@ -194,9 +194,11 @@ class PackedPeers:
   check: bool = dataclasses.field(metadata={"static": True})
 
 
-def pack(peers: Peers, comm: Communicator) -> PackedPeers:
+def pack(
+  peers: Peers, comm: Communicator, operation: str = "neighbor_allreduce"
+) -> PackedPeers:
   """Peers as operands, checked."""
-  check_ranks(peers, comm, "neighbor_allreduce")
+  check_ranks(peers, comm, operation)
   # Ascending, as in a graph: the sum has one order and the same bits.
   sources = dict(sorted(peers.src_weights.items()))
   destinations = dict(sorted(peers.dst_weights.items()))
