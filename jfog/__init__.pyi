@@ -3,6 +3,7 @@
 from . import diagnostics as diagnostics
 from . import optimizers as optimizers
 from . import topology as topology
+from .launch import run as run
 from .primitives import Handle as Handle
 from .primitives import Peers as Peers
 from .primitives import Window as Window

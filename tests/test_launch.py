@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from jfog import cli, launch, runtime
-from jfog.launch import output
+from jfog.launch import options, output
 from jfog.runtime import _gpu_placement
 
 DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
@@ -364,6 +364,48 @@ def test_filters_of_output():
   assert banner.expire() == rule + b"open"
 
 
+def test_marked_lines_are_taken_out():
+  for size in (1, 2, 7, 100):
+    found = []
+    lines = output.Extracted(b"\x1emark ", found.append)
+    text = b"a\n\x1emark one\nb\x1emark two\n\x1emar\nc\x1e"
+    parts = [text[k : k + size] for k in range(0, len(text), size)]
+    passed = b"".join(map(lines.feed, parts)) + lines.finish()
+    assert found == [b"one", b"two"]
+    assert passed == b"a\nb\x1emar\nc\x1e"
+
+
+def test_failure_on_a_host_without_the_folder_of_records(tmp_path):
+  """As on another host: the record comes in the rank's stderr."""
+  copy_launcher(tmp_path)
+  mpi = launch.installed_mpi()
+  elsewhere = tmp_path / "mpirun"
+  elsewhere.write_text(
+    f'#!/bin/sh\nJFOG_RUN_DIR={tmp_path}/gone exec {mpi.launcher} "$@"\n'
+  )
+  elsewhere.chmod(0o755)
+  write_build(tmp_path, mpi._replace(launcher=str(elsewhere)))
+  job = run(
+    tmp_path / "launch",
+    *("-np", 3),
+    *python("""
+      barrier()
+      if rank == 1:
+        print("x" * 100_000, file=sys.stderr)
+        raise FileNotFoundError("the samples of rank 1")
+      time.sleep(60)
+    """),
+  )
+  assert job.returncode == 1
+  assert job.seconds < DEADLINE / 2
+  assert "x" * 100_000 in job.err and "jfog-record" not in job.err
+  assert job.err.count("Traceback") == 1
+  assert job.err.endswith(
+    "jfog run: rank 1 failed first (exit code 1), by the traceback above that "
+    "ends with:\nFileNotFoundError: the samples of rank 1\n"
+  )
+
+
 def test_output_is_untouched_without_tags(program):
   job = run(program, "-np", 1, *shell('printf "one\\ntwo"; printf three >&2'))
   assert (job.out, job.err) == ("one\ntwo", "three")
@@ -424,6 +466,12 @@ def test_script_without_python(program, tmp_path):
     ["-np", "2", "-H", "a:1", "--hostfile", "b", "true"],
     ["-np", "2", "--timeout", "0", "true"],
     ["-np", "2", "--no-such-option", "true"],
+    ["-np", "2", "--op-timeout", "soon", "true"],
+    ["-np", "2", "-x", "NOT_SET_ANYWHERE", "true"],
+    ["-np", "2", "-x", "1=2", "true"],
+    ["-np", "2", "-m"],
+    ["-np", "auto", "-H", "a:many", "true"],
+    ["-np", "auto", "--hostfile", "no-such-file", "true"],
   ],
   ids=" ".join,
 )
@@ -452,6 +500,95 @@ def test_hosts_are_passed_on():
     assert "a:2,b:2" in words
     words = launch.mpirun_command(mpi, 4, ["true"], hostfile="hosts")
     assert "hosts" in words
+
+
+def test_variables_on_other_hosts():
+  """All that a command line can carry, but what describes this host."""
+  environ = {
+    **{"XLA_FLAGS": "--a --b", "JFOG_ORDER": "strict", "PATH": "/bin"},
+    **{"HOME": "/root", "TMPDIR": "/tmp", "SSH_TTY": "1", "OMPI_MCA_btl": "self"},
+    **{"BASH_FUNC_f%%": "() {", "a b": "1", "_": "python"},
+  }
+  names = options.exported(environ)
+  assert names == ["JFOG_ORDER", "PATH", "XLA_FLAGS"]
+  mpi = launch.Mpi("mpirun", "openmpi", "")
+  words = launch.mpirun_command(mpi, 2, ["true"], host="a,b", exported=names)
+  passed = [words[k + 1] for k, word in enumerate(words) if word == "-x"]
+  assert passed == ["JFOG_RUN_DIR", *names]
+  words = launch.mpirun_command(mpi, 2, ["true"], exported=names)
+  assert "-x" not in words  # on this host all are inherited
+
+
+def test_dry_run_prints_a_command_that_runs(program):
+  words = ("-np", 2, "--mpi-args", "--display allocation", "-x", "GREETING=a b")
+  script = shell("say $GREETING $OMPI_MCA_osc")
+  job = run(program, *words, "--dry-run", *script)
+  assert job.returncode == 0 and not job.err
+  (line,) = job.out.splitlines()
+  assert "--display allocation" in line and "'GREETING=a b'" in line
+  done = subprocess.run(
+    ["bash", "-c", line], capture_output=True, text=True, timeout=DEADLINE
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("a b ^ucx\n") == 2
+  job = run(program, *words, "--verbose", *script)
+  assert line in job.err
+  assert re.search(r"ended with exit code 0 after \d+\.\d s\n$", job.err)
+
+
+def test_number_of_ranks_by_itself(program, tmp_path):
+  def ranks(*words):
+    job = run(program, "-np", "auto", *words, "--dry-run", "true")
+    return int(re.search(r"-np (\d+)", job.out)[1])
+
+  environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+  job = run(program, "-np", "auto", *shell("say $OMPI_COMM_WORLD_SIZE"), environ=environ)
+  cores = len(os.sched_getaffinity(0))
+  gpus = pathlib.Path("/proc/driver/nvidia/gpus")
+  expected = len([*gpus.iterdir()]) if gpus.exists() else cores
+  assert set(job.out.split()) == {str(expected)}
+  assert ranks("-H", "a:3,b,c:2") == 6
+  hosts = tmp_path / "hosts"
+  hosts.write_text("# ours\na slots=2  # two\n\nb:3\nc\n")
+  assert ranks("--hostfile", hosts) == 6
+
+
+def test_a_module_is_run(program, tmp_path):
+  (tmp_path / "trainer.py").write_text("import sys; print(*sys.argv[1:])")
+  environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+  words = ("-np", 2, "-m", "trainer", "--epochs", 3, "-m", ":")
+  job = run(program, *words, environ=environ)
+  assert (job.returncode, job.out) == (0, "--epochs 3 -m :\n" * 2), job.err
+
+
+@pytest.mark.parametrize("tag", ["--tag-output", "--no-tag-output"])
+def test_a_file_for_the_output_of_each_rank(program, tmp_path, tag):
+  """Also tracebacks that the terminal does not show."""
+  folder = tmp_path / "made" / "logs"
+  job = run(
+    program,
+    *("-np", 2, tag, "--output-dir", folder),
+    *python("""
+      print("of", rank, flush=True)
+      barrier()
+      raise ValueError(f"wrong on {rank}")
+    """),
+  )
+  assert job.returncode == 1
+  for rank in range(2):
+    assert (folder / f"rank-{rank}.out").read_text() == f"of {rank}\n"
+    text = (folder / f"rank-{rank}.err").read_text()
+    if text:  # a rank may be ended before its own error
+      assert text.startswith("Traceback")
+  assert len([*folder.iterdir()]) == 4
+  assert "of 0" in job.out and "of 1" in job.out
+
+
+def test_timeout_of_operations_for_programs_without_one(program):
+  job = run(
+    program, *("-np", 1, "--op-timeout", "1.5"), *shell("say $JFOG_TIMEOUT")
+  )
+  assert job.out == "1.5\n"
 
 
 def test_first_failure_is_not_a_victim_of_the_end_of_the_job():

@@ -309,6 +309,20 @@ def test_local_size_from_the_environment(monkeypatch):
   assert jfog.init().local_size == 1
 
 
+def test_timeout_from_the_environment(monkeypatch):
+  for text in ("soon", "0", "-1", "nan"):
+    monkeypatch.setenv("JFOG_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"JFOG_TIMEOUT='{text}'.*unset it"):
+      jfog.init()
+    jfog.init(timeout=60)  # which the variable does not change
+    jfog.shutdown()
+  monkeypatch.setenv("JFOG_TIMEOUT", "40")
+  jfog.init()
+  assert jfog.init(timeout=40).size == 1
+  with pytest.raises(ValueError, match=r"timeout=40\.0 and not 41"):
+    jfog.init(timeout=41)
+
+
 def test_importing_starts_nothing():
   done = python(
     "import sys, jfog\n"

@@ -4,9 +4,11 @@ The launcher starts mpirun; mpirun starts this folder as a program around every
 rank. The wrapper of a rank runs the command, keeps the end of its stderr, and
 leaves a record when it fails, from which the launcher reports the first failure.
 Both run on the standard library alone and import a module where they use it,
-because a job pays for the wrapper's start once per rank.
+because a job pays for the wrapper's start once per rank. `jfog.run` starts the
+launcher from a Python session.
 """
 
+from .function import run as run
 from .launcher import Mpi as Mpi
 from .launcher import built_package as built_package
 from .launcher import command_line as command_line

@@ -6,8 +6,10 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 from . import marks, output, processes, report
+from . import options as _options
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_FOLDER)
@@ -91,6 +93,9 @@ def mpirun_command(
   hostfile: str | None = None,
   tag_output: bool = False,
   all_tracebacks: bool = False,
+  output_dir: str | None = None,
+  exported: Sequence[str] = (),
+  mpi_args: Sequence[str] = (),
 ) -> list[str]:
   """Returns the mpirun command that starts `command` on every rank.
 
@@ -103,6 +108,9 @@ def mpirun_command(
     tag_output: prefix every line of output with the rank.
     all_tracebacks: show the traceback of each rank at once, and not only that of
       the first one in the report.
+    output_dir: the folder for a file with the output of each rank.
+    exported: names of variables that ranks on other hosts get.
+    mpi_args: further options of mpirun.
   """
   words = [mpi.launcher, "-np", str(ranks)]
   if mpi.family == "openmpi":
@@ -113,18 +121,22 @@ def mpirun_command(
     if hostfile:
       words += ["--hostfile", hostfile]
     if host or hostfile:
-      words += ["-x", "JFOG_RUN_DIR"]  # Open MPI exports only named variables
+      # Open MPI exports only named variables; MPICH exports all.
+      for name in ("JFOG_RUN_DIR", *exported):
+        words += ["-x", name]
   else:
     words += ["-bind-to", "none"]
     if host:
       words += ["-hosts", host]
     if hostfile:
       words += ["-f", hostfile]
-  words += [*_self(), "--rank-main"]
+  words += [*mpi_args, *_self(), "--rank-main"]
   if tag_output:
     words.append("--tag-output")
   if all_tracebacks:
     words.append("--all-tracebacks")
+  if output_dir:
+    words += ["--output-dir", os.path.abspath(output_dir)]
   # mpirun takes a word ":" for the end of the command, wherever it stands.
   return [*words, "--", *(":" + w if set(w) == {":"} else w for w in command)]
 
@@ -163,112 +175,56 @@ def main(arguments: list[str] | None = None) -> int:
   signal n; 124 after `--timeout`, 126 and 127 for a command that cannot be run
   or is not found, 2 for bad arguments.
   """
-  options = _parse(sys.argv[1:] if arguments is None else arguments)
+  options = _options.parse(sys.argv[1:] if arguments is None else arguments)
   try:
     mpi = installed_mpi(options.package)
   except RuntimeError as error:
     processes.say(f"jfog run: {error}\n")
     return 1
+  one_host = not (options.host or options.hostfile)
   # On other hosts PATH and files may differ: there the ranks report it.
-  if not (options.host or options.hostfile):
-    code, problem = _command_problem(options.command)
+  if one_host:
+    code, problem = _options.command_problem(options.command)
     if problem:
       processes.say(f"jfog run: {problem}\n")
       return code
+  given = _options.given_variables(options)
+  command = mpirun_command(
+    mpi,
+    options.np,
+    options.command,
+    host=options.host,
+    hostfile=options.hostfile,
+    tag_output=options.tag_output,
+    all_tracebacks=options.all_tracebacks,
+    output_dir=options.output_dir,
+    exported=_options.exported({**os.environ, **given}),
+    mpi_args=options.mpi_args,
+  )
+  environ = {**os.environ, **given}
+  if options.verbose or options.dry_run:
+    added = job_environment(environ, "", one_host=one_host)
+    del added["JFOG_RUN_DIR"]  # of the records of a job that runs
+    changed = {k: v for k, v in added.items() if os.environ.get(k) != v}
+    line = _options.as_shell_line(command, changed)
+    if options.dry_run:
+      print(line, flush=True)
+      return 0
+    processes.say(f"jfog run: {line}\n")
   import shutil
   import tempfile
 
+  start = time.monotonic()
   run_dir = tempfile.mkdtemp(prefix="jfog-run-")
   try:
-    command = mpirun_command(
-      mpi,
-      options.np,
-      options.command,
-      host=options.host,
-      hostfile=options.hostfile,
-      tag_output=options.tag_output,
-      all_tracebacks=options.all_tracebacks,
-    )
-    environ = job_environment(
-      dict(os.environ),
-      run_dir,
-      one_host=not (options.host or options.hostfile),
-    )
-    return _run_job(command, environ, run_dir, options.timeout)
+    environ = job_environment(environ, run_dir, one_host=one_host)
+    code = _run_job(command, environ, run_dir, options.timeout)
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def _parse(arguments: list[str]):
-  import argparse
-
-  parser = argparse.ArgumentParser(
-    prog="jfog run",
-    usage="jfog run -np N [-H HOST:SLOTS,... | --hostfile FILE] "
-    "[--no-tag-output] [--all-tracebacks] [--timeout SECONDS] command ...",
-    description="Runs a command on N ranks, with the MPI jfog was built with.",
-    allow_abbrev=False,
-  )
-  parser.add_argument(
-    "-np", "-n", type=int, required=True, metavar="N", help="number of ranks"
-  )
-  hosts = parser.add_mutually_exclusive_group()
-  hosts.add_argument(
-    "-H", "--host", metavar="HOST:SLOTS,...", help="hosts to run on"
-  )
-  hosts.add_argument(
-    "--hostfile", metavar="FILE", help="file that lists the hosts to run on"
-  )
-  parser.add_argument(
-    "--tag-output",
-    action=argparse.BooleanOptionalAction,
-    help="begin every line of output with [rank]; so by default on several ranks",
-  )
-  parser.add_argument(
-    "--all-tracebacks",
-    action="store_true",
-    help="show the traceback of every rank that fails, not of the first alone",
-  )
-  parser.add_argument(
-    "--timeout",
-    type=float,
-    metavar="SECONDS",
-    help="end the job after that long, with exit code 124",
-  )
-  parser.add_argument("--package", help=argparse.SUPPRESS)
-  parser.add_argument(
-    "command", nargs=argparse.REMAINDER, help="command that every rank runs"
-  )
-  options = parser.parse_args(arguments)
-  if options.command[:1] == ["--"]:
-    del options.command[0]
-  if options.tag_output is None:
-    options.tag_output = options.np > 1
-  if options.np < 1:
-    parser.error(f"-np must be at least 1, got {options.np}.")
-  if options.timeout is not None and options.timeout <= 0:
-    parser.error(f"--timeout must be positive, got {options.timeout}.")
-  if not options.command:
-    parser.error("no command; for example: jfog run -np 2 python train.py")
-  return options
-
-
-def _command_problem(command: list[str]) -> tuple[int, str]:
-  """Returns the exit code and text for a command that no rank can start."""
-  import shutil
-
-  name = command[0]
-  if shutil.which(name):
-    return 0, ""
-  if os.path.isfile(name) and name.endswith(".py"):
-    script = " ".join(command)
-    return (
-      126,
-      f"{name} is not a command; put `python` before it: `python {script}`.",
-    )
-  if os.path.isfile(name) and os.path.dirname(name):
-    return 126, f"{name} is not executable; `chmod +x {name}` makes it so."
-  return 127, f"command not found: {name}; give a path or a command on PATH."
+  if options.verbose:
+    seconds = time.monotonic() - start
+    processes.say(f"jfog run: ended with exit code {code} after {seconds:.1f} s\n")
+  return code
 
 
 def _run_job(
@@ -287,7 +243,10 @@ def _run_job(
   # mpirun and the first wait.
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   banners = output.WithoutBanner()
-  stderr = processes.Pump(2, banners)
+  records = output.Extracted(
+    report.MARK, lambda line: report.keep(run_dir, line)
+  )
+  stderr = processes.Pump(2, records, banners)
   pid = processes.spawn(
     command, environ, death_signal=signal.SIGTERM, pumps=[stderr]
   )

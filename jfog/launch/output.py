@@ -4,12 +4,14 @@ A filter turns a chunk of bytes into those that go on: `feed` for each chunk, `e
 once the time `until` has come, `finish` at the end.
 """
 
+import contextlib
 import time
+from collections.abc import Callable
 
 TRACEBACK = b"Traceback (most recent call last):"
 _HOLD = 15.0  # seconds that a traceback is kept back
 _RULE = b"-" * 74 + b"\n"  # before and after a text of Open MPI
-_RULE_HOLD = 0.5  # seconds from the first rule to the second
+_RULE_HOLD = 0.5  # seconds from the first rule to the second, and for a line
 # How Open MPI 5 and 4 begin their texts about a rank that has failed.
 _ABOUT_FAILURES = (
   b"prterun detected that one or more processes exited",
@@ -38,6 +40,57 @@ class Filter:
   def finish(self) -> bytes:
     """Returns the bytes that go on at the end."""
     return b""
+
+
+class Copied(Filter):
+  """What passes is also written into a file, which is made anew."""
+
+  def __init__(self, path: str):
+    self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    with contextlib.suppress(OSError):  # a full disk; the command goes on
+      self._file.write(chunk)
+    return chunk
+
+
+class Extracted(Filter):
+  """Takes lines that begin with a mark out, and calls a function with each."""
+
+  def __init__(self, mark: bytes, take: Callable[[bytes], None]):
+    self._mark = mark
+    self._take = take
+    self._held = b""  # a part of a mark or of a line behind one
+
+  def feed(self, chunk: bytes) -> bytes:
+    """Takes the next bytes."""
+    text, passed = self._held + chunk, b""
+    while (start := text.find(self._mark)) >= 0:
+      passed += text[:start]
+      line, newline, rest = text[start:].partition(b"\n")
+      if not newline:
+        return passed + self._hold(line)
+      self._take(line[len(self._mark) :])
+      text = rest
+    parts = range(len(self._mark) - 1, 0, -1)
+    part = next((k for k in parts if text.endswith(self._mark[:k])), 0)
+    whole = len(text) - part
+    return passed + text[:whole] + self._hold(text[whole:])
+
+  def _hold(self, text: bytes) -> bytes:
+    """Keeps the text back; nothing goes on."""
+    self._held = text
+    self.until = time.monotonic() + _RULE_HOLD if text else float("inf")
+    return b""
+
+  def expire(self) -> bytes:
+    """Returns the bytes that go on once the time `until` has come."""
+    held, self._held = self._held, b""
+    self.until = float("inf")
+    return b"" if held.startswith(self._mark) else held
+
+  finish = expire
 
 
 class Prefixed(Filter):

@@ -49,28 +49,37 @@ def rank_main(arguments: list[str]) -> int:
   one loop forwards signals, reaps the command and watches mpirun.
 
   Args:
-    arguments: `[--tag-output] [--all-tracebacks] -- command ...`.
+    arguments: `[--tag-output] [--all-tracebacks] [--output-dir DIR] -- command
+      ...`.
   """
   split = arguments.index("--")
   tagged = "--tag-output" in arguments[:split]
   holds = "--all-tracebacks" not in arguments[:split]
+  folder = ""
+  if "--output-dir" in arguments[:split]:
+    folder = arguments[arguments.index("--output-dir") + 1]
   # Without the colon that the launcher puts before a word of colons.
   command = [w[set(w) == {":"} :] for w in arguments[split + 1 :]]
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   rank = _first(os.environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
   environ = rank_environment(
-    dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=_gpus()
+    dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=gpus()
   )
   environ["JFOG_RUN_JOB"] = marks.job(os.environ)
   prefix = f"[{rank}] ".encode() if tagged else b""
-  filters = [output.Prefixed(prefix)] if tagged else []
+  files = [_file(folder, f"rank-{rank}{end}") for end in (".out", ".err")]
+  lines = [output.Prefixed(prefix)] if tagged else []
   held = output.WithoutTraceback(prefix)
   if tagged:
     environ.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would delay lines
   parent = os.getppid()
   leader = os.getpgrp() == os.getpid()
-  stderr = processes.Pump(2, *filters, *([held] if holds else []))
-  stdout = processes.Pump(1, output.Prefixed(prefix)) if tagged else None
+  # The files get what the command writes, before it is tagged or held back.
+  stderr = processes.Pump(2, *files[1], *lines, *([held] if holds else []))
+  stdout = None
+  if tagged or folder:
+    lines = [output.Prefixed(prefix)] if tagged else []
+    stdout = processes.Pump(1, *files[0], *lines)
   pumps = [pump for pump in (stdout, stderr) if pump]
   pid = processes.spawn(
     command, environ, death_signal=signal.SIGKILL, pumps=pumps
@@ -114,12 +123,24 @@ def rank_main(arguments: list[str]) -> int:
   return processes.shell_code(code)
 
 
+def _file(folder: str, name: str) -> list[output.Filter]:
+  """The filter that copies output into a file; none without a folder."""
+  if not folder:
+    return []
+  try:
+    os.makedirs(folder, exist_ok=True)
+    return [output.Copied(os.path.join(folder, name))]
+  except OSError as error:
+    processes.say(f"jfog run: --output-dir {folder}: {error.strerror}\n")
+    return []
+
+
 def _first(environ: Mapping[str, str], *names: str) -> str:
   """Returns the first of these variables that is set, else "0"."""
   return next((environ[name] for name in names if name in environ), "0")
 
 
-def _gpus() -> int:
+def gpus() -> int:
   """The number of GPUs of the NVIDIA driver, read without loading CUDA."""
   directory = "/proc/driver/nvidia/gpus"
   return len(os.listdir(directory)) if os.path.isdir(directory) else 0

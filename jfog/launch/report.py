@@ -1,5 +1,6 @@
 """Failure reports: a record per failed rank, and the text about the first."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -7,6 +8,10 @@ from collections.abc import Sequence
 from .output import TRACEBACK
 from .processes import shell_code
 
+# Before a record that travels in the rank's stderr, from a host that does not see the
+# launcher's folder. It is short enough for one write and one read of a pipe.
+MARK = b"\x1ejfog-record "
+_CARRIED = 1500  # characters of stderr in such a record
 _LATER = 3  # ranks that failed after the first one, named in the report
 
 
@@ -75,7 +80,10 @@ def leave_record(
   is_held: bool,
   is_shown: bool,
 ) -> bool:
-  """Writes the record of a failed rank for `jfog run`; returns whether it could.
+  """Leaves the record of a failed rank for `jfog run`, in a file or in stderr.
+
+  Returns whether it is in a file. One in stderr has the end of the rank's own only,
+  all of which is to be shown.
 
   Args:
     rank: the rank in the job.
@@ -105,9 +113,38 @@ def leave_record(
     with open(path + ".part", "w", encoding="utf-8") as file:
       json.dump(record, file)
     os.replace(path + ".part", path)
-  except OSError:
-    return False  # on another host, without the launcher's directory
+  except OSError:  # on another host, without the launcher's folder
+    _send(record)
+    return False
   return True
+
+
+def _send(record: dict) -> None:
+  """Writes a record into stderr, which mpirun brings to the launcher."""
+  import base64
+  import json
+  import sys
+  import zlib
+
+  record = {**record, "is_held": False, "is_shown": True}
+  record["stderr"] = record["stderr"][-_CARRIED:]
+  text = base64.b64encode(zlib.compress(json.dumps(record).encode()))
+  with contextlib.suppress(OSError):
+    os.write(sys.__stderr__.fileno(), MARK + text + b"\n")
+
+
+def keep(run_dir: str, line: bytes) -> None:
+  """Writes a record that has come in stderr into the launcher's folder."""
+  import base64
+  import json
+  import zlib
+
+  with contextlib.suppress(ValueError, KeyError, zlib.error, OSError):
+    record = json.loads(zlib.decompress(base64.b64decode(line.strip())))
+    path = os.path.join(run_dir, f"{int(record['rank'])}.json")
+    with open(path + ".part", "w", encoding="utf-8") as file:
+      json.dump(record, file)
+    os.replace(path + ".part", path)
 
 
 def _signal_name(number: int) -> str:

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def init(
       variable `JFOG_LOCAL_SIZE` stands in for the argument.
     timeout: seconds that this call (at least 15) and later each operation wait for
       other ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
-      of an operation a warning is printed. A world of one never waits.
+      of an operation a warning is printed. A world of one never waits. By default
+      300, or the environment variable `JFOG_TIMEOUT`.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -101,6 +103,8 @@ def init(
       )
     return _world
   local_size = _check_arguments(backend, local_size, timeout)
+  if timeout is DEFAULT_TIMEOUT:
+    timeout = arguments["timeout"] = _default_timeout(os.environ)
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _bootstrap.launched_size()
@@ -280,6 +284,23 @@ def machine_size() -> int:
     Array([2., 2., 2., 2.], dtype=float32)
   """
   return resolve().machine_size
+
+
+def _default_timeout(environ: Mapping[str, str]) -> float:
+  """The timeout where the program passes none."""
+  text = environ.get("JFOG_TIMEOUT")
+  if not text:
+    return DEFAULT_TIMEOUT
+  try:
+    timeout = float(text)
+  except ValueError:
+    timeout = 0.0
+  if not timeout > 0:
+    raise ValueError(
+      f"JFOG_TIMEOUT={text!r} must be a positive number of seconds; correct it, or "
+      f"unset it for {DEFAULT_TIMEOUT:g}."
+    )
+  return timeout
 
 
 def _check_arguments(backend: Any, local_size: Any, timeout: Any) -> int | None:
