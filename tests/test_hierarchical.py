@@ -328,7 +328,9 @@ def test_machines_that_choose_their_peers(place, rng):
   mixing = np.zeros((m, m))
   for a in range(m):
     mixing[a, : a + 1] = 1 / (a + 1)
-  dense = np.kron(mixing, np.full((place.local_size,) * 2, 1 / place.local_size))
+  dense = np.kron(
+    mixing, np.full((place.local_size,) * 2, 1 / place.local_size)
+  )
   start = jfog.hierarchical_neighbor_allreduce_start
 
   def own(comm):
@@ -354,7 +356,9 @@ def test_machines_that_choose_their_peers(place, rng):
         )
     x = tree["scalar"]
     truth = dense.T @ x + dense @ x
-    np.testing.assert_allclose(gradient, place.mine(truth), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      gradient, place.mine(truth), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.places("mpi-4x2", "simulate-6x2", "single")

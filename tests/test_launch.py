@@ -506,7 +506,12 @@ def test_variables_on_other_hosts():
   """All that a command line can carry, but what describes this host."""
   environ = {
     **{"XLA_FLAGS": "--a --b", "JFOG_ORDER": "strict", "PATH": "/bin"},
-    **{"HOME": "/root", "TMPDIR": "/tmp", "SSH_TTY": "1", "OMPI_MCA_btl": "self"},
+    **{
+      "HOME": "/root",
+      "TMPDIR": "/tmp",
+      "SSH_TTY": "1",
+      "OMPI_MCA_btl": "self",
+    },
     **{"BASH_FUNC_f%%": "() {", "a b": "1", "_": "python"},
   }
   names = options.exported(environ)
@@ -517,6 +522,34 @@ def test_variables_on_other_hosts():
   assert passed == ["JFOG_RUN_DIR", *names]
   words = launch.mpirun_command(mpi, 2, ["true"], exported=names)
   assert "-x" not in words  # on this host all are inherited
+
+
+def test_a_host_that_cannot_be_reached(program):
+  job = run(program, "-np", 2, "-H", "no-such-host:2", "true")
+  assert job.returncode not in (0, 124)
+  lines = [line for line in job.err.splitlines() if line]
+  assert lines[-1] == (
+    "jfog run: cannot start ranks on no-such-host; `ssh "
+    "no-such-host true` has to work"
+  )
+  assert len(lines) <= 2, job.err  # that of ssh, if there is one
+
+
+def test_ssh_and_the_interface():
+  def variables(*words):
+    return options.given_variables(options.parse(["-np", "2", *words, "true"]))
+
+  found = variables("-H", "a", "--ssh-port", "2222", "--ssh-key", "id")
+  agent = found["PRTE_MCA_plm_ssh_agent"]
+  assert agent.startswith("ssh -o BatchMode=yes") and agent.endswith(
+    "-p 2222 -i id"
+  )
+  found = variables("-H", "a", "--interface", "eth1")
+  assert found["OMPI_MCA_btl_tcp_if_include"] == "eth1"
+  assert found["NCCL_SOCKET_IFNAME"] == "eth1"
+  assert variables() == {}
+  with pytest.raises(SystemExit):
+    variables("--ssh-port", "2222")
 
 
 def test_dry_run_prints_a_command_that_runs(program):
@@ -542,7 +575,9 @@ def test_number_of_ranks_by_itself(program, tmp_path):
     return int(re.search(r"-np (\d+)", job.out)[1])
 
   environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-  job = run(program, "-np", "auto", *shell("say $OMPI_COMM_WORLD_SIZE"), environ=environ)
+  job = run(
+    program, "-np", "auto", *shell("say $OMPI_COMM_WORLD_SIZE"), environ=environ
+  )
   cores = len(os.sched_getaffinity(0))
   gpus = pathlib.Path("/proc/driver/nvidia/gpus")
   expected = len([*gpus.iterdir()]) if gpus.exists() else cores

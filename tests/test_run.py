@@ -80,7 +80,10 @@ def test_bad_arguments():
     jfog.run(print, np=0)
   with pytest.raises(ValueError, match="timeout=-1"):
     jfog.run(print, np=1, timeout=-1)
-  with pytest.raises(TypeError, match="cannot be pickled"), open(__file__) as file:
+  with (
+    pytest.raises(TypeError, match="cannot be pickled"),
+    open(__file__) as file,
+  ):
     jfog.run(print, (file,), np=1)
 
 

@@ -70,7 +70,9 @@ def run(
   if np < 1:
     raise ValueError(f"jfog.run: np={np} must be at least 1.")
   if timeout is not None and not timeout > 0:
-    raise ValueError(f"jfog.run: timeout={timeout} must be positive, in seconds.")
+    raise ValueError(
+      f"jfog.run: timeout={timeout} must be positive, in seconds."
+    )
   try:
     call = cloudpickle.dumps((fun, tuple(args), dict(kwargs or {})))
   except Exception as error:  # of any type: those of the objects' own methods
@@ -81,7 +83,9 @@ def run(
   options = ["-np", str(np), "--tag-output"]
   if timeout is not None:
     options += ["--timeout", str(timeout)]
-  inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
+  inherited = {
+    k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)
+  }
   with tempfile.TemporaryDirectory(prefix="jfog-call-") as folder:
     with open(os.path.join(folder, "call"), "wb") as file:
       file.write(call)
@@ -102,7 +106,9 @@ def run(
   return results
 
 
-def _finished(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]:
+def _finished(
+  command: list[str], environ: Mapping[str, str]
+) -> tuple[int, str]:
   """Runs a command to its end, and shows its output; its code and that output."""
   job = subprocess.Popen(
     command,
@@ -117,7 +123,9 @@ def _finished(command: list[str], environ: Mapping[str, str]) -> tuple[int, str]
   lines = []
   try:
     for line in job.stdout:
-      sys.stdout.write(line)  # as Python has it: a notebook shows no descriptors
+      sys.stdout.write(
+        line
+      )  # as Python has it: a notebook shows no descriptors
       lines.append(line)
     return job.wait(), "".join(lines[-1000:])
   except BaseException:  # KeyboardInterrupt first of all

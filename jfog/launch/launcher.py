@@ -218,12 +218,14 @@ def main(arguments: list[str] | None = None) -> int:
   run_dir = tempfile.mkdtemp(prefix="jfog-run-")
   try:
     environ = job_environment(environ, run_dir, one_host=one_host)
-    code = _run_job(command, environ, run_dir, options.timeout)
+    code = _run_job(command, environ, run_dir, options.timeout, one_host)
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
   if options.verbose:
     seconds = time.monotonic() - start
-    processes.say(f"jfog run: ended with exit code {code} after {seconds:.1f} s\n")
+    processes.say(
+      f"jfog run: ended with exit code {code} after {seconds:.1f} s\n"
+    )
   return code
 
 
@@ -232,6 +234,7 @@ def _run_job(
   environ: dict[str, str],
   run_dir: str,
   timeout: float | None,
+  one_host: bool,
 ) -> int:
   """Runs mpirun to its end and reports the rank that failed first.
 
@@ -243,14 +246,18 @@ def _run_job(
   # mpirun and the first wait.
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   banners = output.WithoutBanner()
+  about_hosts = output.WithoutBanner()
   records = output.Extracted(
     report.MARK, lambda line: report.keep(run_dir, line)
   )
-  stderr = processes.Pump(2, records, banners)
+  pumps = [processes.Pump(2, records, banners)]
+  if not one_host:  # Open MPI writes about hosts to stdout
+    pumps.append(processes.Pump(1, about_hosts))
   pid = processes.spawn(
-    command, environ, death_signal=signal.SIGTERM, pumps=[stderr]
+    command, environ, death_signal=signal.SIGTERM, pumps=pumps
   )
-  stderr.start()
+  for pump in pumps:
+    pump.start()
   end = None if timeout is None else time.monotonic() + timeout
   requested = 0  # exit code of a signal or a timeout that ended the job
   stops = None  # the times and signals by which mpirun is ended
@@ -283,7 +290,8 @@ def _run_job(
       stops = _stops(now)
     if stops and now >= stops[0][0]:
       os.kill(pid, stops.pop(0)[1])
-  stderr.finish()
+  for pump in pumps:
+    pump.finish()
   if requested:
     if text := report.interrupt_report(report.records(run_dir)):
       processes.say("\n" + text)
@@ -292,7 +300,8 @@ def _run_job(
     processes.say(f"\njfog run: {problem}\n")
     return 1
   code = processes.shell_code(code)
-  return _report(code, run_dir, banners.dropped) if code else 0
+  dropped = about_hosts.dropped + banners.dropped
+  return _report(code, run_dir, dropped) if code else 0
 
 
 def _report(code: int, run_dir: str, banner: bytes) -> int:
@@ -313,6 +322,8 @@ def _report(code: int, run_dir: str, banner: bytes) -> int:
       f"{rank} ended first (exit code 0) and has left MPI unfinished, by "
       f"os._exit or the like"
     )
+  elif host := report.unreachable(banner.decode(errors="replace")):
+    text = f"cannot start ranks on {host}; `ssh {host} true` has to work"
   else:
     processes.say(banner.decode(errors="replace"))
     text = f"mpirun ended with exit code {code}"

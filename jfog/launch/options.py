@@ -13,6 +13,15 @@ _STAYS = re.compile(
   # Open MPI carries its own, and a job's ranks get new ones.
   r"|OMPI_.*|PMIX_.*|PRTE_.*|PMI_.*|JFOG_RUN_JOB)"
 )
+_CONNECT = 10  # seconds
+# Of Open MPI 5 and 4, UCX and NCCL.
+_INTERFACES = (
+  "PRTE_MCA_prte_if_include",
+  "OMPI_MCA_oob_tcp_if_include",
+  "OMPI_MCA_btl_tcp_if_include",
+  "UCX_NET_DEVICES",
+  "NCCL_SOCKET_IFNAME",
+)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -59,6 +68,17 @@ def parse(arguments: list[str]):
   )
   hosts.add_argument(
     "--hostfile", metavar="FILE", help="file that lists the hosts to run on"
+  )
+  parser.add_argument(
+    "--ssh-port", type=int, metavar="PORT", help="port of ssh on the hosts"
+  )
+  parser.add_argument(
+    "--ssh-key", metavar="FILE", help="identity file of ssh for the hosts"
+  )
+  parser.add_argument(
+    "--interface",
+    metavar="NAME",
+    help="the network interface, e.g. eth0, by which hosts reach each other",
   )
   parser.add_argument(
     "-x",
@@ -132,11 +152,15 @@ def parse(arguments: list[str]):
     options.command = [sys.executable, "-m", *options.module]
   if not options.command:
     parser.error("no command; for example: jfog run -np 2 python train.py")
+  if (options.ssh_port or options.ssh_key) and not _has_hosts(options):
+    parser.error("--ssh-port and --ssh-key are for --host and --hostfile.")
   for text in options.variables:
     if not _NAME.fullmatch(text.partition("=")[0]):
       parser.error(f"-x {text}: pass NAME or NAME=VALUE.")
     if "=" not in text and text not in os.environ:
-      parser.error(f"-x {text}: it is not set here; set it, or pass {text}=VALUE.")
+      parser.error(
+        f"-x {text}: it is not set here; set it, or pass {text}=VALUE."
+      )
   if options.np == "auto":
     try:
       options.np = _slots(options) or _devices()
@@ -145,6 +169,11 @@ def parse(arguments: list[str]):
   if options.tag_output is None:
     options.tag_output = options.np > 1
   return options
+
+
+def _has_hosts(options) -> bool:
+  """Whether hosts are named."""
+  return bool(options.host or options.hostfile)
 
 
 def _ranks(text: str):
@@ -182,7 +211,9 @@ def _devices() -> int:
   from .rank import gpus
 
   visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-  found = gpus() if visible is None else len([d for d in visible.split(",") if d])
+  found = (
+    gpus() if visible is None else len([d for d in visible.split(",") if d])
+  )
   return found or len(os.sched_getaffinity(0))
 
 
@@ -217,6 +248,18 @@ def given_variables(options) -> dict[str, str]:
     given[name] = value if equals else os.environ[name]
   if options.op_timeout is not None:
     given["JFOG_TIMEOUT"] = f"{options.op_timeout:g}"
+  if _has_hosts(options):
+    # Without a question for a password, which would wait for ever.
+    ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]
+    if options.ssh_port:
+      ssh += ["-p", str(options.ssh_port)]
+    if options.ssh_key:
+      ssh += ["-i", options.ssh_key]
+    for name in ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent"):
+      if options.ssh_port or options.ssh_key or name not in os.environ:
+        given[name] = " ".join(ssh)
+  if options.interface:
+    given |= dict.fromkeys(_INTERFACES, options.interface)
   return given
 
 

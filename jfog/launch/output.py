@@ -5,14 +5,17 @@ once the time `until` has come, `finish` at the end.
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 
 TRACEBACK = b"Traceback (most recent call last):"
 _HOLD = 15.0  # seconds that a traceback is kept back
-_RULE = b"-" * 74 + b"\n"  # before and after a text of Open MPI
+# Before and after a text of Open MPI and of its daemons.
+_RULE = re.compile(rb"^-{60}(?:-{14})?\n", re.M)
 _RULE_HOLD = 0.5  # seconds from the first rule to the second, and for a line
-# How Open MPI 5 and 4 begin their texts about a rank that has failed.
+# How Open MPI 5 and 4 begin their texts about a rank that has failed, and about a
+# host on which no daemon starts.
 _ABOUT_FAILURES = (
   b"prterun detected that one or more processes exited",
   b"prterun has exited due to process rank",
@@ -21,6 +24,14 @@ _ABOUT_FAILURES = (
   b"mpirun has exited due to process rank",
   b"mpirun noticed that process rank",
   b"Primary job  terminated normally, but",
+  b"A daemon failed to report back",
+  b"ORTE was unable to reliably start one or more daemons",
+)
+# What Open MPI 5 writes about a rank whose connection to a failed one has closed.
+_SOCKET_CLOSED = re.compile(
+  rb"^\[[^\]\n]+\] \*\*\* An error occurred in Socket closed\n"
+  rb"(?:\[[^\]\n]+\] \*\*\* .*\n)*",
+  re.M,
 )
 
 
@@ -146,7 +157,7 @@ class WithoutTraceback(Filter):
 
 
 class WithoutBanner(Filter):
-  """Drops Open MPI's texts about failed ranks, of which the launcher reports."""
+  """Drops Open MPI's texts about failures, of which the launcher reports."""
 
   def __init__(self):
     self.dropped = b""
@@ -156,20 +167,27 @@ class WithoutBanner(Filter):
     """Takes the next bytes."""
     text, passed = self._held + chunk, b""
     self._held = b""
-    while (start := text.find(_RULE)) >= 0:
-      passed, text = passed + text[:start], text[start:]
-      end = text.find(_RULE, len(_RULE))
-      if end < 0:
+    while rule := _RULE.search(text):
+      passed, text = passed + text[: rule.start()], text[rule.start() :]
+      head = len(rule[0])
+      end = _RULE.search(text, head)
+      if not end:
         return passed + self._hold(text)
-      banner, text = text[: end + len(_RULE)], text[end + len(_RULE) :]
-      if banner[len(_RULE) :].startswith(_ABOUT_FAILURES):
+      banner, text = text[: end.end()], text[end.end() :]
+      if banner[head:].startswith(_ABOUT_FAILURES):
         self.dropped += banner
       else:
         passed += banner
+    text = _SOCKET_CLOSED.sub(self._drop, text)
     start = text.rfind(b"\n") + 1
-    if text[start:] and _RULE.startswith(text[start:]):  # the begin of a rule
+    if text[start:] and not text[start:].strip(b"-"):  # the begin of a rule
       return passed + text[:start] + self._hold(text[start:])
     return passed + text
+
+  def _drop(self, found: re.Match[bytes]) -> bytes:
+    """Drops a text."""
+    self.dropped += found[0]
+    return b""
 
   def _hold(self, text: bytes) -> bytes:
     """Keeps the text back; nothing goes on."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Sequence
 
@@ -152,6 +153,14 @@ def _signal_name(number: int) -> str:
     return signal.Signals(number).name
   except ValueError:  # a real-time signal
     return f"signal {number}"
+
+
+def unreachable(banner: str) -> str:
+  """The host on which no daemon has started, by Open MPI's text; "" if none."""
+  found = re.search(r"^ *Remote host: *(\S+)", banner, re.M)
+  if "daemon" not in banner or not found:
+    return ""
+  return found[1]
 
 
 def has_records(run_dir: str) -> bool:
