@@ -2,24 +2,15 @@
 
 import argparse
 import ast
-import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
+import jfog
 from jfog import launch
 
 # Modules that import JAX are imported where they are used, so `jfog --help` is quick.
-
-_EXCHANGE = """
-import jax.numpy as jnp, jfog
-jfog.init(timeout=30.0)
-total = float(jfog.allreduce(jnp.float32(jfog.rank() + 1), op="sum"))
-assert jfog.size() == 2, f"launched as 2 ranks, a world of {jfog.size()}"
-assert total == 3.0, f"the sum of 1 and 2 came out as {total}"
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,17 +39,23 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.set_defaults(action=None)
   parser.add_argument(
-    "--version", action="version", version=f"jfog {_version('jfog')}"
+    "--version", action="version", version=f"jfog {jfog.__version__}"
   )
   commands = parser.add_subparsers(metavar="command")
   commands.add_parser("run", help="run a command on N ranks: jfog run --help")
   doctor = commands.add_parser(
     "doctor", help="show what is installed, and test an exchange of two ranks"
   )
+  doctor.add_argument("--json", action="store_true", help="print JSON")
   doctor.set_defaults(action=_doctor)
   topology = commands.add_parser("topology", help="show properties of a graph")
-  topology.add_argument("name", help="a generator of jfog.topology, e.g. ring")
-  topology.add_argument("--size", type=int, required=True, metavar="N")
+  topology.add_argument(
+    "name", nargs="?", help="a generator of jfog.topology, e.g. ring"
+  )
+  topology.add_argument("--size", type=int, metavar="N", help="ranks; required")
+  topology.add_argument(
+    "--list", action="store_true", help="list the generators"
+  )
   topology.add_argument(
     "--arg",
     action="append",
@@ -73,93 +70,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-  """Prints versions, devices and MPI; 1 if an exchange over MPI fails."""
-  del options
-  # JAX would reserve most of a GPU's memory, which the two ranks below need.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  _row("python", sys.version.split()[0])
-  for name in ("jfog", "jax", "jaxlib", "numpy", "optax"):
-    _row(name, _version(name))
-  _row("devices", _jax_devices())
-  _row("GPUs", _gpus())
-  _row("NCCL", _nccl())
-  # Without MPI there is nothing to launch, and simulation and meshes work.
-  try:
-    mpi = launch.installed_mpi()
-  except RuntimeError as error:
-    _row("MPI", f"none: {error}")
-    return 0
-  _row("MPI", f"{mpi.library} ({mpi.family})")
-  _row("launcher", mpi.launcher)
-  problem = _exchange_problem()
-  _row("two ranks", problem or "an exchange works")
-  return 1 if problem else 0
+  """Prints versions, devices and MPI; 1 if something does not work."""
+  from jfog import _doctor as doctor
 
-
-def _row(label: str, text: str) -> None:
-  print(f"{label:<10}{text}", flush=True)
-
-
-def _version(name: str) -> str:
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return "not installed"
-
-
-def _jax_devices() -> str:
-  import jax
-
-  try:
-    return ", ".join(str(device) for device in jax.devices())
-  except RuntimeError as error:
-    return f"none: {error}"
-
-
-def _gpus() -> str:
-  from jfog.runtime import _gpu_placement
-
-  found = _gpu_placement.gpus()
-  if not found.names:
-    return f"none: {found.reason}"
-  return f"{len(found.names)}: {', '.join(found.names)}"
-
-
-def _nccl() -> str:
-  from jfog import runtime
-
-  try:
-    version, path = runtime.nccl_library()
-  except RuntimeError as error:
-    return f"none: {error}"
-  return f"{version} ({path})"
-
-
-def _exchange_problem() -> str:
-  """Returns the failure of an allreduce by two ranks; "" if it works."""
-  # A job of its own: this process must not start MPI, as it may go on without.
-  program = [sys.executable, "-c", _EXCHANGE]
-  arguments = ["-np", "2", "--timeout", "120", *program]
-  done = subprocess.run(
-    launch.command_line(arguments),
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-    errors="replace",
-  )
-  if done.returncode == 0:
-    return ""
-  # The launcher's own report comes last.
-  report = done.stderr[done.stderr.rfind("jfog run: ") :].strip()
-  return f"an exchange fails with exit code {done.returncode}:\n{report}"
+  return doctor.report(as_json=options.json)
 
 
 def _topology(options: argparse.Namespace) -> int:
   """Prints the properties of a graph; 2 for an unknown name or bad argument."""
   from jfog import topology
 
+  if options.list:
+    for name in _generators(topology):
+      doc = getattr(topology, name).__doc__ or ""
+      print(f"{name:<25}{doc.partition(chr(10))[0]}")
+    return 0
   try:
+    if options.name is None or options.size is None:
+      raise ValueError(
+        "pass a graph and --size N, for example `jfog topology ring --size 8`; "
+        "--list has the graphs."
+      )
     generator = _generator(topology, options.name)
     graph = generator(options.size, **dict(map(_argument, options.arg)))
     properties = _properties(graph)
@@ -179,9 +110,9 @@ def _topology(options: argparse.Namespace) -> int:
   return 0
 
 
-def _generator(topology: Any, name: str) -> Any:
-  """Finds a generator by name: the functions whose first argument is `size`."""
-  names = [
+def _generators(topology: Any) -> list[str]:
+  """The names of the functions whose first argument is `size`."""
+  return [
     each
     for each, value in vars(topology).items()
     if each[0] != "_"
@@ -189,6 +120,11 @@ def _generator(topology: Any, name: str) -> Any:
     and not isinstance(value, type)
     and next(iter(value.__annotations__), "") == "size"
   ]
+
+
+def _generator(topology: Any, name: str) -> Any:
+  """Finds a generator by name."""
+  names = _generators(topology)
   if name not in names:
     raise ValueError(f"unknown graph {name}; choose one of {', '.join(names)}.")
   return getattr(topology, name)
@@ -224,9 +160,53 @@ def _properties(graph: Any) -> dict[str, Any]:
     "symmetric": of("is_symmetric", bool),
     "row_stochastic": of("is_row_stochastic", bool),
     "doubly_stochastic": of("is_doubly_stochastic", bool),
+    "diameter": _diameter(graph),
     "period": len(graph),
+    "sends_per_round": _sends(graph),
     "rounds_to_exact_average": of("rounds_to_exact_average", int),
   }
+
+
+def _rounds(graph: Any) -> list[Any]:
+  """The edges (source, destination) of each round, without those to itself."""
+  import numpy as np
+
+  # The rounds of an exact average are hops and no matrices.
+  matrices = [
+    np.asarray(each.mixing_matrix)
+    for each in graph.rounds
+    if hasattr(each, "mixing_matrix")
+  ]
+  return [
+    [(j, i) for i, j in zip(*np.nonzero(matrix), strict=True) if i != j]
+    for matrix in matrices
+  ]
+
+
+def _diameter(graph: Any) -> int | None:
+  """The longest shortest path in the edges of all rounds; None if some lack one."""
+  import networkx as nx
+
+  rounds = _rounds(graph)
+  if not rounds:
+    return None
+  union = nx.DiGraph([edge for edges in rounds for edge in edges])
+  union.add_nodes_from(range(graph.size))
+  if not nx.is_strongly_connected(union):
+    return None
+  return nx.diameter(union)
+
+
+def _sends(graph: Any) -> int | None:
+  """The most messages of one rank in a round, each of the bytes of the model."""
+  rounds = _rounds(graph)
+  if not rounds:
+    return None
+  return max(
+    sum(source == rank for source, _ in edges)
+    for edges in rounds
+    for rank in range(graph.size)
+  )
 
 
 if __name__ == "__main__":

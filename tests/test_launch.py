@@ -1,5 +1,6 @@
 """`jfog run`: exit codes, who failed first, the end of a job, environments."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jfog import cli, launch, runtime
+import jfog
+from jfog import _doctor, cli, launch, runtime
 from jfog.launch import options, output
 from jfog.runtime import _gpu_placement
 
@@ -672,7 +674,8 @@ def test_command_jfog_runs_a_job():
 def doctor(monkeypatch, capsys):
   """A function that returns the rows of `jfog doctor`, without an exchange."""
   monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  monkeypatch.setattr(cli, "_exchange_problem", lambda: "")
+  works = {"problem": "", "seconds": 1.0}
+  monkeypatch.setattr(_doctor, "exchange", lambda: works)
 
   def rows(gpus, nccl_library):
     monkeypatch.setattr(_gpu_placement, "gpus", lambda: gpus)
@@ -700,6 +703,29 @@ def test_doctor_says_why_there_are_no_gpus_and_no_nccl(doctor):
   )
   assert rows["GPUs"] == "none: the CUDA driver finds no GPU"
   assert rows["NCCL"] == "none: libnccl.so.2 is not here."
+
+
+def test_doctor_as_json_with_a_remedy_for_what_fails(monkeypatch, capsys):
+  failure = {
+    "problem": "an exchange fails with exit code 1:\nx",
+    "seconds": 1.0,
+  }
+  monkeypatch.setattr(_doctor, "exchange", lambda: failure)
+  monkeypatch.setenv("OMPI_MCA_btl", "self,tcp")
+  monkeypatch.setenv("JFOG_SHARED_MEMORY", "0")
+  usage = shutil.disk_usage("/")
+  small = usage._replace(free=2**20)
+  monkeypatch.setattr(_doctor.shutil, "disk_usage", lambda path: small)
+  assert cli.main(["doctor", "--json"]) == 1
+  found = json.loads(capsys.readouterr().out)
+  assert found["machine"]["cores"] == len(os.sched_getaffinity(0))
+  assert found["versions"]["jfog"] == jfog.__version__
+  assert found["mpi"]["transports"] == ["MPI messages (btl=self,tcp)"]
+  assert found["mpi"]["thread_level"] == "MPI_THREAD_MULTIPLE"
+  assert found["variables"]["OMPI_MCA_btl"] == "self,tcp"
+  problems = {each["problem"]: each["remedy"] for each in found["problems"]}
+  assert failure["problem"] in problems
+  assert "JFOG_SHARED_MEMORY=0" in problems["/dev/shm has 1 MiB free"]
 
 
 def test_doctor_does_well_without_gpus():

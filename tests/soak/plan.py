@@ -25,7 +25,7 @@ MISMATCHES = 30  # of one job
 TURNS = (
   *("programs", "fault", "fault", "mismatches", "fault", "suspended"),
   *("programs", "fault", "fault", "late", "fault", "mismatches"),
-  *("programs", "fault", "fault", "limit", "fault", "fault"),
+  *("programs", "fault", "programs", "limit", "fault", "programs"),
 )
 
 
