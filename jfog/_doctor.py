@@ -73,8 +73,8 @@ def _machine() -> dict[str, Any]:
   """Cores that ranks may use, and bytes of memory and of shared memory."""
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   found = {"cores": len(os.sched_getaffinity(0)), "memory": memory}
-  if os.path.isdir("/dev/shm"):  # noqa: S108
-    total, _, free = shutil.disk_usage("/dev/shm")  # noqa: S108
+  if os.path.isdir("/dev/shm"):
+    total, _, free = shutil.disk_usage("/dev/shm")
     found |= {"shared_memory": total, "shared_memory_free": free}
   return found
 

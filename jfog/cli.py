@@ -203,7 +203,7 @@ def _sends(graph: Any) -> int | None:
   if not rounds:
     return None
   return max(
-    sum(source == rank for source, _ in edges)
+    sum(int(source) == rank for source, _ in edges)
     for edges in rounds
     for rank in range(graph.size)
   )
