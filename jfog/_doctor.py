@@ -1,4 +1,4 @@
-"""`jfog doctor`: what this machine and this environment have, and what they lack."""
+"""`jfog doctor`: the facts about this machine and environment, and remedies."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ assert total == 3.0, f"the sum of 1 and 2 came out as {total}"
 
 
 def examine() -> dict[str, Any]:
-  """What `jfog doctor` finds out.
+  """The findings of `jfog doctor`.
 
   Returns:
     A dict that JSON can hold: `python`, `versions` by package, `machine` (cores,
@@ -158,7 +158,7 @@ def exchange() -> dict[str, Any]:
 
 
 def _problems(found: dict[str, Any]) -> list[dict[str, str]]:
-  """What does not work, with a remedy for each."""
+  """Each thing that does not work, with a remedy."""
   problems = []
 
   def add(problem: str, remedy: str) -> None:

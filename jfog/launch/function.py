@@ -121,20 +121,21 @@ def _finished(
   )
   assert job.stdout
   lines = []
-  try:
-    for line in job.stdout:
-      sys.stdout.write(
-        line
-      )  # as Python has it: a notebook shows no descriptors
-      lines.append(line)
-    return job.wait(), "".join(lines[-1000:])
-  except BaseException:  # KeyboardInterrupt first of all
-    job.send_signal(signal.SIGTERM)
+  with job:
     try:
-      job.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-      job.kill()
-    raise
+      for line in job.stdout:
+        sys.stdout.write(
+          line
+        )  # as Python has it: a notebook shows no descriptors
+        lines.append(line)
+      return job.wait(), "".join(lines[-1000:])
+    except BaseException:  # KeyboardInterrupt first of all
+      job.send_signal(signal.SIGTERM)
+      try:
+        job.wait(_GRACE)
+      except subprocess.TimeoutExpired:
+        job.kill()
+      raise
 
 
 def _report(text: str) -> str:

@@ -27,7 +27,7 @@ _ABOUT_FAILURES = (
   b"A daemon failed to report back",
   b"ORTE was unable to reliably start one or more daemons",
 )
-# What Open MPI 5 writes about a rank whose connection to a failed one has closed.
+# The text of Open MPI 5 about a rank whose connection to a failed one has closed.
 _SOCKET_CLOSED = re.compile(
   rb"^\[[^\]\n]+\] \*\*\* An error occurred in Socket closed\n"
   rb"(?:\[[^\]\n]+\] \*\*\* .*\n)*",
@@ -54,7 +54,7 @@ class Filter:
 
 
 class Copied(Filter):
-  """What passes is also written into a file, which is made anew."""
+  """Writes all that passes into a file as well, which is made anew."""
 
   def __init__(self, path: str):
     self._file = open(path, "wb", buffering=0)  # noqa: SIM115
