@@ -82,6 +82,7 @@ def run_on_hosts(tmp_path, *words):
   return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.soak
 def test_an_example_trains_on_two_hosts(tmp_path):
   code, out, err = run_on_hosts(
     tmp_path, sys.executable, str(ROOT / "examples" / "minimal.py")

@@ -13,7 +13,15 @@ from .launcher import command_line
 _PROGRAM = "from jfog.launch import function; function.call_on_rank()"
 _GRACE = 10.0  # seconds that the launcher has to end an interrupted job
 # A job started by a rank of another one is none of its ranks.
-_LAUNCHERS = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI_LOCAL", "JFOG_RUN_")
+_LAUNCHERS = (
+  "JFOG_RUN_JOB",
+  "OMPI_",
+  "PMIX_",
+  "PRTE_",
+  "PMI_",
+  "MPI_LOCAL",
+  "JFOG_RUN_DIR",
+)
 
 
 def run(
