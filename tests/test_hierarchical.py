@@ -316,7 +316,7 @@ def peers_of(place, machine):
   return jfog.Peers(own, {b: own / 2 for b in before}, {b: 2.0 for b in after})
 
 
-@pytest.mark.places("mpi-4x2", "mpi-3x1", "mpi-4", "mpi-2", "single")
+@pytest.mark.places("mpi-4x2", "mpi-3x1", "mpi-3x3", "single")
 def test_machines_that_choose_their_peers(place, rng):
   n, m = place.size, machines(place)
   tree = {

@@ -91,7 +91,7 @@ def parse(arguments: list[str]):
   )
   parser.add_argument(
     "--op-timeout",
-    type=_seconds,
+    type=float,
     metavar="SECONDS",
     help="the timeout of jfog.init where the program passes none",
   )
@@ -112,7 +112,7 @@ def parse(arguments: list[str]):
   )
   parser.add_argument(
     "--timeout",
-    type=_seconds,
+    type=float,
     metavar="SECONDS",
     help="end the job after that long, with exit code 124",
   )
@@ -150,6 +150,13 @@ def parse(arguments: list[str]):
     del options.command[0]
   if options.module:
     options.command = [sys.executable, "-m", *options.module]
+  if options.np != "auto" and options.np < 1:
+    parser.error(f"-np must be at least 1, got {options.np}.")
+  for name in ("timeout", "op_timeout"):
+    seconds = getattr(options, name)
+    if seconds is not None and not seconds > 0:
+      option = f"--{name.replace('_', '-')}"
+      parser.error(f"{option} must be positive, got {seconds}.")
   if not options.command:
     parser.error("no command; for example: jfog run -np 2 python train.py")
   if (options.ssh_port or options.ssh_key) and not _has_hosts(options):
@@ -188,22 +195,7 @@ def _ranks(text: str):
     raise argparse.ArgumentTypeError(
       f"{text} is neither a number nor auto"
     ) from None
-  if ranks < 1:
-    raise argparse.ArgumentTypeError(f"must be at least 1, got {ranks}")
   return ranks
-
-
-def _seconds(text: str) -> float:
-  """A positive number of seconds."""
-  import argparse
-
-  try:
-    seconds = float(text)
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text} is not a number") from None
-  if not seconds > 0:
-    raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-  return seconds
 
 
 def _devices() -> int:
