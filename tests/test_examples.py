@@ -179,6 +179,7 @@ def test_async_push_sum_on_virtual_ranks(tmp_path):
   assert is_png(tmp_path / "async_push_sum.png")
 
 
+@pytest.mark.soak
 @needs_mpi
 def test_async_push_sum_on_mpi(tmp_path):
   """How fast a rank is depends on the machine; that all end well does not."""
@@ -304,6 +305,7 @@ def test_data_split_by_label(tmp_path):
   assert found["gradient_tracking"] > 90
 
 
+@pytest.mark.soak
 @needs_mpi
 def test_data_split_by_label_on_mpi(tmp_path):
   name, arguments = "label_split.py", ("--steps", "50")
@@ -362,6 +364,7 @@ def test_graph_gallery(tmp_path):
   assert is_png(tmp_path / "graph_gallery.png")
 
 
+@pytest.mark.soak
 @needs_mpi
 def test_graph_gallery_on_mpi(tmp_path):
   name, arguments = "graph_gallery.py", ("--rounds", "3")

@@ -97,7 +97,10 @@ def test_a_peer_that_has_passed_by_is_a_mismatch():
 
 
 @needs_mpi
-@pytest.mark.parametrize("operation", ["exchange", "machines"])
+@pytest.mark.parametrize(
+  "operation",
+  ["exchange", pytest.param("machines", marks=pytest.mark.soak)],
+)
 def test_chunks_of_operations_with_one_tag_are_not_swapped(operation):
   """Tags repeat. An operation waits until the ones before it with its tag end.
 
@@ -143,7 +146,9 @@ def test_chunks_of_operations_with_one_tag_are_not_swapped(operation):
 
 @needs_mpi
 @pytest.mark.full
-@pytest.mark.parametrize("memory", ["1", "0"])
+@pytest.mark.parametrize(
+  "memory", ["1", pytest.param("0", marks=pytest.mark.soak)]
+)
 def test_ranks_that_are_suspended_do_not_wait_for_a_mutex(memory):
   """All are suspended for longer than the timeout, while one waits for another."""
   code, out, err = run(

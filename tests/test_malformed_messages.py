@@ -133,8 +133,15 @@ def library(tmp_path_factory):
   return made
 
 
-@pytest.mark.parametrize("memory", ["shared memory", "messages"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+  ("ranks", "memory"),
+  [
+    (2, "messages"),
+    (3, "shared memory"),
+    pytest.param(2, "shared memory", marks=pytest.mark.soak),
+    pytest.param(3, "messages", marks=pytest.mark.soak),
+  ],
+)
 def test_damaged_messages_are_errors(library, tmp_path, soak, ranks, memory):
   trials = TRIALS_OF_SOAK if soak else TRIALS
   _, out, err = jobs.run_program(

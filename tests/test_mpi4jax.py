@@ -252,7 +252,7 @@ def test_an_exception_on_one_rank_ends_the_job(order):
 @needs_mpi
 @pytest.mark.parametrize(
   "text",
-  ["raise RuntimeError('built for another MPI')", "import gone", "1 / 0"],
+  ["raise RuntimeError('built for another MPI')", "import gone"],
 )
 def test_an_mpi4jax_that_does_not_import_is_as_none(tmp_path, text):
   (tmp_path / "mpi4jax").mkdir()

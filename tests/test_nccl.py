@@ -351,7 +351,7 @@ SCENES = {
 
 @pytest.fixture(
   scope="module",
-  params=["0", pytest.param("1", marks=pytest.mark.full)],
+  params=["0", pytest.param("1", marks=pytest.mark.soak)],
   ids=["non-blocking", "blocking"],
 )
 def said(emulation, request, tmp_path_factory):
@@ -450,7 +450,7 @@ def test_nothing_is_left_behind(said):
 
 @pytest.mark.parametrize(
   "blocking",
-  ["0", pytest.param("1", marks=pytest.mark.full)],
+  ["0", pytest.param("1", marks=pytest.mark.soak)],
   ids=["non-blocking", "blocking"],
 )
 def test_a_rank_that_never_connects(emulation, blocking):

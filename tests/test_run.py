@@ -85,7 +85,7 @@ def test_bad_arguments():
     jfog.run(print, (threading.Lock(),), np=1)
 
 
-@pytest.mark.full
+@pytest.mark.soak
 def test_ranks_of_a_job_start_jobs_of_their_own():
   """The inner ranks are not those of the outer job."""
   code, out, err = jobs.run_program(

@@ -84,7 +84,9 @@ def test_a_rank_whose_init_failed_gives_the_others_time_to_fail(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("where", ["before", "inside"])
+@pytest.mark.parametrize(
+  "where", ["before", pytest.param("inside", marks=pytest.mark.soak)]
+)
 def test_init_has_a_deadline(where):
   """Also where MPI_Init itself waits, which nothing can interrupt."""
   code, out, err = run(f"""
@@ -303,7 +305,7 @@ def _marked(mark):
   return found
 
 
-@pytest.mark.full
+@pytest.mark.soak
 def test_an_interrupted_session_ends_its_jobs():
   mark = f"JFOG_TEST_MARK={uuid.uuid4()}"
   name, _, value = mark.partition("=")

@@ -265,9 +265,9 @@ def test_weights_of_each_step(place, rng, x64, method):
 
 @pytest.mark.places("mpi-2", "mpi-3", "mpi-4")
 @pytest.mark.parametrize("every", [1, 3])
-def test_put_parameters_are_those_of_the_next_step(place, rng, every):
-  """A put at the end of an update is there before the next one, with barriers."""
-  n = place.size
+def test_a_put_at_the_end_of_an_update_is_read_at_once(place, rng, every):
+  """Ranks take turns: each reads the parameters that the one before just made."""
+  n, steps = place.size, 7
   graph = topology.ring(n, "right")
   tx = make("window_put", optax.sgd(0.1), graph, every)
   start, target = rng.randn(2, n, 5).astype(np.float32)
@@ -276,22 +276,31 @@ def test_put_parameters_are_those_of_the_next_step(place, rng, every):
     state: Any = tx.init(x)
     update = jax.jit(tx.update)
     seen = []
-    for _ in range(7):
-      jfog.barrier()
-      updates, state = update(x - target, state, x)
-      x = optax.apply_updates(x, updates)
-      jax.block_until_ready(state)
-      seen.append(x)
+    for _ in range(steps):
+      for turn in range(n):
+        jax.block_until_ready(state)
+        jfog.barrier()
+        if jfog.rank() == turn:
+          updates, state = update(x - target, state, x)
+          x = optax.apply_updates(x, updates)
+          seen.append(x)
+    jax.block_until_ready(state)
     jfog.barrier()
     jfog.win_free(state.window)
     return jnp.stack(seen)
 
-  x, dense = start.astype(np.float64), []
-  matrix = reference.mixing(graph)
-  for k in range(7):
-    mixed = matrix @ x if (k + 1) % every == 0 else x
-    x = mixed - 0.1 * (x - target)
-    dense.append(x)
+  x = start.astype(np.float64)
+  put, dense, matrix = x.copy(), [], reference.mixing(graph)
+  for k in range(steps):
+    for i in range(n):
+      mixed = x[i]
+      if (k + 1) % every == 0:
+        mixed = matrix[i, i] * x[i]
+        mixed = mixed + sum(matrix[i, j] * put[j] for j in range(n) if j != i)
+      x[i] = mixed - 0.1 * (x[i] - target[i])
+      if (k + 2) % every == 0:
+        put[i] = x[i]
+    dense.append(x.copy())
   assert_iterates(
     place, place.run(program, start, target), np.array(dense), 1e-4
   )

@@ -84,7 +84,7 @@ if rank == 0:
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
 )
 @pytest.mark.full
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_cycles_of_init_and_shutdown_leave_nothing(ranks, soak):
   cycles = CYCLES_OF_SOAK if soak else CYCLES
   program = textwrap.dedent(CYCLE).replace("sys.argv[-1]", str(cycles))
