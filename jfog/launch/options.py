@@ -11,7 +11,7 @@ _STAYS = re.compile(
   r"(PWD|OLDPWD|HOME|HOSTNAME|HOST|SHELL|SHLVL|USER|LOGNAME|MAIL|TERM|TMPDIR|DISPLAY"
   r"|_|LS_COLORS|XAUTHORITY|WINDOWID|DBUS_.*|SSH_.*|XDG_.*|BASH_FUNC_.*"
   # Open MPI carries its own, and a job's ranks get new ones.
-  r"|OMPI_.*|PMIX_.*|PRTE_.*|PMI_.*|JFOG_RUN_JOB)"
+  r"|OMPI_.*|PMIX_.*|PRTE_.*|PMI_.*|JFOG_RUN_.*)"
 )
 _CONNECT = 10  # seconds
 # Of Open MPI 5 and 4, UCX and NCCL.
