@@ -113,7 +113,7 @@ def test_dry_run_prints_a_command_that_runs(program):
 def test_number_of_ranks_by_itself(program, tmp_path):
   def ranks(*words):
     job = run(program, "-np", "auto", *words, "--dry-run", "true")
-    return int(re.search(r"-np (\d+)", job.out)[1])
+    return int(re.findall(r"-np (\d+)", job.out)[0])
 
   environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
   job = run(

@@ -74,7 +74,7 @@ def test_a_timeout_and_variables():
 
 def test_bad_arguments():
   with pytest.raises(TypeError, match="np='two'"):
-    jfog.run(print, np="two")
+    jfog.run(print, np="two")  # type: ignore[reportArgumentType]
   with pytest.raises(TypeError, match="np=True"):
     jfog.run(print, np=True)
   with pytest.raises(ValueError, match="np=0"):

@@ -124,14 +124,13 @@ def _send(record: dict) -> None:
   """Writes a record into stderr, which mpirun brings to the launcher."""
   import base64
   import json
-  import sys
   import zlib
 
   record = {**record, "is_held": False, "is_shown": True}
   record["stderr"] = record["stderr"][-_CARRIED:]
   text = base64.b64encode(zlib.compress(json.dumps(record).encode()))
   with contextlib.suppress(OSError):
-    os.write(sys.__stderr__.fileno(), MARK + text + b"\n")
+    os.write(2, MARK + text + b"\n")
 
 
 def keep(run_dir: str, line: bytes) -> None:

@@ -413,7 +413,7 @@ def _averaging_in_window(
     own = _tree.widen(params)
     weights = _row(weights, state.window, name)
     combined, window = _averaging.on_schedule(
-      lambda operand, _: average(*operand, weights),
+      lambda operand, _: average(operand[0], operand[1], weights),
       lambda operand, _: operand[::-1],  # (own, window), as `average` returns
       (state.window, own),
       state.step,
@@ -426,11 +426,11 @@ def _averaging_in_window(
     # (c - x) + u: the change by averaging, then the local step.
     updates = _tree.local_step(_tree.updates_to(combined, own), updates)
     step = _averaging.next_step(state.step)
-    if publish:
+    if send := publish:
       # Now and not at the start of the next update: it travels while the next
       # gradient is computed.
       window = _averaging.on_schedule(
-        lambda operand, _: publish(*operand),
+        lambda operand, _: send(operand[0], operand[1]),
         lambda operand, _: operand[0],
         (window, _tree.widen(optax.apply_updates(params, updates))),
         step,

@@ -117,10 +117,10 @@ def hierarchical_neighbor_allreduce(
   _pytree.require_inexact(leaves, names, _NAME)
   if comm.is_native:
     comm.require_equal_machines(_NAME)  # type: ignore[attr-defined]
-  if isinstance(machine_graph, Peers):
-    machine_graph = _pack(machine_graph, comm)
-  if isinstance(machine_graph, PackedPeers):
-    results = _average_of_peers(leaves, machine_graph, comm) if leaves else []
+  if isinstance(machine_graph, (Peers, PackedPeers)):
+    peers = machine_graph
+    peers = _pack(peers, comm) if isinstance(peers, Peers) else peers
+    results = _average_of_peers(leaves, peers, comm) if leaves else []
     return Operation(leaves, structure, results)
   graph = _check_machine_graph(machine_graph, comm)
   index = _ffi_attributes.step_index(graph, step, _NAME)
