@@ -20,9 +20,11 @@ _NAMES = (
   "CUDA_VISIBLE_DEVICES",
   "OMP_NUM_THREADS",
 )
-_LEAST_SHARED = 64 * 2**20  # bytes of /dev/shm that a few ranks take
+_LEAST_SHARED = (
+  32 * 2**20
+)  # bytes of /dev/shm that Open MPI takes for two ranks
 _EXCHANGE = """
-import json, jax.numpy as jnp, jfog
+import jax.numpy as jnp, jfog
 jfog.init(timeout=30.0)
 total = float(jfog.allreduce(jnp.float32(jfog.rank() + 1), op="sum"))
 assert jfog.size() == 2, f"launched as 2 ranks, a world of {jfog.size()}"
@@ -167,12 +169,6 @@ def _problems(found: dict[str, Any]) -> list[dict[str, str]]:
   for name in _PACKAGES[:_REQUIRED]:
     if found["versions"][name] == "not installed":
       add(f"{name} is not installed", f"pip install {name}")
-  versions = found["versions"]
-  if versions["jax"] != versions["jaxlib"]:
-    add(
-      f"jax {versions['jax']} and jaxlib {versions['jaxlib']} differ",
-      "pip install --upgrade jax jaxlib",
-    )
   if missing := found["devices"].get("missing"):
     add(
       f"JAX has no devices: {missing}", "set JAX_PLATFORMS=cpu, or install jax"
@@ -181,7 +177,8 @@ def _problems(found: dict[str, Any]) -> list[dict[str, str]]:
   if free is not None and free < _LEAST_SHARED:
     add(
       f"/dev/shm has {free >> 20} MiB free",
-      "mount it larger (docker run --shm-size=1g), or set JFOG_SHARED_MEMORY=0",
+      "mount it larger (docker run --shm-size=1g): Open MPI takes 16 MiB of it for "
+      "each rank",
     )
   if found["exchange"] and found["exchange"]["problem"]:
     add(

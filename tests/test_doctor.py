@@ -68,7 +68,7 @@ def test_doctor_as_json_with_a_remedy_for_what_fails(monkeypatch, capsys):
   assert found["variables"]["OMPI_MCA_btl"] == "self,tcp"
   problems = {each["problem"]: each["remedy"] for each in found["problems"]}
   assert failure["problem"] in problems
-  assert "JFOG_SHARED_MEMORY=0" in problems["/dev/shm has 1 MiB free"]
+  assert "--shm-size" in problems["/dev/shm has 1 MiB free"]
 
 
 def test_doctor_does_well_without_gpus():

@@ -44,9 +44,10 @@ def why_not() -> str:
   return ""
 
 
+WHY_NOT = why_not()
 pytestmark = [
   pytest.mark.full,
-  pytest.mark.skipif(bool(why_not()), reason=why_not()),
+  pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
 ]
 
 

@@ -165,7 +165,7 @@ class WithoutBanner(Filter):
 
   def feed(self, chunk: bytes) -> bytes:
     """Takes the next bytes."""
-    text, passed = self._held + chunk, b""
+    text, passed = _SOCKET_CLOSED.sub(self._drop, self._held + chunk), b""
     self._held = b""
     while rule := _RULE.search(text):
       passed, text = passed + text[: rule.start()], text[rule.start() :]
@@ -178,7 +178,6 @@ class WithoutBanner(Filter):
         self.dropped += banner
       else:
         passed += banner
-    text = _SOCKET_CLOSED.sub(self._drop, text)
     start = text.rfind(b"\n") + 1
     if text[start:] and not text[start:].strip(b"-"):  # the begin of a rule
       return passed + text[:start] + self._hold(text[start:])

@@ -51,10 +51,10 @@ def window_put(
 
   `init` puts the initial parameters. No rank waits for another: `update` uses the
   values that have arrived. The put comes at the end of an update, so that it
-  travels while the next gradient is computed: what is put are `params` and the
-  returned updates together. If every put arrives before the next average is
-  taken, as on a mesh and in simulation without delays, this is
-  `adapt_with_combine`.
+  travels while the next gradient is computed: `params` plus the returned updates
+  are put, also where a wrapper such as `optax.apply_if_finite` then rejects them.
+  If every put arrives before the next average is taken, as on a mesh and in
+  simulation without delays, this is `adapt_with_combine`.
 
   `update(..., weights=W)` takes the place of the topology's matrix in this
   average: an array of shape `(size, size)`, traced or not, of which each rank

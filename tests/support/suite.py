@@ -122,21 +122,13 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   ),
   "test_doctor_does_well_without_gpus": (),
   "test_a_world_without_a_launcher_leaves_no_shared_memory": (),
-  "test_a_world_on_gpus_needs_gpus": (),
   "test_a_world_that_is_not_the_job_says_so": (),
   "test_handlers_are_registered_after_the_backends_have_started": (),
-  "test_a_rank_that_never_connects": (),
-  "test_no_library_at_all": (),
-  "test_without_gpus_a_world_takes_mpi": (),
-  "test_where_there_is_no_gpu_one_line_says_so": (),
-  "test_the_library_that_is_loaded_comes_first": (),
-  "test_three_ranks_move_and_fail_as_with_nccl": (),
   "test_two_processes_run_each_test_once_and_report_it": (),
   "test_mpirun_that_does_not_end_is_ended": (),
   "test_killed_rank_ends_the_job": (),
   "test_a_rank_that_leaves_mpi_unfinished_ends_the_job": (),
   "test_ranks_may_end_at_different_times": (),
-  "test_ranked_tests_pass_on_the_emulation": (),
 }
 
 
