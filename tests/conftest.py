@@ -9,7 +9,7 @@ tests that need this process only; then a second process takes its share of thos
 
 Without options the quick suite runs: each operation, place and optimizer once
 (support/suite.py has the rules). `--full` runs every test but the stress tests,
-which `--soak` adds.
+which `--soak` adds; `--beyond-quick` runs what `--full` adds.
 
 With `--backend nccl` the MPI forms alone run, by NCCL on GPUs; where there is no
 GPU one line reports that they did not. With `--backend emulated` they run by jfog's
@@ -123,6 +123,8 @@ def pytest_report_header(config):
   """Names the suite that runs."""
   if _RANKS:
     return None
+  if config.getoption("--beyond-quick"):
+    return "full suite without the quick one"
   if config.getoption("--soak"):
     return "full suite with stress tests"
   if config.getoption("--full"):
@@ -139,6 +141,11 @@ def pytest_addoption(parser):
     "--full",
     action="store_true",
     help="run every test on every number of ranks, not the quick suite only",
+  )
+  parser.addoption(
+    "--beyond-quick",
+    action="store_true",
+    help="run the tests of the full suite that the quick one leaves out",
   )
   parser.addoption(
     "--soak",
@@ -311,12 +318,15 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.skip(reason=marker.args[0]))
       elif backend == "nccl" and _no_gpu():
         item.add_marker(pytest.mark.skip(reason=_no_gpu()))
-  if not (_RANKS or config.getoption("--full") or config.getoption("--soak")):
+  everything = config.getoption("--full") or config.getoption("--soak")
+  beyond = config.getoption("--beyond-quick")
+  if not _RANKS and (beyond or not everything):
     named = [arg for arg in config.args if "::" in arg]
-    items[:], others = suite.quick(items, named)
-    config.hook.pytest_deselected(items=others)
+    quick, others = suite.quick(items, named)
+    items[:], left_out = (others, quick) if beyond else (quick, others)
+    config.hook.pytest_deselected(items=left_out)
   for item in items:
-    if item.get_closest_marker("soak") and not config.getoption("--soak"):
+    if suite.needs_soak(item) and not config.getoption("--soak"):
       item.add_marker(pytest.mark.skip(reason="long; run with --soak"))
   if not (_RANKS or second.FOLDER):
     items.sort(key=_turn)

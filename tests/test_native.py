@@ -37,8 +37,9 @@ def run(command):
   return done.stdout
 
 
-def build(program, sources, includes, options=()):
-  """Compiles sources, two at a time, and links them."""
+def build(program, sources, includes):
+  """Compiles sources with sanitizers, two at a time, and links them."""
+  options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
   flags = [*options, "-std=c++17", "-O1", "-pthread", "-ffp-contract=off"]
   flags += ["-I", ROOT / "xla_ops", "-isystem", jax.ffi.include_dir()]
   for folder in includes:
@@ -79,18 +80,10 @@ def sources(*tests):
 
 
 @pytest.mark.full
-def test_units(tmp_path, includes):
+def test_units_and_decoders(tmp_path, includes, soak, monkeypatch):
+  """Under AddressSanitizer and UBSan, which end the program at an error."""
+  monkeypatch.setenv("JFOG_FUZZ_RUNS", str(10_000_000 if soak else 20_000))
   tests = sorted((ROOT / "tests" / "native").glob("*_test.cc"))
   program = tmp_path / "units"
   build(program, sources(*(path.stem for path in tests)), includes)
-  assert "Status: SUCCESS!" in run([program])
-
-
-@pytest.mark.full
-def test_decoders_of_corrupted_messages(tmp_path, includes, soak, monkeypatch):
-  """Under AddressSanitizer and UBSan, which end the program at an error."""
-  monkeypatch.setenv("JFOG_FUZZ_RUNS", str(10_000_000 if soak else 20_000))
-  program = tmp_path / "decoders"
-  options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-  build(program, sources("decoders_test"), includes, options)
   assert "Status: SUCCESS!" in run([program])

@@ -13,6 +13,7 @@ from jax.interpreters import ad
 
 from jfog import _compat, _dtypes
 from jfog.primitives import (
+  _dense,
   _ffi_attributes,
   _mesh,
   _operation,
@@ -248,11 +249,30 @@ def _mix_gathered(
   axes: tuple[str, ...],
   rank: Any,
 ) -> jax.Array:
-  """On virtual ranks: each picks its in-neighbors, in ascending order."""
+  """On virtual ranks: as a matrix product, or each picks its in-neighbors."""
+  gathered = _mesh.gather(x, axes)
+  if row is None and _dense.is_dense(topology, x.dtype):
+    return _dense.mix(
+      x,
+      gathered,
+      topology,
+      rank,
+      lambda: _mix_slots(x, gathered, topology, row, rank),
+    )
+  return _mix_slots(x, gathered, topology, row, rank)
+
+
+def _mix_slots(
+  x: jax.Array,
+  gathered: jax.Array,
+  topology: Topology,
+  row: jax.Array | None,
+  rank: Any,
+) -> jax.Array:
+  """The sum over in-neighbors, in ascending order."""
   own = x.astype(_dtypes.accumulation(x.dtype))
   total, minus = _begin(own, topology, row, rank)
   table = neighbor_table(topology)
-  gathered = _mesh.gather(x, axes)
   # Slots first, as the scan needs them also where `rank` is batched.
   sources = jnp.asarray(table.sources[0].T)[:, rank]
   reads = jnp.asarray(table.present[0].T)[:, rank]

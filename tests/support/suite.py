@@ -8,8 +8,10 @@ Four rules keep the quick suite short:
    to the full suite, except for the tests in `QUICK_TESTS`.
 3. The tests in `FULL_TESTS` take long to compile or to run; some of them only in
    the forms named there.
-4. `@pytest.mark.full` marks single tests and parameters, `@pytest.mark.soak` those
-   that need `--soak`.
+4. `@pytest.mark.full` marks single tests and parameters.
+
+The full suite in turn leaves to `--soak` what `@pytest.mark.soak` marks, and the
+forms in `SOAK_TESTS`: repetitions of what another form covers.
 
 A test that is named on the command line by its full id (`file.py::test`) always
 runs.
@@ -131,6 +133,41 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_ranks_may_end_at_different_times": (),
 }
 
+# Tests of the full suite and parts of the names of their forms, as above.
+SOAK_TESTS: dict[str, tuple[str, ...]] = {
+  # Their forms on MPI compare with the simulation.
+  "test_average_consensus": (),
+  "test_digits_on_virtual_ranks": (),
+  "test_async_push_sum_on_virtual_ranks": (),
+  "test_exact_methods_find_the_minimizer": (),
+  "test_data_split_by_label": (),
+  "test_graph_gallery": (),
+  "test_flax_network_resumes": ("simulate",),
+  "test_low_rank_adapters": ("simulate",),
+  # One network, fault or order of several.
+  "test_random_programs": ("3", "4", "5"),
+  "test_windows_at_work": ("TCP",),
+  "test_operations_after_the_end_of_a_window": ("shared memory",),
+  "test_ranks_that_end_their_loops_at_different_times": ("shared memory",),
+  "test_a_rank_that_is_suspended_is_late_and_not_wrong": (
+    *("rank-shared memory", "ranks-messages"),
+  ),
+  "test_a_bad_job_costs_only_its_own_result": (
+    *("crashes", "is killed", "leaves a process"),
+  ),
+  "test_killed_rank_ends_the_job": ("sleep", "pass"),
+  "test_errors_have_one_class": ("eager-100000", "jit-1"),
+  "test_another_jax_keeps_its_own_order": ("signature", "result"),
+  "test_python_may_end_right_after_a_dispatch": ("[]",),
+  "test_equal_constants_in_jitted_functions_without_arguments": ("strict",),
+  "test_either_may_come_first": ("mpi4jax first", "mpi4py"),
+  "test_an_exception_on_one_rank_ends_the_job": ("mpi4jax",),
+  "test_an_mpi4jax_that_does_not_import_is_as_none": ("RuntimeError",),
+  "test_an_operation_without_memory_is_an_error_on_all_ranks": (
+    *("broadcast", "allgather"),
+  ),
+}
+
 
 def require(*modules: str) -> None:
   """Skips a test without a module that only the extra `test-all` installs."""
@@ -151,13 +188,22 @@ def place_of(item) -> str:
 
 def is_slow(item) -> bool:
   """Whether rules 2 to 4 leave a form of a test to the full suite."""
-  if item.get_closest_marker("full") or item.get_closest_marker("soak"):
+  if item.get_closest_marker("full") or needs_soak(item):
     return True
-  name = item.originalname
-  if item.path.name in FULL_FILES and name not in QUICK_TESTS:
+  if item.path.name in FULL_FILES and item.originalname not in QUICK_TESTS:
     return True
-  parts = FULL_TESTS.get(name)
-  form = item.nodeid.partition("[")[2]
+  return _is_in(FULL_TESTS, item)
+
+
+def needs_soak(item) -> bool:
+  """Whether a form of a test runs with `--soak` only."""
+  return bool(item.get_closest_marker("soak")) or _is_in(SOAK_TESTS, item)
+
+
+def _is_in(tests: dict[str, tuple[str, ...]], item) -> bool:
+  """Whether a table has the form of a test."""
+  parts = tests.get(item.originalname)
+  form = item.nodeid.partition(item.originalname)[2]
   return parts is not None and (
     not parts or any(part in form for part in parts)
   )
