@@ -66,7 +66,15 @@ TRANSPORT = {
 # Modules and folders of jfog/primitives that hold no feature.
 INFRASTRUCTURE = {
   *("operation", "primitive", "lowering", "pytree", "ffi_attributes"),
-  *("attributes", "weighted_sum", "mesh", "nccl", "window_slots", "eager"),
+  *(
+    "attributes",
+    "weighted_sum",
+    "dense",
+    "mesh",
+    "nccl",
+    "window_slots",
+    "eager",
+  ),
 }
 WITHOUT_SOURCE = {
   "allgather": "in collectives.cc, with which it shares its base",
