@@ -1,6 +1,7 @@
 """The public names, each of which `__init__.py` imports at its first use."""
 
 from . import diagnostics as diagnostics
+from . import lab as lab
 from . import optimizers as optimizers
 from . import topology as topology
 from .launch import run as run

@@ -16,7 +16,13 @@ from support import suite
 
 import jfog
 
-PUBLIC = ("jfog", "jfog.topology", "jfog.optimizers", "jfog.diagnostics")
+PUBLIC = (
+  "jfog",
+  "jfog.topology",
+  "jfog.optimizers",
+  "jfog.diagnostics",
+  "jfog.lab",
+)
 NATIVE = {"_build", "_mpi", "_nccl"}  # made by the build
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -64,7 +70,7 @@ def test_reference_has_all_public_names():
   )
   listed = re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)$", text, re.M)
   assert len(set(listed)) == len(listed)
-  modules = [jfog, jfog.topology, jfog.optimizers, jfog.diagnostics]
+  modules = [jfog, jfog.topology, jfog.optimizers, jfog.diagnostics, jfog.lab]
   wanted = {
     f"{module.__name__}.{name}"
     for module in modules

@@ -37,6 +37,7 @@ LAYERS = {
     *("_dtypes", "_validation"),
   },
 }
+LAYERS["lab"] = {"runtime", "topology", "_validation"}
 LAYERS["_doctor"] = {"launch", "runtime"}
 LAYERS["cli"] = set(LAYERS)
 LAYERS["__main__"] = {"cli"}
