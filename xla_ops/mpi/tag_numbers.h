@@ -2,7 +2,6 @@
 #ifndef JFOG_XLA_OPS_MPI_TAG_NUMBERS_H_
 #define JFOG_XLA_OPS_MPI_TAG_NUMBERS_H_
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -18,8 +17,9 @@ namespace jfog::mpi {
 inline int TagNumbers() {
   static const int count = [] {
     const char* text = std::getenv("JFOG_TEST_CHUNK_TAGS");
-    const int given = text == nullptr ? 0 : std::atoi(text);
-    return given > 0 ? std::min(given, kChunkTags) : kChunkTags;
+    const long given = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
+    return given > 0 && given < kChunkTags ? static_cast<int>(given)
+                                           : kChunkTags;
   }();
   return count;
 }
