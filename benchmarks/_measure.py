@@ -59,7 +59,8 @@ def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
   """Runs `script` on MPI ranks with `--job`; returns rank 0's JSON.
 
   With `link`, the ranks are on so many pretended machines, each of which sends
-  and receives at most `link` megabytes a second; see slow_link.sh.
+  and receives at most `link` megabytes a second; as text with the milliseconds of
+  a delay behind a comma. See slow_link.sh.
   """
   from jfog import launch
 
@@ -70,7 +71,8 @@ def mpi_job(script, ranks, job, environment=None, machines=1, link=None):
     if link is None:
       return [launch.command_line([*words, *arguments])]
     words += ["--host", ",".join(hosts)]
-    wrapper = ["sh", str(FOLDER / "slow_link.sh"), f"{link:g}"]
+    wrapper = ["sh", str(FOLDER / "slow_link.sh")]
+    wrapper.append(link if isinstance(link, str) else f"{link:g}")
     return [[*wrapper, *launch.command_line([*words, *arguments])]]
 
   environment = {**(environment or {})}

@@ -51,7 +51,7 @@ pytestmark = [
 ]
 
 
-def run_on_hosts(tmp_path, *words):
+def run_on_hosts(tmp_path, *words, link="10000"):
   """Runs `jfog run` on two hosts; returns its exit code, stdout and stderr."""
   hidden = tmp_path / "records"
   hidden.mkdir()
@@ -72,7 +72,7 @@ def run_on_hosts(tmp_path, *words):
   ]
   command = launch.command_line([*HOSTS, *words])
   done = subprocess.run(
-    ["sh", str(script), "10000", "env", *settings, *command],
+    ["sh", str(script), link, "env", *settings, *command],
     env=inherited,
     cwd=tmp_path,
     stdin=subprocess.DEVNULL,
@@ -140,3 +140,21 @@ jfog.barrier()
     "jfog run: rank 3 failed first (exit code 1), by the traceback above that ends "
     "with:\nFileNotFoundError: the samples of rank 3\n"
   ), err
+
+
+def test_a_link_delays_messages(tmp_path):
+  program = """
+import time, jax.numpy as jnp, jfog
+world = jfog.init()
+step = lambda: jfog.allreduce(jnp.float32(world.rank)).block_until_ready()
+step()
+begin = time.perf_counter()
+mean = step()
+print(f"mean {mean} after {time.perf_counter() - begin:.6f} s", flush=True)
+"""
+  code, out, err = run_on_hosts(
+    tmp_path, "--no-tag-output", sys.executable, "-c", program, link="10000,30"
+  )
+  assert code == 0, out + err
+  found = re.findall(r"mean 1\.5 after ([\d.]+) s", out)
+  assert len(found) == 4 and min(map(float, found)) > 0.03, out
