@@ -35,7 +35,8 @@ struct Windows {
 }  // namespace
 
 ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
-    std::shared_ptr<Communicator> comm, WindowPlan plan, Payload payload) {
+    const std::shared_ptr<Communicator>& comm, WindowPlan plan,
+    Payload payload) {
   static const char* const kName = "win_create";
   for (const Leaf& leaf : payload) {
     if (!HasSum(leaf.type)) {

@@ -40,7 +40,8 @@ class Window {
   // caller starts a service for remote ranks, and passes a barrier, before any
   // rank uses the window.
   static ffi::ErrorOr<std::shared_ptr<Window>> Make(
-      std::shared_ptr<Communicator> comm, WindowPlan plan, Payload payload);
+      const std::shared_ptr<Communicator>& comm, WindowPlan plan,
+      Payload payload);
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
 
