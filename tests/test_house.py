@@ -80,6 +80,7 @@ INFRASTRUCTURE = {
     "window_slots",
     "eager",
   ),
+  "places",
 }
 WITHOUT_SOURCE = {
   "allgather": "in collectives.cc, with which it shares its base",
