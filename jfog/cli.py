@@ -1,10 +1,11 @@
-"""The command `jfog`: run, doctor and topology."""
+"""The command `jfog`: run, doctor, topology and bench."""
 
 import argparse
 import os
 import sys
 
 from jfog import _doctor, launch
+from jfog.bench import command
 
 # Modules that import JAX are imported where they are used, so `jfog --help` is quick.
 
@@ -73,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     help="draw it to a file (.png, .svg, .pdf), a panel for each round",
   )
   topology.set_defaults(action=_topology)
+  bench = commands.add_parser(
+    "bench", help="measure the operations, and the limits of this machine"
+  )
+  command.add_arguments(bench)
+  bench.set_defaults(action=command.main)
   return parser
 
 

@@ -41,6 +41,7 @@ LAYERS = {
   },
 }
 LAYERS["lab"] = {"runtime", "topology", "_validation"}
+LAYERS["bench"] = {"launch", "primitives", "runtime", "topology"}
 LAYERS["_graph_report"] = {"topology"}
 LAYERS["_doctor"] = {"launch", "runtime"}
 LAYERS["cli"] = set(LAYERS)

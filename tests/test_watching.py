@@ -179,9 +179,9 @@ def test_programs_that_differ_are_named_on_all_ranks():
   assert job.returncode == 1
   assert out == "equal\n" * 3
   assert "check_programs: the ranks differ in program 3" in err
-  assert "ranks 0, 2: <lambda> at <string>:22" in err
+  assert "ranks 0, 2: <lambda> at <string>:21" in err
   assert "neighbor_allreduce of f32[10], graph=Topology(size=3" in err
-  assert "rank 1: <lambda> at <string>:20, with 1 operation: allreduce" in err
+  assert "rank 1: <lambda> at <string>:19, with 1 operation: allreduce" in err
 
 
 def test_where_two_lists_of_operations_differ():

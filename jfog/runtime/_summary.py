@@ -44,7 +44,8 @@ class Summary(NamedTuple):
 
   def __str__(self) -> str:
     heads = ("rank", "operations", "sent", "received", "messages", "waited")
-    rows = [(*heads, "waited by others", "waited most for")]
+    rows: list[tuple[str, ...]] = []
+    rows.append((*heads, "waited by others", "waited most for"))
     for each in self.ranks:
       most = max(
         each.seconds_waited_for.items(), key=lambda item: item[1], default=None
@@ -97,8 +98,9 @@ def gathered_summary(
   padded = text.ljust(max(map(int, lengths)))
   ranks = []
   for rank, each in enumerate(gather(comm.context, padded, patient)):
-    *numbers, waits = json.loads(each)
-    ranks.append(RankSummary(rank, *numbers, {int(k): v for k, v in waits}))
+    fields: dict[str, Any] = json.loads(each)
+    waits = {int(k): v for k, v in fields.pop("seconds_waited_for").items()}
+    ranks.append(RankSummary(rank=rank, seconds_waited_for=waits, **fields))
   return Summary(tuple(ranks))
 
 
@@ -115,19 +117,22 @@ def print_at_end(comm: ProcessCommunicator) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _own(comm: ProcessCommunicator) -> list[Any]:
-  """The fields of this rank's `RankSummary` after the first."""
+def _own(comm: ProcessCommunicator) -> dict[str, Any]:
+  """The fields of this rank's `RankSummary`, but for the rank."""
   sent, received, messages, (operations, _) = counters(comm)
   *waits, waited = _extensions.mpi().waits(comm.context)
-  return [
-    operations,
-    sum(sent),
-    sum(received),
-    sum(messages),
-    time.monotonic() - _begun.get(comm.context, time.monotonic()),
-    waited / 1e9,
-    [(peer, wait / 1e9) for peer, wait in enumerate(waits) if wait],
-  ]
+  now = time.monotonic()
+  return {
+    "operations": operations,
+    "bytes_sent": sum(sent),
+    "bytes_received": sum(received),
+    "messages_sent": sum(messages),
+    "seconds": now - _begun.get(comm.context, now),
+    "seconds_waited": waited / 1e9,
+    "seconds_waited_for": {
+      peer: wait / 1e9 for peer, wait in enumerate(waits) if wait
+    },
+  }
 
 
 def _bytes(count: int) -> str:

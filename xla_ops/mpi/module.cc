@@ -15,6 +15,7 @@
 #include "mpi/neighbor_allreduce.h"
 #include "mpi/plan.h"
 #include "mpi/program.h"
+#include "mpi/raw_exchange.h"
 #include "mpi/state_signal.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
@@ -73,6 +74,12 @@ PYBIND11_MODULE(_mpi, m) {
         py::arg("place"));
   m.def("set_warnings", &Deadline::SetWarnings, py::arg("on"));
   m.def("handle_state_signal", &HandleStateSignal, py::arg("signal"));
+  m.def("raw_neighbor_allreduce", &RawNeighborAllreduce, py::arg("address"),
+        py::arg("count"), py::arg("source_begin"), py::arg("sources"),
+        py::arg("weights"), py::arg("destination_begin"),
+        py::arg("destinations"), py::arg("iterations"), NoGil());
+  m.def("raw_allreduce", &RawAllreduce, py::arg("address"), py::arg("count"),
+        py::arg("iterations"), NoGil());
   m.def("lock_window", &LockWindow, py::arg("number"), py::arg("ranks"),
         NoGil());
   m.def("unlock_window", &UnlockWindow, py::arg("number"), py::arg("ranks"),

@@ -1,0 +1,8 @@
+"""One rank of a job of `jfog bench`: `python -m jfog.bench JOB`."""
+
+import json
+import sys
+
+from jfog.bench import job
+
+job.run(json.loads(sys.argv[1]))
