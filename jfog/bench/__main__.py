@@ -5,4 +5,5 @@ import sys
 
 from jfog.bench import job
 
-job.run(json.loads(sys.argv[1]))
+if __name__ == "__main__":
+  job.run(json.loads(sys.argv[1]))
