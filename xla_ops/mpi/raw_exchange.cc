@@ -56,6 +56,7 @@ double RawNeighborAllreduce(std::uintptr_t address, std::int64_t count,
                             const std::vector<int>& destination_begin,
                             const std::vector<int>& destinations,
                             std::int64_t iterations) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): Python has the array.
   auto* const x = reinterpret_cast<float*>(address);
   const MPI_Comm comm = TheComm();
   const auto elements = static_cast<int>(count);
@@ -91,6 +92,7 @@ double RawNeighborAllreduce(std::uintptr_t address, std::int64_t count,
 
 double RawAllreduce(std::uintptr_t address, std::int64_t count,
                     std::int64_t iterations) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): Python has the array.
   auto* const x = reinterpret_cast<float*>(address);
   const MPI_Comm comm = TheComm();
   int size = 1;
