@@ -15,7 +15,14 @@ import sys
 import tempfile
 import time
 
-import numpy as np
+from jfog.bench.measure import alternate as alternate
+from jfog.bench.measure import calls_for as calls_for
+from jfog.bench.measure import duration as duration
+from jfog.bench.measure import ratios as ratios
+from jfog.bench.measure import size_name as size_name
+from jfog.bench.measure import spread as spread
+from jfog.bench.measure import table as table
+from jfog.bench.measure import timed as timed
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 DEADLINE = 1200  # seconds of one job
@@ -136,20 +143,6 @@ def _free_port():
     return probe.getsockname()[1]
 
 
-def compile_raw(folder):
-  """Compiles raw_neighbor.cc with the MPI that jfog was built with."""
-  from jfog import launch
-
-  wrapper = pathlib.Path(launch.installed_mpi().launcher).parent / "mpicxx"
-  library = pathlib.Path(folder) / "raw_neighbor.so"
-  flags = ["-std=c++17", "-O3", "-shared", "-fPIC"]
-  source = FOLDER / "raw_neighbor.cc"
-  subprocess.run(
-    [str(wrapper), *flags, str(source), "-o", str(library)], check=True
-  )
-  return library
-
-
 # Inside of a job.
 
 
@@ -171,69 +164,6 @@ def start_mpi():
   comm = MPI.COMM_WORLD.Clone()
   assert comm.size == world.size
   return comm, lambda number: comm.allreduce(number, MPI.MAX)
-
-
-def calls_for(seconds, target):
-  """How often to call what takes `seconds`, to take about `target`."""
-  return max(1, min(1000, round(target / max(seconds, 1e-6))))
-
-
-def timed(run, x, calls, barrier):
-  """Calls the jitted `x = run(x)`; returns x and the seconds of all calls."""
-  import jax
-
-  jax.block_until_ready(x)
-  barrier()
-  start = time.perf_counter()
-  for _ in range(calls):
-    x = run(x)
-  jax.block_until_ready(x)
-  return x, time.perf_counter() - start
-
-
-def alternate(peers, rounds, measure):
-  """Measures all peers in every round, each round beginning at another one.
-
-  Returns a dict from the name of a peer to its measurements, one a round.
-  """
-  names = list(peers)
-  times = {name: [] for name in names}
-  for i in range(rounds):
-    for name in names[i % len(names) :] + names[: i % len(names)]:
-      times[name].append(measure(peers[name]))
-  return times
-
-
-# Statistics.
-
-
-def ratios(numerators, denominators):
-  """The ratios of what was measured in the same round."""
-  return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
-def spread(values, digits=2):
-  """`median [first quartile, third quartile]` as text."""
-  if not len(values):
-    return "-"
-  low, median, high = np.percentile(values, [25, 50, 75])
-  return f"{median:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def duration(seconds):
-  """Seconds in the unit that suits them."""
-  for factor, unit in ((1e6, "us"), (1e3, "ms")):
-    if seconds * factor < 1000:
-      return f"{seconds * factor:.3g} {unit}"
-  return f"{seconds:.3g} s"
-
-
-def size_name(size):
-  """A number of bytes in words."""
-  for factor, unit in ((2**20, "MB"), (2**10, "kB")):
-    if size >= factor:
-      return f"{size / factor:g} {unit}"
-  return f"{size} B"
 
 
 # Output files.
@@ -258,12 +188,6 @@ def header(title, compared, script, notes=()):
     *(f"- {note}" for note in notes),
     "",
   ]
-
-
-def table(columns, rows):
-  """The lines of a Markdown table."""
-  lines = [columns, ["---"] * len(columns), *rows]
-  return [f"| {' | '.join(map(str, line))} |" for line in lines] + [""]
 
 
 def write(out, name, lines, figure):

@@ -7,25 +7,13 @@ import importlib.util
 import json
 import pathlib
 import sys
-import tempfile
 
 import _measure
 import numpy as np
 
+from jfog.bench.peers import CHUNKS
+
 SCRIPT = pathlib.Path(__file__).resolve()
-# Bytes of the array, and the steps of one jitted scan: enough that calling it
-# costs little, which JAX lets take half a millisecond where a function has
-# ordered effects. One timing calls it as often as `TARGET` asks.
-CHUNKS = {
-  8: 4096,
-  512: 4096,
-  4 * 2**10: 4096,
-  32 * 2**10: 1024,
-  256 * 2**10: 256,
-  2**20: 64,
-  4 * 2**20: 16,
-  40 * 2**20: 4,
-}
 QUICK = (8, 32 * 2**10, 2**20)
 CHECKED = (4 * 2**10, 2**20)  # bytes, one sent eagerly and one not
 GRAPHS = ("ring", "exponential", "one-peer exponential")
@@ -66,20 +54,16 @@ def in_turns(ranks, cases, turns, rounds, target):
   """
   found = {}
   job = {"cases": cases, "rounds": rounds, "target": target, "ranks": ranks}
-  with tempfile.TemporaryDirectory() as folder:
-    library = str(_measure.compile_raw(folder))
-    jobs = [
-      lambda: _measure.mpi_job(
-        SCRIPT, ranks, {**job, "place": "mpi", "library": library}
-      ),
-      lambda: _measure.xla_job(SCRIPT, ranks, {**job, "place": "mesh"}, 1),
-      lambda: gloo_job(ranks, job),
-    ]
-    for turn in range(turns):
-      for run in jobs[turn % 3 :] + jobs[: turn % 3]:
-        for case, times in run().items():
-          for peer, values in times.items():
-            found.setdefault(case, {}).setdefault(peer, []).append(values)
+  jobs = [
+    lambda: _measure.mpi_job(SCRIPT, ranks, {**job, "place": "mpi"}),
+    lambda: _measure.xla_job(SCRIPT, ranks, {**job, "place": "mesh"}, 1),
+    lambda: gloo_job(ranks, job),
+  ]
+  for turn in range(turns):
+    for run in jobs[turn % 3 :] + jobs[: turn % 3]:
+      for case, times in run().items():
+        for peer, values in times.items():
+          found.setdefault(case, {}).setdefault(peer, []).append(values)
   return found
 
 
@@ -106,7 +90,7 @@ def on_mpi(job):
 
   make = {
     "jfog": _peers.Jfog,
-    "raw MPI": lambda *a: _peers.Raw(*a, job["library"]),
+    "raw MPI": _peers.Raw,
     "mpi4py": _peers.Mpi4py,
   }
   if importlib.util.find_spec("mpi4jax"):

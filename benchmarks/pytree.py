@@ -6,7 +6,6 @@ Run it as `python benchmarks/pytree.py`; it starts the jobs itself.
 import json
 import math
 import pathlib
-import tempfile
 
 import _measure
 import numpy as np
@@ -50,9 +49,7 @@ def main():
     "rounds": 3 if options.quick else 9,
     "target": 0.01 if options.quick else 0.05,
   }
-  with tempfile.TemporaryDirectory() as folder:
-    job["library"] = str(_measure.compile_raw(folder))
-    measured = {n: _measure.mpi_job(SCRIPT, n, job) for n in options.ranks}
+  measured = {n: _measure.mpi_job(SCRIPT, n, job) for n in options.ranks}
   report(measured, job["cases"], options.out)
 
 
@@ -75,9 +72,7 @@ def on_mpi(job):
       "one array": _peers.Jfog(graph, chunk, flat, comm),
       "leaves": _peers.Jfog(graph, chunk, leaves, comm),
       "one call a leaf": _peers.JfogByLeaf(graph, chunk, leaves, comm),
-      "raw MPI, one array": _peers.Raw(
-        graph, chunk, flat, comm, job["library"]
-      ),
+      "raw MPI, one array": _peers.Raw(graph, chunk, flat, comm),
     }
 
   small = [(3, 5), (), (7,), (2048, 100)]

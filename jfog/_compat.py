@@ -166,6 +166,16 @@ def report_failures(failure: Callable[[], str] | None) -> None:
   _failure = failure
 
 
+# Called with each program that communicates, a closed jaxpr, before it is lowered.
+_program: Callable[[Any], None] | None = None
+
+
+def report_programs(program: Callable[[Any], None] | None) -> None:
+  """Calls `program` with each program that communicates, before it is lowered."""
+  global _program
+  _program = program
+
+
 def requested_order() -> str:
   """The value of `JFOG_ORDER`, checked; "" if it is not set."""
   order = os.environ.get("JFOG_ORDER", "")
@@ -212,7 +222,7 @@ def _install_program_order() -> None:
   @functools.wraps(discharge)
   def discharge_and_end(*args: Any, **kwargs: Any) -> Any:
     results = discharge(*args, **kwargs)
-    if _ends_at_border is False:
+    if _ends_at_border is False and _program is None:
       return results
     try:
       program, *others = results[0], *results[1:]
@@ -221,6 +231,10 @@ def _install_program_order() -> None:
       _keep_ordered_effect(f"{type(error).__name__}: {error}")
       return results
     if not communicates:
+      return results
+    if _program is not None:
+      _program(program)
+    if _ends_at_border is False:
       return results
     if _HAS_INLINE:
       program = _without_nullary_calls(program, {})

@@ -1,13 +1,11 @@
-"""The command `jfog`: run, doctor and topology."""
+"""The command `jfog`: run, doctor, topology and bench."""
 
 import argparse
-import ast
-import json
 import os
 import sys
-from typing import Any
 
 from jfog import _doctor, launch
+from jfog.bench import command
 
 # Modules that import JAX are imported where they are used, so `jfog --help` is quick.
 
@@ -64,143 +62,31 @@ def _parser() -> argparse.ArgumentParser:
     metavar="NAME=VALUE",
     help="an argument of the generator, as a Python literal: --arg base=3",
   )
+  topology.add_argument(
+    "--bytes",
+    metavar="N[k|M|G]",
+    help="bytes of the model: also print what a rank sends in each round",
+  )
   topology.add_argument("--json", action="store_true", help="print JSON")
-  topology.add_argument("--plot", metavar="FILE", help="draw it to a file")
+  topology.add_argument(
+    "--plot",
+    metavar="FILE",
+    help="draw it to a file (.png, .svg, .pdf), a panel for each round",
+  )
   topology.set_defaults(action=_topology)
+  bench = commands.add_parser(
+    "bench", help="measure the operations, and the limits of this machine"
+  )
+  command.add_arguments(bench)
+  bench.set_defaults(action=command.main)
   return parser
 
 
 def _topology(options: argparse.Namespace) -> int:
-  """Prints the properties of a graph; 2 for an unknown name or bad argument."""
-  from jfog import topology
+  """`jfog topology`, of a module that imports NumPy."""
+  from jfog import _graph_report
 
-  if options.list:
-    for name in _generators(topology):
-      doc = getattr(topology, name).__doc__ or ""
-      print(f"{name:<25}{doc.partition(chr(10))[0]}")
-    return 0
-  try:
-    if options.name is None or options.size is None:
-      raise ValueError(
-        "pass a graph and --size N, for example `jfog topology ring --size 8`; "
-        "--list has the graphs."
-      )
-    generator = _generator(topology, options.name)
-    graph = generator(options.size, **dict(map(_argument, options.arg)))
-    properties = _properties(graph)
-  except (ValueError, TypeError) as error:
-    print(f"jfog topology: {error}", file=sys.stderr)
-    return 2
-  if options.json:
-    print(json.dumps(properties))
-  else:
-    for name, value in properties.items():
-      print(f"{name:<25}{'-' if value is None else value}")
-  if options.plot:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    graph.plot().figure.savefig(options.plot)
-  return 0
-
-
-def _generators(topology: Any) -> list[str]:
-  """The names of the functions whose first argument is `size`."""
-  return [
-    each
-    for each, value in vars(topology).items()
-    if each[0] != "_"
-    and callable(value)
-    and not isinstance(value, type)
-    and next(iter(value.__annotations__), "") == "size"
-  ]
-
-
-def _generator(topology: Any, name: str) -> Any:
-  """Finds a generator by name."""
-  names = _generators(topology)
-  if name not in names:
-    raise ValueError(f"unknown graph {name}; choose one of {', '.join(names)}.")
-  return getattr(topology, name)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-  """Parses `NAME=VALUE`; a value that is not a literal stays text."""
-  name, equals, literal = text.partition("=")
-  if not equals:
-    raise ValueError(f"--arg needs NAME=VALUE, got {text}.")
-  try:
-    return name, ast.literal_eval(literal)
-  except (ValueError, SyntaxError):
-    return name, literal  # a plain word, as in --arg kind=left
-
-
-def _properties(graph: Any) -> dict[str, Any]:
-  """Returns the rows of the table; None for a property that a graph lacks.
-
-  `rounds_to_exact_average` of a graph that does not change is 1 if one round
-  averages exactly.
-  """
-
-  def of(name: str, kind: type) -> Any:
-    value = getattr(graph, name, None)
-    value = value() if callable(value) else value
-    return None if value is None else kind(value)
-
-  return {
-    "size": graph.size,
-    "degree": of("degree", int),
-    "spectral_gap": of("spectral_gap", float),
-    "symmetric": of("is_symmetric", bool),
-    "row_stochastic": of("is_row_stochastic", bool),
-    "doubly_stochastic": of("is_doubly_stochastic", bool),
-    "diameter": _diameter(graph),
-    "period": len(graph),
-    "sends_per_round": _sends(graph),
-    "rounds_to_exact_average": of("rounds_to_exact_average", int),
-  }
-
-
-def _rounds(graph: Any) -> list[Any]:
-  """The edges (source, destination) of each round, without those to itself."""
-  import numpy as np
-
-  # The rounds of an exact average are hops and no matrices.
-  matrices = [
-    np.asarray(each.mixing_matrix)
-    for each in graph.rounds
-    if hasattr(each, "mixing_matrix")
-  ]
-  return [
-    [(j, i) for i, j in zip(*np.nonzero(matrix), strict=True) if i != j]
-    for matrix in matrices
-  ]
-
-
-def _diameter(graph: Any) -> int | None:
-  """The longest shortest path in the edges of all rounds; None if some lack one."""
-  import networkx as nx
-
-  rounds = _rounds(graph)
-  if not rounds:
-    return None
-  union = nx.DiGraph([edge for edges in rounds for edge in edges])
-  union.add_nodes_from(range(graph.size))
-  if not nx.is_strongly_connected(union):
-    return None
-  return nx.diameter(union)
-
-
-def _sends(graph: Any) -> int | None:
-  """The most messages of one rank in a round, each of the bytes of the model."""
-  rounds = _rounds(graph)
-  if not rounds:
-    return None
-  return max(
-    sum(int(source) == rank for source, _ in edges)
-    for edges in rounds
-    for rank in range(graph.size)
-  )
+  return _graph_report.report(options)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = {
   "_validation": set(),
   "_dtypes": set(),
+  "_log": set(),
   "topology": {"_validation"},
   "timeline": set(),
   "_compat": set(),
   "_build": set(),
   "runtime": {
     *("topology", "_compat", "_validation", "_mpi", "_nccl", "_build"),
+    "_log",
   },
   "primitives": {
     *("runtime", "topology", "_compat", "_dtypes", "_validation", "timeline"),
+    "_log",
   },
   "optimizers": {
     *("primitives", "runtime", "topology", "_compat", "_dtypes"),
@@ -38,6 +41,8 @@ LAYERS = {
   },
 }
 LAYERS["lab"] = {"runtime", "topology", "_validation"}
+LAYERS["bench"] = {"launch", "primitives", "runtime", "topology"}
+LAYERS["_graph_report"] = {"topology"}
 LAYERS["_doctor"] = {"launch", "runtime"}
 LAYERS["cli"] = set(LAYERS)
 LAYERS["__main__"] = {"cli"}
@@ -76,6 +81,7 @@ INFRASTRUCTURE = {
     "window_slots",
     "eager",
   ),
+  "places",
 }
 WITHOUT_SOURCE = {
   "allgather": "in collectives.cc, with which it shares its base",

@@ -107,7 +107,7 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
     }
   # Operations in flight are counted when they complete.
   jax.effects_barrier()
-  *columns, (operations, agreements) = runtime.counters(_of_processes(comm))
+  *columns, (operations, agreements) = runtime.counters(of_processes(comm))
   names = ("bytes_sent", "bytes_received", "messages_sent")
   totals = {
     name: sum(column) for name, column in zip(names, columns, strict=True)
@@ -141,10 +141,11 @@ def reset_counters(*, comm: Communicator | None = None) -> None:
   if comm.backend == "single":
     return
   jax.effects_barrier()
-  runtime.reset_counters(_of_processes(comm))
+  runtime.reset_counters(of_processes(comm))
+  runtime.begin_summary(of_processes(comm))
 
 
-def _of_processes(comm: Communicator) -> ProcessCommunicator:
+def of_processes(comm: Communicator) -> ProcessCommunicator:
   """Requires a communicator of processes, the only ones with counters."""
   if not isinstance(comm, ProcessCommunicator):
     raise ValueError(

@@ -96,6 +96,16 @@ def parse(arguments: list[str]):
     help="the timeout of jfog.init where the program passes none",
   )
   parser.add_argument(
+    "--summary",
+    action="store_true",
+    help="print operations, bytes and waits of all ranks at the end",
+  )
+  parser.add_argument(
+    "--check-programs",
+    action="store_true",
+    help="compare the programs of all ranks before they are compiled",
+  )
+  parser.add_argument(
     "--tag-output",
     action=argparse.BooleanOptionalAction,
     help="begin every line of output with [rank]; so by default on several ranks",
@@ -240,6 +250,10 @@ def given_variables(options) -> dict[str, str]:
     given[name] = value if equals else os.environ[name]
   if options.op_timeout is not None:
     given["JFOG_TIMEOUT"] = f"{options.op_timeout:g}"
+  if options.summary:
+    given["JFOG_SUMMARY"] = "1"
+  if options.check_programs:
+    given["JFOG_CHECK_PROGRAMS"] = "1"
   if _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jfog import _compat
+from jfog.primitives import _places
 from jfog.runtime import Communicator, ProcessCommunicator, world
 from jfog.topology import ExactAverage, Schedule, Topology
 
@@ -75,6 +76,7 @@ def with_eager_form(
       ):
         # With types, for 1, 1.0 and True are equal.
         static = {**call_comm, **given}
+        _places.record_eager(prepare.__name__, args[0])
         try:
           jitted = _jitted(run, *((k, v, type(v)) for k, v in static.items()))
           return jitted(args[0], traced)

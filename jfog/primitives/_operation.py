@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from jfog import _compat
-from jfog.primitives import _mesh, _primitive, _pytree
+from jfog.primitives import _mesh, _places, _primitive, _pytree
 from jfog.primitives._eager import Pack, with_eager_form
 from jfog.runtime import Communicator, refuse_in_fork
 
@@ -63,6 +63,7 @@ class Operation:
   def bind(self, primitive: Primitive) -> Any:
     """Binds a primitive of the native rendition."""
     operands = self.operands() if callable(self.operands) else self.operands
+    _places.record(primitive.name.removesuffix("_start"), operands)
     scalars = [np.int32(x) if type(x) is int else x for x in self.fixed]
     return primitive.bind(
       *scalars, *operands, fixed=len(scalars), **self.params

@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,10 @@ def mpi4py_ends_mpi() -> bool:
   """
   theirs = sys.modules.get("mpi4py.MPI")
   return theirs is not None and theirs.Is_initialized()
+
+
+# Called at a clean end, when all operations have completed, before MPI's end.
+before_finish: Callable[[], None] | None = None
 
 
 @functools.cache
@@ -96,6 +101,8 @@ def _finish() -> None:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _rank_process.mark_failure_at_exit(error)
     _abandon(f"an operation failed at exit: {error}")
+  elif before_finish is not None:
+    before_finish()
   for module in _in_use():
     module.finish()
 

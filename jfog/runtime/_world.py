@@ -1,5 +1,6 @@
 """The world: `init`, `shutdown`, and the communicator that operations use."""
 
+import functools
 import os
 import sys
 import warnings
@@ -8,8 +9,16 @@ from typing import Any
 
 import jax
 
-from jfog import _validation
-from jfog.runtime import _bootstrap, _exit, _extensions, _rank_process
+from jfog import _log, _validation
+from jfog.runtime import (
+  _bootstrap,
+  _describe,
+  _exit,
+  _extensions,
+  _rank_process,
+  _state_signal,
+  _summary,
+)
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -21,11 +30,13 @@ from jfog.runtime._process_communicator import (
   DEFAULT_TIMEOUT,
   ProcessCommunicator,
 )
+from jfog.runtime._program_check import ProgramCheck
 
 _BACKENDS = (None, "mpi", "nccl", "single")
 
 _world: Communicator | None = None
 _arguments: dict[str, Any] = {}
+_program_check: ProgramCheck | None = None
 
 
 def init(
@@ -34,6 +45,7 @@ def init(
   comm: Any = None,
   local_size: int | None = None,
   timeout: float = DEFAULT_TIMEOUT,
+  check_programs: bool | None = None,
 ) -> Communicator:
   """Makes the world communicator, and returns it.
 
@@ -56,6 +68,12 @@ def init(
       other ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
       of an operation a warning is printed. A world of one never waits. By default
       300, or the environment variable `JFOG_TIMEOUT`.
+    check_programs: whether ranks compare their programs before they compile
+      them: each jitted function with operations in which all ranks take part
+      waits for that of the other ranks, and is a `RuntimeError` on all of them if
+      the operations differ, naming both sides. A diagnostic: correct programs of
+      ranks may differ, or be compiled at other times. By default False, or the
+      environment variable `JFOG_CHECK_PROGRAMS`.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -81,6 +99,7 @@ def init(
   global _world, _arguments
   arguments = {"backend": backend, "comm": comm, "local_size": local_size}
   arguments["timeout"] = timeout
+  arguments["check_programs"] = check_programs
   if isinstance(_world, ProcessCommunicator) and _rank_process.is_fork():
     if backend != "single":
       _rank_process.refuse_fork()
@@ -102,9 +121,14 @@ def init(
         f"jfog.shutdown() first."
       )
     return _world
+  _log.configure(os.environ)
   local_size = _check_arguments(backend, local_size, timeout)
   if timeout is DEFAULT_TIMEOUT:
     timeout = arguments["timeout"] = _default_timeout(os.environ)
+  if check_programs is None:
+    check_programs = _is_on(os.environ, "JFOG_CHECK_PROGRAMS")
+    arguments["check_programs"] = check_programs
+  has_summary = _is_on(os.environ, "JFOG_SUMMARY")
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _bootstrap.launched_size()
@@ -123,7 +147,23 @@ def init(
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
     world = Single()
   _world, _arguments = world, arguments
+  if isinstance(world, ProcessCommunicator):
+    _watch(world, check_programs, has_summary)
+  _describe.log_world(world)
   return world
+
+
+def _watch(
+  world: ProcessCommunicator, check_programs: bool, has_summary: bool
+) -> None:
+  """Sets up the diagnostics of a world of processes."""
+  global _program_check
+  _state_signal.install()
+  _summary.begin_summary(world)
+  if check_programs:
+    _program_check = ProgramCheck(world)
+  if has_summary:
+    _exit.before_finish = functools.partial(_summary.print_at_end, world)
 
 
 def shutdown() -> None:
@@ -142,7 +182,7 @@ def shutdown() -> None:
     1
     >>> jfog.shutdown()
   """
-  global _world
+  global _world, _program_check
   # From here on operations are refused in Python, before the parts are closed.
   world, _world = _world, None
   if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
@@ -150,6 +190,12 @@ def shutdown() -> None:
     error = _exit.wait_for_operations()
     if error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
+    elif _exit.before_finish is not None:
+      _exit.before_finish()
+    _exit.before_finish = None
+    if _program_check is not None:
+      _program_check.close()
+      _program_check = None
     open_handles = 0
     for part in parts:
       # Parts of one rank have no communicator.
@@ -168,6 +214,8 @@ def shutdown() -> None:
   # for the next one.
   if world is not None:
     jax.clear_caches()
+    _log.logger.info("shutdown of the world of %d", world.size)
+    _log.set_rank(None)
 
 
 def world() -> Communicator | None:
@@ -301,6 +349,16 @@ def _default_timeout(environ: Mapping[str, str]) -> float:
       f"unset it for {DEFAULT_TIMEOUT:g}."
     )
   return timeout
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+  """Whether a variable is 1, and not 0 or unset."""
+  text = environ.get(name, "")
+  if text not in ("", "0", "1"):
+    raise ValueError(
+      f"{name}={text!r} must be 0 or 1; correct it, or unset it."
+    )
+  return text == "1"
 
 
 def _check_arguments(backend: Any, local_size: Any, timeout: Any) -> int | None:

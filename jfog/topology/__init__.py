@@ -8,6 +8,7 @@ from jfog.topology._exact_average import simple_base as simple_base
 from jfog.topology._matchings import matcha as matcha
 from jfog.topology._matchings import matchings as matchings
 from jfog.topology._matchings import random_matchings as random_matchings
+from jfog.topology._plot_rounds import plot_rounds as plot_rounds
 from jfog.topology._schedule import Schedule as Schedule
 from jfog.topology._schedule import lazy as lazy
 from jfog.topology._static import chain as chain

@@ -19,7 +19,7 @@ def svg(graph: Any) -> str:
     True
   """
   # Dots of neighboring ranks on the circle do not touch, and labels fit into them.
-  places = _places(graph.size)
+  centers = places(graph.size)
   dot = max(1.5, min(9.0, 120.0 / graph.size))
   parts = [
     '<svg xmlns="http://www.w3.org/2000/svg" width="280" height="300" '
@@ -29,8 +29,8 @@ def svg(graph: Any) -> str:
     for color, edges in zip(
       _colors(graph), _edges_by_round(graph), strict=True
     ):
-      parts.extend(_line(places, edge, dot, color) for edge in edges)
-  for rank, (x, y) in enumerate(places):
+      parts.extend(_line(centers, edge, dot, color) for edge in edges)
+  for rank, (x, y) in enumerate(centers):
     parts.append(
       f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{dot:.1f}" fill="#fff" '
       'stroke="#333"/>'
@@ -57,18 +57,12 @@ def plot(graph: Any, ax: Any = None) -> Any:
     >>> plot(Topology([[0.5, 0.5], [0.5, 0.5]])).get_aspect()
     1.0
   """
-  try:
-    from matplotlib import pyplot
-  except ImportError as error:
-    raise ImportError(
-      'plot needs matplotlib; install it with pip install "jfog[plot]".'
-    ) from error
   if ax is None:
-    ax = pyplot.subplots()[1]
+    ax = pyplot().subplots()[1]
   network = nx.DiGraph()
   network.add_nodes_from(range(graph.size))
   # matplotlib's y points up, SVG's down.
-  places = dict(enumerate((x, -y) for x, y in _places(graph.size)))
+  at = dict(enumerate((x, -y) for x, y in places(graph.size)))
   for color, edges in zip(_colors(graph), _edges_by_round(graph), strict=True):
     # Edges of both directions are one line without a head.
     for arrows in ("-", "-|>"):
@@ -78,7 +72,7 @@ def plot(graph: Any, ax: Any = None) -> Any:
       network.add_edges_from(chosen)
       nx.draw_networkx_edges(
         network,
-        places,
+        at,
         edgelist=chosen,
         edge_color=color,
         arrows=True,
@@ -86,16 +80,34 @@ def plot(graph: Any, ax: Any = None) -> Any:
         ax=ax,
       )
   nx.draw_networkx_nodes(
-    network, places, node_color="#fff", edgecolors="#333", ax=ax
+    network, at, node_color="#fff", edgecolors="#333", ax=ax
   )
-  nx.draw_networkx_labels(network, places, font_size=8, ax=ax)
+  nx.draw_networkx_labels(network, at, font_size=8, ax=ax)
   ax.set_title(repr(graph))
   ax.set_aspect("equal")
   ax.set_axis_off()
   return ax
 
 
-def _places(size: int) -> list[tuple[float, float]]:
+def pyplot() -> Any:
+  """The module `matplotlib.pyplot`."""
+  try:
+    from matplotlib import pyplot
+  except ImportError as error:
+    raise ImportError(
+      'plot needs matplotlib; install it with pip install "jfog[plot]".'
+    ) from error
+  return pyplot
+
+
+def circle(center: tuple[float, float], radius: float) -> Any:
+  """The dot of a rank."""
+  from matplotlib.patches import Circle
+
+  return Circle(center, radius, facecolor="#fff", edgecolor="#333", zorder=3)
+
+
+def places(size: int) -> list[tuple[float, float]]:
   """Rank 0 on top, then clockwise, y pointing down as in SVG."""
   if size == 1:
     return [(0.0, 0.0)]

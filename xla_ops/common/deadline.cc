@@ -18,12 +18,17 @@ bool Deadline::TakeAnnouncement(Clock::duration waited) {
   return true;
 }
 
-void Deadline::Warn(Clock::duration waited, const std::string& title,
-                    const std::string& peers) {
-  if (warned_ || !IsLong(waited)) return;
+bool Deadline::TakeWarning(Clock::duration waited) {
+  if (warned_ || !IsLong(waited)) return false;
   warned_ = true;
-  std::fprintf(stderr, "jfog: %s has waited %s for %s\n", title.c_str(),
-               Format(waited).c_str(), peers.c_str());
+  return true;
+}
+
+void Deadline::Warn(Clock::duration waited, const std::string& title,
+                    const std::string& peers, const std::string& more) {
+  if (!warns_) return;
+  std::fprintf(stderr, "jfog: %s has waited %s for %s%s\n", title.c_str(),
+               Format(waited).c_str(), peers.c_str(), more.c_str());
   std::fflush(stderr);
 }
 

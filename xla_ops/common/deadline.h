@@ -2,6 +2,7 @@
 #ifndef JFOG_XLA_OPS_COMMON_DEADLINE_H_
 #define JFOG_XLA_OPS_COMMON_DEADLINE_H_
 
+#include <atomic>
 #include <chrono>
 #include <string>
 
@@ -35,9 +36,13 @@ class Deadline {
 
   // True once per wait, when it is time to announce the position.
   bool TakeAnnouncement(Clock::duration waited);
-  // Prints a warning, once per wait, when it is time for one.
-  void Warn(Clock::duration waited, const std::string& title,
-            const std::string& peers);
+  // True once per wait, when it is time for a warning.
+  bool TakeWarning(Clock::duration waited);
+  // Prints a warning, unless warnings are off: `more` follows the peers.
+  static void Warn(Clock::duration waited, const std::string& title,
+                   const std::string& peers, const std::string& more = "");
+  // Whether this process prints warnings of waits.
+  static void SetWarnings(bool on) { warns_ = on; }
   bool IsLong(Clock::duration waited) const {
     return Seconds(waited) > kWarnAt * timeout_;
   }
@@ -55,6 +60,7 @@ class Deadline {
   double timeout_;  // seconds
   bool announced_ = false;
   bool warned_ = false;
+  inline static std::atomic<bool> warns_{true};
 };
 
 }  // namespace jfog

@@ -173,6 +173,13 @@ bool HasSum(DataType type) {
   return HasWeightedSum(type) || (type != DataType::PRED && SizeOf(type) > 0);
 }
 
+const char* WeightedSumKernel() {
+#if defined(__x86_64__)
+  if (HasAvx2()) return "AVX2";
+#endif
+  return "baseline";
+}
+
 bool HasWeightedSum(DataType type) {
   switch (type) {
 #define JFOG_HAS_FRACTIONS(dtype, name, stored, accumulated, weight, ...) \

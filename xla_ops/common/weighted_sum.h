@@ -32,6 +32,9 @@ void WeightedSum(DataType type, std::size_t count, const void* x,
 // bits.
 void Divide(DataType type, std::size_t count, double by, void* y);
 
+// The instructions of these sums: "AVX2" or "baseline".
+const char* WeightedSumKernel();
+
 // False for a type without fractions (integers, bool).
 bool HasWeightedSum(DataType type);
 

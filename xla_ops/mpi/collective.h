@@ -46,6 +46,8 @@ class Collective : public Operation {
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
   ffi::Error Drained(bool* ended) override;
   std::vector<int> Missing() const override;
+  // A collective waits in MPI for all ranks, or for some of them.
+  std::vector<int> WaitedFor() const override { return {}; }
   void Leak() override;
   void Ended() override;
 

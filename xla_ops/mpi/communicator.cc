@@ -122,6 +122,17 @@ void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
   duplicates_->SendControl(peer, kControlTag, &checked, sizeof(checked));
 }
 
+std::string Communicator::Position() {
+  const std::uint64_t next = sequence_.load();
+  if (next == 0) return "";
+  const auto last = log_.Find(next - 1);
+  std::string text = "the last operation started is " +
+                     (last ? NameOf(*last) + " " : std::string()) + "#" +
+                     std::to_string(next - 1);
+  if (failed()) text += ", and the communicator has failed";
+  return text;
+}
+
 void Communicator::AnnounceArrival(const Header& header) {
   ControlMessage message;
   message.header = header;

@@ -75,6 +75,9 @@ class Communicator {
   int LowestOnMachine() const;
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
 
+  // "the last operation started is allreduce #6", and the failure, if any; empty
+  // before the first operation.
+  std::string Position();
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
   // Records the header of an operation of this rank for ranks that ask.
   void Log(const Header& header, const char* name) {

@@ -169,6 +169,10 @@ class FiniteTime : public Operation {
 
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
   std::vector<int> Missing() const override { return {}; }
+  std::vector<int> WaitedFor() const override {
+    if (ended_ == rounds_.size()) return {};
+    return Operation::WaitedFor(*rounds_[ended_]);
+  }
   void Leak() override {}
 
   const bool divides_;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 
 #include "common/deadline.h"
 #include "common/fork.h"
@@ -23,6 +24,11 @@
 
 namespace jfog::mpi {
 namespace {
+
+// A rank that has left may still have messages in transit.
+constexpr std::chrono::seconds kLeaveGrace{5};
+// Interval at which control messages are read.
+constexpr std::chrono::milliseconds kReadEvery{1};
 
 // MPI in this process.
 struct Process {
@@ -90,6 +96,13 @@ std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
     process.roots.push_back(comm);
   }
   return Communicators().Add(std::move(comm));
+}
+
+bool AnyHasLeft(Communicator& comm) {
+  for (int rank = 0; rank < comm.size(); ++rank) {
+    if (rank != comm.rank() && comm.HasLeft(rank)) return true;
+  }
+  return false;
 }
 
 bool Finalized() {
@@ -174,7 +187,8 @@ std::vector<int> Machines(std::int64_t context) {
   return leaders;
 }
 
-std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
+std::vector<std::string> Gather(std::int64_t context, const std::string& text,
+                                bool patient) {
   const std::shared_ptr<Communicator> comm = Get(context);
   const int length = static_cast<int>(text.size());
   // Until the others have come, MPI may read and write these.
@@ -191,19 +205,29 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text) {
     throw std::runtime_error("jfog: MPI_Iallgather failed");
   }
   WaitTime wait;
+  Clock::time_point left_since = Clock::now();
   int done = 0;
   while (!done) {
     if (MPI_Test(&request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) {
       throw std::runtime_error("jfog: MPI_Iallgather failed");
     }
-    if (!done && Seconds(wait.Look()) > comm->timeout()) {
+    if (done) break;
+    bool gives_up = Seconds(wait.Look()) > comm->timeout();
+    if (patient) {
+      // The others may still work for hours, unless one has failed or left.
+      comm->ReadControlMessages();
+      if (!AnyHasLeft(*comm)) left_since = Clock::now();
+      gives_up = comm->failed() || Clock::now() - left_since > kLeaveGrace;
+      std::this_thread::sleep_for(kReadEvery);
+    }
+    if (gives_up) {
       buffers.release();  // NOLINT: MPI's for good
       throw std::runtime_error(
           "jfog: DEADLINE_EXCEEDED: rank " + std::to_string(comm->rank()) +
           " has waited for the other ranks of " + std::to_string(comm->size()) +
           " to make the communicator");
     }
-    if (!done) sched_yield();
+    sched_yield();
   }
   std::vector<std::string> texts;
   for (int rank = 0; rank < comm->size(); ++rank) {
@@ -269,6 +293,20 @@ void Finish() {
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
   return Get(context)->traffic().Read();
+}
+
+std::vector<std::int64_t> ReadWaits(std::int64_t context) {
+  return Get(context)->traffic().ReadWaits();
+}
+
+std::vector<int> SharedMemoryRanks(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  std::vector<int> ranks;
+  for (int rank = 0; rank < comm->size(); ++rank) {
+    if (rank == comm->rank() || comm->mailboxes() == nullptr) continue;
+    if (comm->mailboxes()->Reaches(rank)) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
 void ResetCounters(std::int64_t context) { Get(context)->traffic().Reset(); }

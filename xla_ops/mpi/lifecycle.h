@@ -29,8 +29,10 @@ int Size(std::int64_t context);
 std::vector<int> Machines(std::int64_t context);
 
 // Collective: the equally long texts of all ranks, by rank. Throws
-// std::runtime_error if one does not come in time.
-std::vector<std::string> Gather(std::int64_t context, const std::string& text);
+// std::runtime_error if one does not come in time; with `patient` only if one
+// has failed or left.
+std::vector<std::string> Gather(std::int64_t context, const std::string& text,
+                                bool patient);
 
 // Ends the use of a communicator on this rank; returns how many of its
 // operations were started and not waited on.
@@ -51,6 +53,10 @@ void Finish();
 // the number of operations as the last element.
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context);
 void ResetCounters(std::int64_t context);
+// Nanoseconds waited for each rank, then those waited in all.
+std::vector<std::int64_t> ReadWaits(std::int64_t context);
+// The other ranks that share memory with this one.
+std::vector<int> SharedMemoryRanks(std::int64_t context);
 
 }  // namespace jfog::mpi
 

@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/deadline.h"
+#include "common/places.h"
+#include "common/weighted_sum.h"
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
 #include "mpi/hierarchical.h"
@@ -12,6 +15,8 @@
 #include "mpi/neighbor_allreduce.h"
 #include "mpi/plan.h"
 #include "mpi/program.h"
+#include "mpi/raw_exchange.h"
+#include "mpi/state_signal.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
 #include "mpi/windows/mutex.h"
@@ -43,18 +48,18 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("machines", &Machines, py::arg("context"), NoGil());
   m.def(
       "gather",
-      [](std::int64_t context, const py::bytes& text) {
+      [](std::int64_t context, const py::bytes& text, bool patient) {
         std::vector<std::string> texts;
         {
           const std::string mine = text;
           py::gil_scoped_release release;
-          texts = Gather(context, mine);
+          texts = Gather(context, mine, patient);
         }
         py::list all;
         for (const std::string& each : texts) all.append(py::bytes(each));
         return all;
       },
-      py::arg("context"), py::arg("text"));
+      py::arg("context"), py::arg("text"), py::arg("patient") = false);
   m.def("close", &Close, py::arg("context"));
   m.def("failures", &Failures);
   m.def("reset_program_device", &ResetProgramDevice);
@@ -62,6 +67,19 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
+  m.def("waits", &ReadWaits, py::arg("context"));
+  m.def("shared_memory_ranks", &SharedMemoryRanks, py::arg("context"));
+  m.def("weighted_sum_kernel", &WeightedSumKernel);
+  m.def("add_place", &AddPlace, py::arg("operation"), py::arg("bytes"),
+        py::arg("place"));
+  m.def("set_warnings", &Deadline::SetWarnings, py::arg("on"));
+  m.def("handle_state_signal", &HandleStateSignal, py::arg("signal"));
+  m.def("raw_neighbor_allreduce", &RawNeighborAllreduce, py::arg("address"),
+        py::arg("count"), py::arg("source_begin"), py::arg("sources"),
+        py::arg("weights"), py::arg("destination_begin"),
+        py::arg("destinations"), py::arg("iterations"), NoGil());
+  m.def("raw_allreduce", &RawAllreduce, py::arg("address"), py::arg("count"),
+        py::arg("iterations"), NoGil());
   m.def("lock_window", &LockWindow, py::arg("number"), py::arg("ranks"),
         NoGil());
   m.def("unlock_window", &UnlockWindow, py::arg("number"), py::arg("ranks"),

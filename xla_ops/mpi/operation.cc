@@ -5,11 +5,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "common/format.h"
 #include "common/hash.h"
 #include "common/out_of_memory.h"
+#include "common/places.h"
+#include "common/process_wide.h"
 
 namespace jfog::mpi {
 namespace {
@@ -21,6 +24,35 @@ constexpr std::chrono::seconds kGrace{1};
 // sleeps.
 constexpr std::chrono::microseconds kAwaitYieldFor{500};
 constexpr std::chrono::microseconds kAwaitNap{100};
+// Attempts to lock an operation to describe it, a nap apart.
+constexpr int kTries = 1000;
+// Peers whose position a warning names.
+constexpr int kMostNamed = 4;
+
+// The operations that threads complete by themselves.
+struct Blocked {
+  std::mutex mutex;
+  std::set<Operation*> operations;
+
+  class Entry {
+   public:
+    explicit Entry(Operation* operation) : operation_(operation) {
+      auto& blocked = ProcessWide<Blocked>();
+      std::lock_guard<std::mutex> lock(blocked.mutex);
+      blocked.operations.insert(operation_);
+    }
+    ~Entry() {
+      auto& blocked = ProcessWide<Blocked>();
+      std::lock_guard<std::mutex> lock(blocked.mutex);
+      blocked.operations.erase(operation_);
+    }
+    Entry(const Entry&) = delete;
+    Entry& operator=(const Entry&) = delete;
+
+   private:
+    Operation* operation_;
+  };
+};
 
 Header HeaderOf(const char* name, std::uint64_t sequence, const Payload& leaves,
                 std::uint64_t variant) {
@@ -274,7 +306,18 @@ void Operation::Await() {
                        std::memory_order_relaxed);
 }
 
+std::vector<std::string> Operation::StatesOfBlocked(Clock::time_point now) {
+  auto& blocked = ProcessWide<Blocked>();
+  std::lock_guard<std::mutex> lock(blocked.mutex);
+  std::vector<std::string> states;
+  for (Operation* operation : blocked.operations) {
+    states.push_back(operation->State(now));
+  }
+  return states;
+}
+
 ffi::Error Operation::Complete() {
+  const Blocked::Entry entry(this);
   Await();
   Clock::time_point moved_at = Clock::now();
   while (!finished()) {
@@ -318,6 +361,60 @@ Clock::duration Operation::CountWait(Clock::time_point now) {
   return now - begin;
 }
 
+void Operation::CountWaitUntil(Clock::time_point now) {
+  const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
+  if (since == 0) return;
+  std::unique_lock<std::mutex> lock(advancing_, std::try_to_lock);
+  if (!lock.owns_lock() || finished()) return;
+  const Clock::time_point begin =
+      std::max(Clock::time_point(Clock::duration(since)), counted_at_);
+  counted_at_ = now;
+  // A longer pause is one of this process.
+  if (now <= begin || now - begin > kPause) return;
+  std::vector<int> peers = WaitedFor();
+  std::sort(peers.begin(), peers.end());
+  peers.erase(std::unique(peers.begin(), peers.end()), peers.end());
+  comm_->traffic().CountWait(now - begin, peers);
+}
+
+std::string Operation::State(Clock::time_point now) {
+  std::unique_lock<std::mutex> lock(advancing_, std::try_to_lock);
+  for (int i = 0; i < kTries && !lock.owns_lock(); ++i) {
+    std::this_thread::sleep_for(kAwaitNap);
+    lock.try_lock();
+  }
+  std::string text = Title();
+  if (!lock.owns_lock()) return text + " is busy";
+  if (finished()) return text + " has ended";
+  const Clock::rep since = awaited_since_.load(std::memory_order_relaxed);
+  const std::vector<int> missing = Missing();
+  if (since == 0) {
+    text += ", which is not waited on, lacks messages of ";
+  } else {
+    const Clock::time_point begin{Clock::duration(since)};
+    text += " has waited " + Format(now - begin) + " for ";
+  }
+  return text + RankList(missing) + " (" + leaves_.Describe() + ")" +
+         Details(missing);
+}
+
+std::string Operation::Details(const std::vector<int>& missing) const {
+  std::string text;
+  std::size_t bytes = 0;
+  for (const Leaf& leaf : leaves_) bytes += leaf.bytes();
+  const std::string place = PlaceOf(name_, bytes);
+  if (!place.empty()) text += ", called at " + place;
+  if (!is_ordered()) return text;
+  int named = 0;
+  for (int rank : missing) {
+    const std::optional<Header> last = comm_->LastControlMessage(rank);
+    if (!last || last->sequence == sequence() || ++named > kMostNamed) continue;
+    text += "; rank " + std::to_string(rank) + " has waited in " +
+            NameOf(*last) + " #" + std::to_string(last->sequence);
+  }
+  return text;
+}
+
 ffi::Error Operation::FindStall(Clock::duration waited) {
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
   comm_->ReadControlMessages();
@@ -351,7 +448,9 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     JFOG_RETURN_IF_ERROR(CheckControlMessages(missing, waited));
   }
   JFOG_RETURN_IF_ERROR(Stalled());
-  deadline_.Warn(waited, Title(), RankList(missing));
+  if (deadline_.TakeWarning(waited)) {
+    Deadline::Warn(waited, Title(), RankList(missing), Details(missing));
+  }
   if (deadline_.HasExpired(waited)) {
     return Fail(
         ffi::ErrorCode::kDeadlineExceeded,

@@ -57,6 +57,14 @@ class Operation {
   // Whether it sends and receives through mailboxes alone, of which a poll is a
   // few loads.
   virtual bool waits_for_memory() const { return false; }
+  // Counts the wait since the last look or progress, if a caller waits.
+  void CountWaitUntil(Clock::time_point now);
+  // "neighbor_allreduce #41 on rank 0 has waited 2.5 s for rank 1 (1 leaf,
+  // float32 x 3; train.py:12)". Tries for a moment, since another thread may
+  // advance it.
+  std::string State(Clock::time_point now);
+  // The states of the operations that threads complete by themselves.
+  static std::vector<std::string> StatesOfBlocked(Clock::time_point now);
   // Advances it to its end on the calling thread.
   ffi::Error Complete();
 
@@ -89,6 +97,11 @@ class Operation {
   }
   // The ranks that are waited for, ascending.
   virtual std::vector<int> Missing() const = 0;
+  // The ranks to which time of waiting is counted.
+  virtual std::vector<int> WaitedFor() const { return Missing(); }
+  static std::vector<int> WaitedFor(const Operation& other) {
+    return other.WaitedFor();
+  }
   // Leaks the buffers of messages that will never complete.
   virtual void Leak() = 0;
   // Called once at the end.
@@ -168,6 +181,9 @@ class Operation {
   // out: a process that is suspended does not wait.
   Clock::duration CountWait(Clock::time_point now);
   ffi::Error FindStall(Clock::duration waited);
+  // The texts after a wait: the place of the call, and operations in which
+  // the missing ranks have announced to wait themselves.
+  std::string Details(const std::vector<int>& missing) const;
   // Compares with the mail of ranks that are in another operation now.
   ffi::Error CheckMail(const std::vector<int>& missing);
   ffi::Error CheckControlMessages(const std::vector<int>& missing,
@@ -192,6 +208,7 @@ class Operation {
   ffi::Error error_;
   std::atomic<Clock::rep> awaited_since_{0};  // 0: no caller waits
   Clock::time_point looked_at_;
+  Clock::time_point counted_at_;  // up to here waits are counted
   // The wait at the last look by which no missing rank had left.
   std::optional<Clock::duration> left_at_;
   Clock::duration asked_at_{0};  // the wait at the last question

@@ -33,7 +33,11 @@ constexpr std::chrono::microseconds kServeFor{300};
 // before it: the peer waits for it, and its next round must not be longer. A
 // round of all, with each of which one ends, would be quadratic.
 constexpr std::size_t kFirst = 64;
+// Of so many of the first operations waits are counted.
+constexpr std::size_t kCounted = 16;
 constexpr std::chrono::microseconds kWiden{200};
+// Operations of which the state is printed.
+constexpr std::size_t kMostLines = 50;
 // Interval of the checks for stalls.
 constexpr std::chrono::milliseconds kStallCheck{10};
 
@@ -162,6 +166,36 @@ void Engine::LookAfter() {
   changed_.notify_all();
 }
 
+std::string Engine::State() {
+  std::vector<std::shared_ptr<Operation>> open;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [operation, entry] : open_) {
+      open.push_back(entry->operation);
+    }
+  }
+  std::sort(open.begin(), open.end(), [](const auto& a, const auto& b) {
+    return a->sequence() < b->sequence();
+  });
+  const Clock::time_point now = Clock::now();
+  std::vector<std::string> lines = Operation::StatesOfBlocked(now);
+  for (const auto& operation : open) {
+    if (lines.size() == kMostLines) break;
+    lines.push_back(operation->State(now));
+  }
+  std::string text;
+  for (const auto& comm : Communicators().All()) {
+    // Its parts are named once they are used.
+    const std::string position = comm->Position();
+    if (position.empty()) continue;
+    text += "jfog: rank " + std::to_string(comm->rank()) + " of " +
+            std::to_string(comm->size()) + ": " + position + "\n";
+  }
+  for (const std::string& line : lines) text += "jfog: " + line + "\n";
+  if (lines.empty()) text += "jfog: no operation is in flight\n";
+  return text;
+}
+
 void Engine::Drain() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (const auto& [operation, entry] : open_) entry->operation->Await();
@@ -262,6 +296,13 @@ Engine::Entries Engine::Lead(std::unique_lock<std::mutex>& lock) {
     }
     quiet = now - moved_at;
     if (!moved && quiet < kEngineYieldFor) sched_yield();
+    if (!moved && quiet >= kEngineYieldFor) {
+      std::size_t counted = 0;
+      for (const Entry& entry : polled_) {
+        if (++counted > kCounted) break;
+        entry.operation->CountWaitUntil(now);
+      }
+    }
     lock.lock();
     for (auto entry = ended.begin(); entry != ended.end();) {
       const auto end = entry++;

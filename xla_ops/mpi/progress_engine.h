@@ -8,6 +8,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -39,6 +40,9 @@ class Engine {
   // requests of other ranks and returns whether one is in progress.
   void Serve(const std::shared_ptr<Communicator>& comm,
              std::function<bool()> serve);
+
+  // Lines about the operations in flight, for the user.
+  std::string State();
 
   // Waits until every operation has ended, each within its deadline.
   void Drain();

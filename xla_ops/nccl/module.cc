@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/deadline.h"
 #include "nccl/collectives.h"
 #include "nccl/dynamic_library.h"
 #include "nccl/exchange.h"
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_nccl, m) {
   m.attr("__doc__") = "NCCL for jfog: communicators and FFI handlers.";
   m.def("open_nccl", &OpenNccl, py::arg("path"), NoGil());
   m.def("open_cuda", &OpenCuda, py::arg("path"), NoGil());
+  m.def("set_warnings", &Deadline::SetWarnings, py::arg("on"));
   m.def("version", &NcclVersion);
   m.def("path", &NcclPath);
   m.def("unique_id", [] { return py::bytes(MakeUniqueId()); });

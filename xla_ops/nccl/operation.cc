@@ -278,7 +278,9 @@ bool Operation::Poll(Clock::time_point now) {
 }
 
 ffi::Error Operation::CheckDeadline(Clock::duration waited) {
-  deadline_.Warn(waited, Title(), Peers());
+  if (deadline_.TakeWarning(waited)) {
+    Deadline::Warn(waited, Title(), Peers());
+  }
   if (!deadline_.HasExpired(waited)) return ffi::Error::Success();
   return Fail(ffi::ErrorCode::kDeadlineExceeded,
               Deadline::Expired(waited, Peers(), spec_.leaves));

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jfog import _log
 from jfog.primitives import _ffi_attributes, _operation, _pytree
 from jfog.primitives._operation import Operation
 from jfog.primitives.windows import _arguments, _delay, _mesh, _native
@@ -101,6 +102,12 @@ def win_create(
     zero_init=bool(zero_init),
     associated_p=bool(associated_p),
     delay=_delay.check(delay, comm),
+  )
+  _log.logger.info(
+    "window of %d leaves, %d bytes, along %r",
+    len(leaves),
+    sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    topology,
   )
   if comm.backend in ("mesh", "single"):
     window = Window(spec, _mesh.create(spec, leaves))
