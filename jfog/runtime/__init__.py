@@ -26,6 +26,7 @@ from jfog.runtime._process_communicator import reset_counters as reset_counters
 from jfog.runtime._rank_process import refuse_in_fork as refuse_in_fork
 from jfog.runtime._simulate import simulate as simulate
 from jfog.runtime._simulate import spmd as spmd
+from jfog.runtime._timeline import timeline as timeline
 from jfog.runtime._world import init as init
 from jfog.runtime._world import is_homogeneous as is_homogeneous
 from jfog.runtime._world import local_rank as local_rank

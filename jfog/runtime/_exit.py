@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jfog import _compat
-from jfog.runtime import _extensions, _rank_process
+from jfog.runtime import _extensions, _rank_process, _recording
 
 
 @functools.cache
@@ -49,6 +49,7 @@ def install_hooks() -> None:
     # Pending waits for peers fail at once and MPI is not finalized. The launcher
     # then observes a nonzero exit code and ends the other ranks.
     atexit.unregister(_finish)
+    _recording.end_open(alone=True)
     _abandon(f"this rank failed with {kind.__name__}: {value}")
 
   sys.excepthook = excepthook
@@ -92,6 +93,7 @@ def _finish() -> None:
     return
   # Operations in flight need their peers and MPI, so they come first.
   error = wait_for_operations()
+  _recording.end_open(alone=bool(error))
   if error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _rank_process.mark_failure_at_exit(error)

@@ -9,7 +9,13 @@ from typing import Any
 import jax
 
 from jfog import _validation
-from jfog.runtime import _bootstrap, _exit, _extensions, _rank_process
+from jfog.runtime import (
+  _bootstrap,
+  _exit,
+  _extensions,
+  _rank_process,
+  _recording,
+)
 from jfog.runtime._communicator import (
   Axis,
   Communicator,
@@ -122,6 +128,7 @@ def init(
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
     world = Single()
+  _recording.begin_from_environment(world, os.environ)
   _world, _arguments = world, arguments
   return world
 
@@ -148,6 +155,7 @@ def shutdown() -> None:
   if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
     parts = (world, world.local_part, world.machines_part)
     error = _exit.wait_for_operations()
+    _recording.end_open(alone=bool(error))
     if error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
     open_handles = 0

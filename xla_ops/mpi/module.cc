@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "mpi/clock_offset.h"
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
 #include "mpi/hierarchical.h"
@@ -12,6 +13,7 @@
 #include "mpi/neighbor_allreduce.h"
 #include "mpi/plan.h"
 #include "mpi/program.h"
+#include "mpi/timeline.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
 #include "mpi/windows/mutex.h"
@@ -62,6 +64,18 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
+  m.def("begin_timeline", &BeginTimeline, py::arg("events"));
+  m.def("end_timeline", &EndTimeline);
+  m.def("read_timeline", [] {
+    TimelineEvents events;
+    {
+      py::gil_scoped_release release;
+      events = ReadTimeline();
+    }
+    return py::make_tuple(py::bytes(events.bytes), events.lost);
+  });
+  m.def("timeline_names", &TimelineNames);
+  m.def("measure_clock", &MeasureClock, py::arg("context"), NoGil());
   m.def("lock_window", &LockWindow, py::arg("number"), py::arg("ranks"),
         NoGil());
   m.def("unlock_window", &UnlockWindow, py::arg("number"), py::arg("ranks"),
