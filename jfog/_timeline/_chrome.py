@@ -9,9 +9,10 @@ from ._parts import Operation, Part
 
 Event = dict[str, Any]
 
-# Tracks of a rank: threads of Python, operations in flight beside each other, and
-# accesses of other ranks to windows. 0 is the idle thread to Perfetto.
-_PYTHON, _OPERATIONS, _WINDOWS = 1, 1000, 2000
+# Tracks of a rank: threads of Python, operations in flight beside each other, its
+# accesses to windows of other ranks, and those of other ranks to its own. 0 is the
+# idle thread to Perfetto.
+_PYTHON, _OPERATIONS, _TRANSFERS, _WINDOWS = 1, 1000, 2000, 3000
 
 
 class Trace:
@@ -36,6 +37,7 @@ class Trace:
         lane = lanes.take(operation.begin, operation.end)
         self._add_operation(rank, operation, _OPERATIONS + lane)
       self._name_lanes(rank, _OPERATIONS, len(lanes), "operations")
+      self._add_transfers(part)
       self._add_counters(part)
     self._add_flows()
     for rank, accesses in self._windows.items():
@@ -124,24 +126,26 @@ class Trace:
       self._span(
         *(rank, track, begin, end), name=name, cat="phase", args=detail
       )
-    for k, (is_put, begin, end, peer, size) in enumerate(op.transfers):
-      self._add_transfer(rank, op, track, k, is_put, begin, end, peer, size)
+
+  def _add_transfers(self, part: Part) -> None:
+    """One-sided accesses, of which the target itself records nothing."""
+    transfers = [
+      (begin, end, op, ordinal)
+      for op in part.operations
+      for ordinal, (_, begin, end, _, _) in enumerate(op.transfers)
+    ]
+    lanes = _Lanes()
+    for begin, end, op, k in sorted(transfers, key=lambda each: each[:2]):
+      track = _TRANSFERS + lanes.take(begin, end)
+      self._add_transfer(part.rank, op, track, k)
+    self._name_lanes(part.rank, _TRANSFERS, len(lanes), "puts and gets")
 
   def _add_transfer(
-    self,
-    rank: int,
-    op: Operation,
-    track: int,
-    ordinal: int,
-    is_put: bool,
-    begin: int,
-    end: int,
-    peer: int,
-    size: int,
+    self, rank: int, op: Operation, track: int, ordinal: int
   ) -> None:
-    """A one-sided access, of which the target itself records nothing."""
-    name, args = "put" if is_put else "get", {"peer": peer, "bytes": size}
-    args["operation"] = op.title
+    is_put, begin, end, peer, size = op.transfers[ordinal]
+    name = "put" if is_put else "get"
+    args = {"peer": peer, "bytes": size, "operation": op.title}
     here = self._span(
       *(rank, track, begin, end), name=name, cat="phase", args=args
     )
@@ -348,7 +352,8 @@ def phases_of(
     if end > ready_at(op):
       found.append(("wait", ready_at(op), end, {"seconds_for": seconds}))
   for name, begin, end in op.phases:
-    found.append(
-      (name, begin, end, {"seconds_for": seconds} if name == "wait" else {})
-    )
+    if begin < op.posted < end:
+      begin = op.posted  # the check of a collective is part of its post
+    detail = {"seconds_for": seconds} if name == "wait" else {}
+    found.append((name, begin, end, detail))
   return found

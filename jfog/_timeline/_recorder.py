@@ -50,8 +50,8 @@ class Recorder:
     self._num_names = 0
     self._process = os.getpid()
     self._ended = threading.Event()
-    # Closed by `stop`.
-    self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    # Without a buffer, which a fork would write again.
+    self._file = open(path, "wb", buffering=0)  # noqa: SIM115
     self._put("header", header)
 
   def start(self, events: int = EVENTS) -> None:
@@ -64,6 +64,11 @@ class Recorder:
     )
     _current = self
     self._thread.start()
+
+  def discard(self) -> None:
+    """Removes the part of a recording that does not start."""
+    self._file.close()
+    os.remove(self.path)
 
   def put_clock(self, clock: tuple[int, int, int]) -> None:
     """Writes the difference to rank 0's clock, as `measure_clock` returns it."""
@@ -129,10 +134,9 @@ class Recorder:
     if spans:
       self._put("threads", dict(self._threads))
       self._put("spans", spans)
-    self._file.flush()
 
   def _put(self, key: str, value: Any) -> None:
-    self._file.write(json.dumps({key: value}) + "\n")
+    self._file.write((json.dumps({key: value}) + "\n").encode())
 
 
 def _annotation(name: str, **marks: Any) -> Any:

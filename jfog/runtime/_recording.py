@@ -53,6 +53,8 @@ class Recording:
     errors = [text.strip() for text in self._agree(f"{error[:80]:80}")]
     failed = [k for k, text in enumerate(errors) if text]
     if failed:
+      if recorder is not None:
+        recorder.discard()
       raise OSError(
         f"timeline: ranks {failed} cannot write {path}.rank-N: "
         f"{errors[failed[0]]}; name a file in a folder that each rank can write."
