@@ -93,7 +93,14 @@ def _finish() -> None:
     return
   # Operations in flight need their peers and MPI, so they come first.
   error = wait_for_operations()
-  _recording.end_open(alone=bool(error))
+  if error or not _recording.is_any():
+    _recording.end_open(alone=True)
+  else:
+    # After all ranks have announced their end, so that none waits for one that
+    # compares clocks here.
+    left = _extensions.mpi().leave()
+    _recording.end_open(alone=not left)
+    _recording.merge_closed(left)
   if error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _rank_process.mark_failure_at_exit(error)

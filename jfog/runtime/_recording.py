@@ -18,6 +18,7 @@ _VARIABLE = "JFOG_TIMELINE"
 _NAME = "timeline.json"
 
 _open: "Recording | None" = None
+_closed: "list[Recording]" = []  # by `shutdown`, and not merged
 
 
 class Recording:
@@ -98,8 +99,15 @@ class Recording:
       print(f"jfog: timeline: {error}", file=sys.stderr)
       return
     if self.comm is None or self.comm.rank == 0:
+      self.merge()
+
+  def merge(self) -> None:
+    """Merges the parts that this host has."""
+    try:
       for text in _timeline.merge(self.path):
         _warn(text)
+    except (OSError, ValueError) as error:
+      _warn(str(error))
 
   def _native(self) -> Any:
     return None if self.comm is None else _extensions.mpi()
@@ -182,10 +190,25 @@ def _free(folder: str) -> int:
   return ordinal
 
 
+def is_any() -> bool:
+  """Whether there is a recording, or one that this rank has ended alone."""
+  return _open is not None or bool(_closed)
+
+
 def end_open(*, alone: bool = False) -> None:
   """Ends the recording, if there is one."""
   if _open is not None:
+    if alone:
+      _closed.append(_open)
     _open.end(alone=alone)
+
+
+def merge_closed(all_left: bool) -> None:
+  """Merges what was recorded until a shutdown, when all ranks have ended."""
+  for recording in _closed if all_left else []:
+    if recording.comm is None or recording.comm.rank == 0:
+      recording.merge()
+  _closed.clear()
 
 
 os.register_at_fork(after_in_child=lambda: _forget())
@@ -197,3 +220,4 @@ def _forget() -> None:
   if _open is not None:
     _open.recorder.pause()
   _open = None
+  _closed.clear()

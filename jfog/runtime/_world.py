@@ -155,7 +155,7 @@ def shutdown() -> None:
   if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
     parts = (world, world.local_part, world.machines_part)
     error = _exit.wait_for_operations()
-    _recording.end_open(alone=bool(error))
+    _recording.end_open(alone=True)  # a shutdown does not wait for other ranks
     if error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
     open_handles = 0

@@ -131,6 +131,8 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_killed_rank_ends_the_job": (),
   "test_a_rank_that_leaves_mpi_unfinished_ends_the_job": (),
   "test_ranks_may_end_at_different_times": (),
+  "test_a_profile_is_joined_on_the_clock_of_the_timeline": (),
+  "test_the_timeline_of_ranks_that_die": (),
 }
 
 # Tests of the full suite and parts of the names of their forms, as above.

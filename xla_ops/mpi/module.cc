@@ -61,6 +61,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("failures", &Failures);
   m.def("reset_program_device", &ResetProgramDevice);
   m.def("abandon", &Abandon, py::arg("reason"));
+  m.def("leave", &Leave, NoGil());
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
