@@ -25,12 +25,12 @@ def timeline(
   time waited for each peer. In simulation, on a mesh and with NCCL the spans are
   recorded alone; there XLA moves the data, and `jax.profiler` shows it.
 
-  Collective over the world at its begin and its end, where the clocks of the ranks
-  are compared with rank 0's by messages. At its end it waits for the operations so
-  far. Each rank writes its part, `path.rank-N`, while it runs; rank 0 merges them at
-  the end, and removes them if all are on its host. `jfog timeline merge` merges them
-  later. `jfog run --timeline DIR` records a whole job, without a change of the
-  script.
+  Collective over the world at its begin and its end: there it waits for the
+  operations so far, and the clocks of the ranks are compared with rank 0's by
+  messages. Each rank writes its part, `path.rank-N`, while it runs; rank 0 merges
+  them at the end, and removes them if all are on its host. `jfog timeline merge`
+  merges them later. `jfog run --timeline DIR` records a whole job, without a change
+  of the script.
 
   If the body raises on some rank, that rank ends its part without the others and
   nothing is merged.
@@ -74,6 +74,9 @@ def timeline(
     raise NotInitializedError(
       "timeline: this process is a rank of a job; call jfog.init() first."
     )
+  # The ranks agree by collectives of MPI, as operations do about a new graph: all
+  # ranks have to start these in one order.
+  jax.effects_barrier()
   recording = _recording.begin(text, comm, events)
   try:
     yield

@@ -114,6 +114,7 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
     *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
   ),
   "test_two_groups_of_ranks_of_mpi4py": (),
+  "test_the_traced_program": (),
   "test_the_report_of_the_first_failure": (),
   "test_counters_and_the_warning_of_a_wait": (),
   # Jobs of their own
