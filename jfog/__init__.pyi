@@ -4,6 +4,7 @@ from . import diagnostics as diagnostics
 from . import lab as lab
 from . import optimizers as optimizers
 from . import topology as topology
+from ._timeline import span as span
 from .launch import run as run
 from .primitives import Handle as Handle
 from .primitives import Peers as Peers
@@ -67,5 +68,6 @@ from .runtime import simulate as simulate
 from .runtime import size as size
 from .runtime import spmd as spmd
 from .runtime import stack as stack
+from .runtime import timeline as timeline
 
 __version__: str

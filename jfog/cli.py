@@ -1,4 +1,4 @@
-"""The command `jfog`: run, doctor, topology and bench."""
+"""The command `jfog`: run, doctor, topology, bench and timeline."""
 
 import argparse
 import os
@@ -79,7 +79,58 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_arguments(bench)
   bench.set_defaults(action=command.main)
+  timeline = commands.add_parser(
+    "timeline", help="merge the parts of a timeline, and profiles into it"
+  )
+  actions = timeline.add_subparsers(metavar="action", required=True)
+  merge = actions.add_parser(
+    "merge", help="merge the parts that ranks have written"
+  )
+  merge.add_argument(
+    "path",
+    help="the file of jfog.timeline, or the folder of `jfog run --timeline`",
+  )
+  merge.add_argument(
+    "--profile",
+    metavar="DIR",
+    help="add the profiles of jax.profiler.trace in this folder, of any ranks",
+  )
+  merge.set_defaults(action=_merge)
   return parser
+
+
+def _merge(options: argparse.Namespace) -> int:
+  """Merges a timeline; 2 if there is none."""
+  from jfog import _timeline
+
+  path = options.path
+  try:
+    if os.path.isdir(path):
+      said = _timeline.merge_folder(path)
+      found = sorted(
+        os.path.join(path, name)
+        for name in os.listdir(path)
+        if name.startswith("timeline") and name.endswith(".json")
+      )
+      if not found:
+        raise ValueError(f"{path} holds no timeline; name its file.")
+    else:
+      found = [path]
+      parts = _timeline.find_parts(path)
+      said = _timeline.merge(path) if parts or not os.path.exists(path) else []
+    if options.profile:
+      if len(found) > 1:
+        raise ValueError(
+          f"{path} holds {len(found)} timelines; name the file for --profile."
+        )
+      said += _timeline.add_profile(found[0], options.profile)
+  except (OSError, ValueError) as error:
+    print(f"jfog timeline: {error}", file=sys.stderr)
+    return 2
+  for text in said:
+    print(f"jfog timeline: {text}", file=sys.stderr)
+  print("\n".join(found))
+  return 0
 
 
 def _topology(options: argparse.Namespace) -> int:

@@ -19,24 +19,23 @@ LAYERS = {
   "_dtypes": set(),
   "_log": set(),
   "topology": {"_validation"},
-  "timeline": set(),
+  "_timeline": set(),
   "_compat": set(),
   "_build": set(),
   "runtime": {
     *("topology", "_compat", "_validation", "_mpi", "_nccl", "_build"),
-    "_log",
+    *("_log", "_timeline"),
   },
   "primitives": {
-    *("runtime", "topology", "_compat", "_dtypes", "_validation", "timeline"),
-    "_log",
+    *("runtime", "topology", "_compat", "_dtypes", "_validation", "_log"),
   },
   "optimizers": {
     *("primitives", "runtime", "topology", "_compat", "_dtypes"),
     "_validation",
   },
-  "launch": {"optimizers", "primitives", "runtime", "topology", "timeline"},
+  "launch": {"optimizers", "primitives", "runtime", "topology", "_timeline"},
   "diagnostics": {
-    *("optimizers", "primitives", "runtime", "topology", "timeline"),
+    *("optimizers", "primitives", "runtime", "topology"),
     *("_dtypes", "_validation"),
   },
 }
@@ -61,7 +60,7 @@ ALLOWED_IMPORTS = [("jfog.runtime._extensions", "jfog")]
 TRANSPORT = {
   *("mpi/buffer_pool", "mpi/communicator", "mpi/consistency_check"),
   *("mpi/control_messages", "mpi/datatypes", "mpi/mailboxes", "mpi/operation"),
-  *("mpi/duplicates",),
+  *("mpi/clock_offset", "mpi/duplicates", "mpi/timeline"),
   *("mpi/header_log", "mpi/messages", "mpi/payload", "mpi/progress_engine"),
   *("mpi/shared_memory", "mpi/shared_memory_channel", "mpi/tag_numbers"),
   *("mpi/wire_format", "nccl/api", "nccl/communicator", "nccl/device"),

@@ -70,6 +70,15 @@ def test_a_job_with_tagged_output(tmp_path):
 
 
 @needs_mpi
+def test_the_traced_program(tmp_path):
+  traced, _ = programs("timeline.md")
+  (report,) = outputs("timeline.md")
+  code, out, err = run_file(tmp_path / "traced.py", traced)
+  assert code == 0, err
+  assert out == report
+
+
+@needs_mpi
 def test_the_report_of_the_first_failure(tmp_path):
   _, fails = programs("running.md")
   _, report = outputs("running.md")

@@ -221,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     code = _run_job(command, environ, run_dir, options.timeout, one_host)
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
+  if options.timeline:
+    _merge(options.timeline)
   if options.verbose:
     seconds = time.monotonic() - start
     processes.say(
@@ -302,6 +304,23 @@ def _run_job(
   code = processes.shell_code(code)
   dropped = about_hosts.dropped + banners.dropped
   return _report(code, run_dir, dropped) if code else 0
+
+
+def _merge(folder: str) -> None:
+  """Merges what ranks have left of a timeline that they did not end together."""
+  from importlib import import_module
+
+  # Beside this package; the import of `jfog` would load JAX.
+  name = "_timeline"
+  package = type(sys)(name)
+  package.__path__ = [os.path.join(_PACKAGE, name)]
+  sys.modules.setdefault(name, package)
+  try:
+    said = import_module(f"{name}._merge").merge_folder(folder)
+  except (OSError, ValueError) as error:
+    said = [str(error)]
+  for text in said:
+    processes.say(f"jfog run: timeline: {text}\n")
 
 
 def _report(code: int, run_dir: str, banner: bytes) -> int:

@@ -127,6 +127,11 @@ def parse(arguments: list[str]):
     help="end the job after that long, with exit code 124",
   )
   parser.add_argument(
+    "--timeline",
+    metavar="DIR",
+    help="record what the ranks do, into DIR/timeline.json: sets JFOG_TIMELINE",
+  )
+  parser.add_argument(
     "--mpi-args",
     type=shlex.split,
     default=[],
@@ -254,6 +259,8 @@ def given_variables(options) -> dict[str, str]:
     given["JFOG_SUMMARY"] = "1"
   if options.check_programs:
     given["JFOG_CHECK_PROGRAMS"] = "1"
+  if options.timeline:
+    given["JFOG_TIMELINE"] = os.path.abspath(options.timeline)
   if _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]

@@ -146,13 +146,16 @@ def operation(
       with other arrays is not compiled again.
   """
 
+  scope = f"jfog.{prepare.__name__}"  # in profiles
+
   def run(*args: Any, **kwargs: Any) -> Any:
     prepared = prepare(*args, **kwargs)
-    results = prepared.on_mesh()
-    if results is None:
-      assert prepared.primitive is not None
-      results = prepared.bind(prepared.primitive)
-      results = _pytree.cast_like(results, prepared.leaves)
+    with jax.named_scope(scope):
+      results = prepared.on_mesh()
+      if results is None:
+        assert prepared.primitive is not None
+        results = prepared.bind(prepared.primitive)
+        results = _pytree.cast_like(results, prepared.leaves)
     return prepared.structure.unflatten(results)
 
   return with_eager_form(prepare, run, pack or {})
@@ -166,13 +169,15 @@ def start_of(run: Callable[..., Any], example: str) -> Callable[..., Handle]:
   def begin(*args: Any, **kwargs: Any) -> Handle:
     prepared = prepare(*args, **kwargs)
     dtypes = tuple(leaf.dtype for leaf in prepared.leaves)
-    results = prepared.on_mesh()
+    with jax.named_scope(f"jfog.{name}_start"):
+      results = prepared.on_mesh()
     if results is not None:
       structure = prepared.structure
       return Handle(name, structure, dtypes, (), None, (), tuple(results))
     primitive = prepared.primitive
     assert primitive is not None
-    number, *arrays = prepared.bind(_primitive.start_of(primitive))
+    with jax.named_scope(f"jfog.{name}_start"):
+      number, *arrays = prepared.bind(_primitive.start_of(primitive))
     wait_params = _primitive.wait_params(
       primitive, prepared.fixed, prepared.params
     )
@@ -256,12 +261,13 @@ def wait(handle: Handle) -> Any:
 
 def _results(handle: Handle) -> Any:
   """The result of an operation between processes."""
-  results = _primitive.wait_p.bind(
-    handle._number,
-    *handle._weights,
-    *handle._placeholders,
-    **dict(handle._wait_params),
-  )
+  with jax.named_scope("jfog.wait"):
+    results = _primitive.wait_p.bind(
+      handle._number,
+      *handle._weights,
+      *handle._placeholders,
+      **dict(handle._wait_params),
+    )
   return handle._structure.unflatten(
     [y.astype(dtype) for y, dtype in zip(results, handle._dtypes, strict=True)]
   )

@@ -30,6 +30,7 @@ from jfog.runtime._summary import RankSummary as RankSummary
 from jfog.runtime._summary import Summary as Summary
 from jfog.runtime._summary import begin_summary as begin_summary
 from jfog.runtime._summary import gathered_summary as gathered_summary
+from jfog.runtime._timeline import timeline as timeline
 from jfog.runtime._world import init as init
 from jfog.runtime._world import is_homogeneous as is_homogeneous
 from jfog.runtime._world import local_rank as local_rank

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jfog import _compat
-from jfog.runtime import _extensions, _rank_process
+from jfog.runtime import _extensions, _rank_process, _recording
 
 
 @functools.cache
@@ -54,6 +54,7 @@ def install_hooks() -> None:
     # Pending waits for peers fail at once and MPI is not finalized. The launcher
     # then observes a nonzero exit code and ends the other ranks.
     atexit.unregister(_finish)
+    _recording.end_open(alone=True)
     _abandon(f"this rank failed with {kind.__name__}: {value}")
 
   sys.excepthook = excepthook
@@ -97,12 +98,20 @@ def _finish() -> None:
     return
   # Operations in flight need their peers and MPI, so they come first.
   error = wait_for_operations()
+  if not error and before_finish is not None:
+    before_finish()
+  if error or not _recording.is_any():
+    _recording.end_open(alone=True)
+  else:
+    # After all ranks have announced their end, so that none waits for one that
+    # compares clocks here.
+    left = _extensions.mpi().leave()
+    _recording.end_open(alone=not left)
+    _recording.merge_closed(left)
   if error:
     print(f"jfog: an operation failed at exit: {error}", file=sys.stderr)
     _rank_process.mark_failure_at_exit(error)
     _abandon(f"an operation failed at exit: {error}")
-  elif before_finish is not None:
-    before_finish()
   for module in _in_use():
     module.finish()
 

@@ -16,6 +16,7 @@ from jfog.runtime import (
   _exit,
   _extensions,
   _rank_process,
+  _recording,
   _state_signal,
   _summary,
 )
@@ -146,6 +147,7 @@ def init(
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
     world = Single()
+  _recording.begin_from_environment(world, os.environ)
   _world, _arguments = world, arguments
   if isinstance(world, ProcessCommunicator):
     _watch(world, check_programs, has_summary)
@@ -188,6 +190,7 @@ def shutdown() -> None:
   if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
     parts = (world, world.local_part, world.machines_part)
     error = _exit.wait_for_operations()
+    _recording.end_open(alone=True)  # a shutdown does not wait for other ranks
     if error:
       print(f"jfog: before the shutdown: {error}", file=sys.stderr, flush=True)
     elif _exit.before_finish is not None:

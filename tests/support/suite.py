@@ -114,6 +114,7 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
     *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
   ),
   "test_two_groups_of_ranks_of_mpi4py": (),
+  "test_the_traced_program": (),
   "test_the_report_of_the_first_failure": (),
   "test_counters_and_the_warning_of_a_wait": (),
   # Jobs of their own
@@ -131,6 +132,8 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_killed_rank_ends_the_job": (),
   "test_a_rank_that_leaves_mpi_unfinished_ends_the_job": (),
   "test_ranks_may_end_at_different_times": (),
+  "test_a_profile_is_joined_on_the_clock_of_the_timeline": (),
+  "test_the_timeline_of_ranks_that_die": (),
 }
 
 # Tests of the full suite and parts of the names of their forms, as above.

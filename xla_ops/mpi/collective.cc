@@ -19,8 +19,8 @@ void Collective::Reserve(std::size_t requests) {
 }
 
 void Collective::Count(std::size_t sent, std::size_t received) {
-  comm().CountSent(comm().rank(), sent);
-  comm().CountReceived(comm().rank(), received);
+  CountSent(comm().rank(), sent);
+  CountReceived(comm().rank(), received);
 }
 
 // The ticket is taken when the operation is posted, in program order. The check
@@ -28,6 +28,7 @@ void Collective::Count(std::size_t sent, std::size_t received) {
 // the same order of collectives on all ranks.
 ffi::Error Collective::Post() {
   ticket_ = comm().TakeTicket();
+  stage_since_ = trace().Now();
   return StartCheck();
 }
 
@@ -39,6 +40,8 @@ ffi::Error Collective::Resume(bool* moved) {
 ffi::Error Collective::StartCheck() {
   if (comm().turn() != ticket_) return ffi::Error::Success();
   stage_ = kChecking;
+  trace().RecordSince(stage_since_, "queue");
+  stage_since_ = trace().Now();
   // max(v) over the ranks is the minimum exactly if max(v) = ~max(~v): one
   // reduction shows whether all ranks brought the same value.
   const std::uint64_t own = Fingerprint();
@@ -55,6 +58,9 @@ ffi::Error Collective::Drained(bool* ended) {
   switch (stage_) {
     case kChecking:
       if (check_[0] != ~check_[1]) return StartCompare();
+      // The check ends when the last rank has come.
+      trace().RecordSince(stage_since_, "wait");
+      stage_since_ = trace().Now();
       stage_ = kMoving;
       return Begin();
     case kComparing:
@@ -62,9 +68,12 @@ ffi::Error Collective::Drained(bool* ended) {
         JFOG_RETURN_IF_ERROR(CheckHeader(rank, headers_[rank]));
       }
       return Fail(ffi::ErrorCode::kInternal, "disagrees for unknown reasons");
-    default:
+    default: {
       *ended = true;
+      trace().RecordSince(stage_since_, "exchange");
+      Phase phase(trace(), "copy");
       return Finish();
+    }
   }
 }
 

@@ -56,6 +56,7 @@ class Collective : public Operation {
 
   Stage stage_ = kQueued;
   std::uint64_t ticket_ = 0;
+  std::int64_t stage_since_ = 0;  // in the timeline
   std::size_t used_ = 0;
   std::uint64_t* check_ = nullptr;  // fingerprint and complement, reduced
   Header* headers_ = nullptr;       // of all ranks, after a failed check

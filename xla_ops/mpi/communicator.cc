@@ -82,6 +82,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   last_messages_.resize(size_);
   left_.resize(size_);
   if (root_ != nullptr) {
+    number_ = ++root_->parts_;
     MPI_Group own, all;
     MPI_Comm_group(comm(), &own);
     MPI_Comm_group(root_->comm(), &all);

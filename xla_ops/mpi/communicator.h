@@ -74,6 +74,8 @@ class Communicator {
   // The lowest rank that shares memory with this one.
   int LowestOnMachine() const;
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
+  // 0 for a root, else the ordinal of the part, equal on all ranks of the root.
+  int number() const { return number_; }
 
   // "the last operation started is allreduce #6", and the failure, if any; empty
   // before the first operation.
@@ -181,6 +183,8 @@ class Communicator {
   std::unique_ptr<Mailboxes> mailboxes_;
   std::shared_ptr<Communicator> root_;  // null for a root itself
   std::vector<int> root_ranks_;  // this communicator's ranks, in the root
+  int number_ = 0;
+  std::atomic<int> parts_{0};  // made of it
   bool shares_memory_ = false;
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};

@@ -144,11 +144,12 @@ std::size_t Exchange::FirstSlot(std::size_t chunk) const {
 
 ffi::Error Exchange::Post() {
   for (std::size_t d = 0; d < destinations().size(); ++d) {
-    comm().CountSent(destinations()[d], CountOfDestination(d));
+    CountSent(destinations()[d], CountOfDestination(d));
   }
   // Without edges there are no messages to wait for.
   if (sources().empty() && destinations().empty()) {
     consumed_ = chunks_;
+    Phase phase(trace(), this->phase());
     return Consume(0, payload_, parts_);
   }
   if (!readers_.empty()) {
@@ -289,7 +290,7 @@ ffi::Error Exchange::Completed(std::size_t slot) {
 }
 
 ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
-  comm().CountReceived(sources()[source], CountOfSource(source));
+  CountReceived(sources()[source], CountOfSource(source));
   source_channels_[source].reset();
   if (theirs.stamp != 0 && comm().channels() != nullptr &&
       comm().channels()->Reaches(comm().RankInRoot(sources()[source]))) {
@@ -361,8 +362,11 @@ bool Exchange::HasArrived(std::size_t chunk) {
 }
 
 ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
-  JFOG_RETURN_IF_ERROR(
-      Consume(Begin(payload_, chunk), Begin(payload_, chunk + 1), parts_));
+  {
+    Phase phase(trace(), this->phase());
+    JFOG_RETURN_IF_ERROR(
+        Consume(Begin(payload_, chunk), Begin(payload_, chunk + 1), parts_));
+  }
   // The senders on this machine may reuse the slots that this rank has read.
   for (std::size_t s = 0; chunk == 0 && s < sources().size(); ++s) {
     const Mail& mail = received_mail_[s];

@@ -63,6 +63,8 @@ class Exchange : public Operation {
   // chunk's range in this rank's own payload.
   virtual ffi::Error Consume(std::size_t begin, std::size_t end,
                              const std::vector<Part>& received) = 0;
+  // The name of `Consume` in the timeline.
+  virtual const char* phase() const { return "sum"; }
   // Bytes for the traffic counters, by the index of the rank.
   virtual std::size_t CountOfSource(std::size_t) const {
     return leaves().bytes;

@@ -65,11 +65,11 @@ ffi::Error HierarchicalExchange::Post() {
   // A peer receives its part of the input from this rank, and this rank's part
   // of the result; a destination receives the mean of this rank's part.
   for (const Peer& peer : peers_) {
-    comm().CountSent(peer.rank,
-                     segments_.LeafBytes(peer.part) + segments_.LeafBytes(me_));
+    CountSent(peer.rank,
+              segments_.LeafBytes(peer.part) + segments_.LeafBytes(me_));
   }
   for (int destination : round_.destinations) {
-    comm().CountSent(destination, segments_.LeafBytes(me_));
+    CountSent(destination, segments_.LeafBytes(me_));
   }
   // Either may be busy with the results of an earlier operation; then messages
   // replace it.
@@ -183,8 +183,8 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
       expected, &theirs));
   if (e < peers_.size()) {
     Peer& peer = peers_[e];
-    comm().CountReceived(
-        peer.rank, segments_.LeafBytes(me_) + segments_.LeafBytes(peer.part));
+    CountReceived(peer.rank,
+                  segments_.LeafBytes(me_) + segments_.LeafBytes(peer.part));
     if (!segments_.is_short() && shares_channels_) {
       // A stamp of 0 stands for no channel.
       if (theirs.stamp != 0) {
@@ -202,7 +202,7 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
       }
     }
   } else {
-    comm().CountReceived(source, segments_.LeafBytes(me_));
+    CountReceived(source, segments_.LeafBytes(me_));
   }
   if (--unchecked_ > 0 || !tags_.is_ready()) return ffi::Error::Success();
   for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
@@ -382,6 +382,7 @@ bool HierarchicalExchange::HasInputs() {
 
 // m = x + sum_p (x_p - x) / parts, and sends m to the neighboring machines.
 ffi::Error HierarchicalExchange::TakeMean() {
+  Phase phase(trace(), "mean");
   SegmentBuffers::InFlight& buffers = buffers_.of(averaged_);
   std::vector<Term> terms = mean_terms_;
   leaves().ForEachRun(
@@ -414,6 +415,7 @@ ffi::Error HierarchicalExchange::TakeMean() {
 // Writes this rank's part of the output. The input there is not needed any
 // more: no other rank reads this rank's own part.
 ffi::Error HierarchicalExchange::Mix() {
+  Phase phase(trace(), "sum");
   SegmentBuffers::InFlight& buffers = buffers_.of(mixed_);
   const std::size_t begin = segments_.Begin(mixed_, me_);
   const std::size_t end = segments_.End(mixed_, me_);

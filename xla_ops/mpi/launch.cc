@@ -91,6 +91,7 @@ Completion Launch(std::shared_ptr<Operation> operation,
                   ffi::RemainingRets results, std::int64_t mode) {
   operation->Start();
   if (mode == kStart) {
+    operation->trace().Record(TimelineEvent::kStarted);
     auto id = results.get<ffi::BufferR1<ffi::U32>>(0);
     if (!id) return id.error();
     Handles().Insert(operation, (*id)->typed_data());

@@ -34,6 +34,7 @@ constexpr std::chrono::milliseconds kReadEvery{1};
 struct Process {
   std::atomic<bool> has_started_mpi{false};
   std::atomic<bool> is_abandoned{false};
+  std::atomic<bool> has_left{false};
   std::mutex mutex;  // guards all below
   // Open communicators that were not split off another one.
   std::vector<std::shared_ptr<Communicator>> roots;
@@ -264,15 +265,16 @@ void Abandon(const std::string& reason) {
   }
 }
 
-void Finish() {
+bool Leave() {
   Process& process = ThisProcess();
-  if (Finalized() || process.is_abandoned) return;
+  if (Finalized() || process.is_abandoned) return false;
+  if (process.has_left) return true;
   // Peers still need the messages of operations that were not waited on here.
   Engine::Get().Drain();
   LeaveWindows(nullptr);
   std::lock_guard<std::mutex> lock(process.mutex);
   for (const auto& root : process.roots) {
-    if (root->failed()) return;
+    if (root->failed()) return false;
   }
   for (const auto& root : process.roots) root->AnnounceLeave();
   for (const auto& root : process.roots) {
@@ -281,14 +283,20 @@ void Finish() {
     for (int rank = 0; rank < root->size(); ++rank) {
       while (rank != root->rank()) {
         root->ReadControlMessages();
-        if (root->failed()) return;
+        if (root->failed()) return false;
         if (root->HasLeft(rank)) break;
         nanosleep(&nap, nullptr);
       }
     }
   }
+  process.has_left = true;
+  return true;
+}
+
+void Finish() {
+  if (!Leave()) return;
   Engine::Get().Stop();
-  if (process.has_started_mpi) MPI_Finalize();
+  if (ThisProcess().has_started_mpi) MPI_Finalize();
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {

@@ -44,9 +44,12 @@ std::vector<std::string> Failures();
 // Fails all operations, current and future: the process is going down.
 void Abandon(const std::string& reason);
 
-// Announces the end of this rank to all peers, waits for theirs, and finalizes
-// MPI if `Start` initialized it. After a failure MPI is left as it is, because
-// MPI_Finalize could wait forever.
+// Announces the end of this rank to all peers, and waits for theirs. Returns
+// false after a failure, when others may not come.
+bool Leave();
+
+// Leaves, and finalizes MPI if `Start` initialized it. After a failure MPI is
+// left as it is, because MPI_Finalize could wait forever.
 void Finish();
 
 // bytes_sent, bytes_received, messages_sent (one of each for every peer), and

@@ -7,6 +7,7 @@
 #include "common/deadline.h"
 #include "common/places.h"
 #include "common/weighted_sum.h"
+#include "mpi/clock_offset.h"
 #include "mpi/collectives.h"
 #include "mpi/finite_time.h"
 #include "mpi/hierarchical.h"
@@ -17,6 +18,7 @@
 #include "mpi/program.h"
 #include "mpi/raw_exchange.h"
 #include "mpi/state_signal.h"
+#include "mpi/timeline.h"
 #include "mpi/wait.h"
 #include "mpi/windows/handlers.h"
 #include "mpi/windows/mutex.h"
@@ -64,6 +66,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("failures", &Failures);
   m.def("reset_program_device", &ResetProgramDevice);
   m.def("abandon", &Abandon, py::arg("reason"));
+  m.def("leave", &Leave, NoGil());
   m.def("finish", &Finish, NoGil());
   m.def("counters", &ReadCounters, py::arg("context"));
   m.def("reset_counters", &ResetCounters, py::arg("context"));
@@ -80,6 +83,18 @@ PYBIND11_MODULE(_mpi, m) {
         py::arg("destinations"), py::arg("iterations"), NoGil());
   m.def("raw_allreduce", &RawAllreduce, py::arg("address"), py::arg("count"),
         py::arg("iterations"), NoGil());
+  m.def("begin_timeline", &BeginTimeline, py::arg("events"));
+  m.def("end_timeline", &EndTimeline);
+  m.def("read_timeline", [] {
+    TimelineEvents events;
+    {
+      py::gil_scoped_release release;
+      events = ReadTimeline();
+    }
+    return py::make_tuple(py::bytes(events.bytes), events.lost);
+  });
+  m.def("timeline_names", &TimelineNames);
+  m.def("measure_clock", &MeasureClock, py::arg("context"), NoGil());
   m.def("lock_window", &LockWindow, py::arg("number"), py::arg("ranks"),
         NoGil());
   m.def("unlock_window", &UnlockWindow, py::arg("number"), py::arg("ranks"),

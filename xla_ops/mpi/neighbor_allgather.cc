@@ -138,6 +138,7 @@ class GatherExchange : public Exchange {
     return ffi::Error::Success();
   }
 
+  const char* phase() const override { return "copy"; }
   std::size_t CountOfSource(std::size_t s) const override {
     return parts_[s].bytes;
   }

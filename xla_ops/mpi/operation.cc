@@ -93,6 +93,7 @@ Operation::Operation(std::shared_ptr<Communicator> comm, const char* name,
 Operation::Operation(std::shared_ptr<Communicator> comm, const Operation& other)
     : comm_(std::move(comm)),
       name_(other.name_),
+      traced_name_("peer_agreement"),
       header_(other.header_),
       deadline_(comm_->timeout()) {}
 
@@ -130,9 +131,11 @@ void Operation::Renew() {
 
 void Operation::Start() {
   std::lock_guard<std::mutex> lock(advancing_);
+  trace_.Begin(traced_name_, sequence(), leaves_.bytes, comm_->number());
   ffi::Error error = comm_->Refusal();
   if (error.success() && is_ordered()) comm_->Log(header_, name_);
   if (error.success()) error = Guard([this] { return Post(); });
+  trace_.Record(TimelineEvent::kPosted);
   if (error.failure()) End(std::move(error));
 }
 
@@ -211,6 +214,7 @@ void Operation::End(ffi::Error error) {
     Leak();
   }
   error_ = std::move(error);
+  trace_.Record(TimelineEvent::kEnd, -1, error_.failure());
   Ended();
   finished_.store(true, std::memory_order_release);
 }

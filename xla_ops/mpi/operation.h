@@ -16,6 +16,7 @@
 #include "common/status.h"
 #include "mpi/communicator.h"
 #include "mpi/payload.h"
+#include "mpi/timeline.h"
 
 namespace jfog::mpi {
 
@@ -79,6 +80,8 @@ class Operation {
   std::uint64_t sequence() const { return header_.sequence; }
   // The header of this rank's messages.
   const Header& header() const { return header_; }
+  // Its record in the timeline.
+  Trace& trace() { return trace_; }
 
  protected:
   // The steps of a kind of operation. One runs at a time; the first error ends
@@ -150,6 +153,15 @@ class Operation {
                         std::size_t expected, Header* theirs);
   // An error if a message of a rank has something `wrong`; fails all ranks.
   ffi::Error CheckMessage(int source, const std::string& wrong);
+  // Count a message with a rank, and its payload.
+  void CountSent(int rank, std::size_t bytes) {
+    comm_->CountSent(rank, bytes);
+    trace_.Record(TimelineEvent::kSent, comm_->RankInRoot(rank), bytes);
+  }
+  void CountReceived(int rank, std::size_t bytes) {
+    comm_->CountReceived(rank, bytes);
+    trace_.Record(TimelineEvent::kReceived, comm_->RankInRoot(rank), bytes);
+  }
   // Turns an MPI return code into a failure.
   ffi::Error Check(int code, const char* expression) {
     if (code == MPI_SUCCESS) return ffi::Error::Success();
@@ -196,6 +208,8 @@ class Operation {
 
   std::shared_ptr<Communicator> comm_;
   const char* name_;
+  const char* traced_name_ = name_;
+  Trace trace_;
   Payload leaves_;
   Header header_;  // but for the length and the channel of a message
   std::vector<MPI_Request> requests_;

@@ -57,6 +57,7 @@ Completion WaitImpl(ffi::Token, ffi::BufferR1<ffi::U32> id, ffi::RemainingArgs,
   Payload results;
   JFOG_RETURN_IF_ERROR(ReadResults(rets, &results));
   JFOG_RETURN_IF_ERROR(CheckResults(*operation, results));
+  operation->trace().Record(TimelineEvent::kAwaited);
   operation->Await();
   if (!EndsSoon(*operation)) {
     ffi::Promise promise;

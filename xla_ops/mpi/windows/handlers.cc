@@ -11,6 +11,7 @@
 #include "mpi/collective.h"
 #include "mpi/guarded_handler.h"
 #include "mpi/launch.h"
+#include "mpi/timeline.h"
 #include "mpi/windows/service.h"
 #include "mpi/windows/transfer.h"
 #include "mpi/windows/window.h"
@@ -195,6 +196,10 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
   const auto title = [rank] {
     return std::string(kUpdate) + " on rank " + std::to_string(rank);
   };
+  Trace trace;
+  trace.Begin(kUpdate, window->global_id(), leaves.bytes,
+              window->comm()->number());
+  std::int64_t since = trace.Now();
   std::vector<int> records;
   for (int source : ranks) records.push_back(window->RecordOf(source));
   // Holding all locks for the whole sum makes the update atomic: data and p of
@@ -203,7 +208,10 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
   for (int record : records) {
     JFOG_RETURN_IF_ERROR(window->Acquire(own.record(record).lock, rank, title));
   }
+  trace.RecordSince(since, "lock");
+  since = trace.Now();
   Combine(*window, leaves, records, row, difference != 0);
+  trace.RecordSince(since, "sum");
   for (int record : records) {
     if (reset != 0) {
       std::memset(own.payload(record), 0, window->layout().payload_bytes);
@@ -221,6 +229,7 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
     }
     exposed.lock.Release();
   }
+  trace.Record(TimelineEvent::kEnd);
   WriteHandle(*window, (*result)->typed_data());
   return ffi::Error::Success();
 }

@@ -32,7 +32,9 @@ ffi::Error WindowTransfer::Post() {
     }
     // An error at one peer, which may have freed the window, does not keep the
     // transfers to the others from completing.
+    const std::int64_t since = trace().Now();
     ffi::Error error = TransferShared(i);
+    if (error.success()) RecordTransfer(since, peers_[i]);
     if (outcome_.success()) outcome_ = std::move(error);
   }
   if (remote_transfers_.empty()) return ffi::Error::Success();
@@ -99,6 +101,7 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   request.weight = weights_[remote.peer];
   request.kind = kind_;
   request.record = has_payload() ? window_->RecordAt(rank) : 0;
+  remote.since = trace().Now();
   const std::optional<int> free = comm().requests().Take();
   if (!free) {
     return Fail(ffi::ErrorCode::kResourceExhausted,
@@ -163,15 +166,25 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
         return ffi::Error::Success();
       }
       Answered(remote);
+      if (error.success()) RecordTransfer(remote.since, rank);
       if (outcome_.success()) outcome_ = std::move(error);
       return ffi::Error::Success();
     }
     case kValue:
       Answered(remote);
+      RecordTransfer(remote.since, rank);
       return WriteSlot(rank, weights_[remote.peer], remote.value.get());
     default:
       return ffi::Error::Success();
   }
+}
+
+// In the timeline, without requests for a mutex.
+void WindowTransfer::RecordTransfer(std::int64_t since, int rank) {
+  if (!has_payload() && kind_ != WindowRequest::kGet) return;
+  trace().RecordSince(since,
+                      has_payload() ? TimelineEvent::kPut : TimelineEvent::kGot,
+                      comm().RankInRoot(rank), window_->layout().bytes);
 }
 
 void WindowTransfer::Answered(RemoteTransfer& remote) {

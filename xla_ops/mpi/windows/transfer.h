@@ -30,6 +30,7 @@ class WindowTransfer : public Operation {
     std::size_t peer = 0;  // index into `peers_`
     Buffer request, reply, value;
     int tag = 0;
+    std::int64_t since = 0;  // in the timeline
     bool answered = false;
   };
   // Request slots of a remote peer; those from `kPayload` on are of the pieces
@@ -48,6 +49,7 @@ class WindowTransfer : public Operation {
   ffi::Error TransferShared(std::size_t peer);
   ffi::Error SendRequest(std::size_t number);
   void Answered(RemoteTransfer& remote);
+  void RecordTransfer(std::int64_t since, int rank);
   // Writes a value from a peer to its slot here.
   ffi::Error WriteSlot(int rank, double weight, const std::byte* value);
   ffi::Error CheckState(int rank, WindowMemory::State state);
