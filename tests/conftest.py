@@ -289,6 +289,7 @@ _STARTING_JOBS = {
   "test_launch.py",
   "test_mpi4jax.py",
   "test_nccl.py",
+  "test_notebooks.py",
   "test_runtime.py",
   "test_start.py",
 }

@@ -34,6 +34,7 @@ FULL_FILES = {
   "test_mailboxes.py": "every length, graph and number of machines",
   "test_malformed_messages.py": "jobs whose messages are damaged",
   "test_mpi4jax.py": "mpi4jax in the same program",
+  "test_notebooks.py": "notebooks, some with engines on MPI",
   "test_nccl.py": "handlers of NCCL on the emulation",
   "test_shared_memory_channel.py": "every length, graph and number of hosts",
 }
