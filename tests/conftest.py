@@ -283,6 +283,7 @@ _jobs: dict[int, concurrent.futures.Future[jobs.Job]] = {}
 
 # Their tests start jobs of their own, which need cores.
 _STARTING_JOBS = {
+  "test_checkpoints.py",
   "test_examples.py",
   "test_gpu_benchmark.py",
   "test_hierarchical.py",

@@ -26,6 +26,7 @@ SIZES = ("3", "4x2", "2", "4", "3x1", "1", "3x3")
 
 FULL_FILES = {
   "test_asynchrony.py": "windows under load, on several networks",
+  "test_checkpoints.py": "trainings that are killed and go on",
   "test_emulation.py": "the emulation of NCCL itself",
   "test_examples.py": "every example, in simulation and on MPI",
   "test_failures.py": "jobs that fail",
@@ -113,6 +114,7 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   # Pages that take long; the others are quick.
   "test_python_blocks_run": (
     *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
+    "training_loops",
   ),
   "test_two_groups_of_ranks_of_mpi4py": (),
   "test_the_report_of_the_first_failure": (),
