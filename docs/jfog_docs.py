@@ -1,4 +1,4 @@
-"""Sphinx extension of the documentation: docstrings, links, drawings, the page of graphs."""
+"""Sphinx extension of the documentation: docstrings, links, drawings, generated pages."""
 
 import pathlib
 import posixpath
@@ -43,6 +43,7 @@ GRAPHS = {
 def setup(app):
   """Connects the hooks of Sphinx."""
   app.connect("builder-inited", _write_graphs)
+  app.connect("builder-inited", _copy_notebooks)
   app.connect("builder-inited", lambda app: jfog_drawings.write())
   app.connect("autodoc-process-docstring", _make_formulas_literal, priority=1)
   app.connect("source-read", _link_to_sources)
@@ -80,6 +81,15 @@ def _link_to_sources(app, docname, content):
   content[0] = re.sub(
     r"\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", link, content[0]
   )
+
+
+def _copy_notebooks(app):
+  """Copies the notebooks of examples/ into docs/_generated, with their outputs."""
+  folder = pathlib.Path(app.srcdir) / "_generated"
+  folder.mkdir(exist_ok=True)
+  for path in (ROOT / "examples").glob("*.ipynb"):
+    text = path.read_text().replace("](../docs/", "](../")
+    (folder / path.name).write_text(text)
 
 
 def _write_graphs(app):

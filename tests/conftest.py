@@ -283,12 +283,14 @@ _jobs: dict[int, concurrent.futures.Future[jobs.Job]] = {}
 
 # Their tests start jobs of their own, which need cores.
 _STARTING_JOBS = {
+  "test_checkpoints.py",
   "test_examples.py",
   "test_gpu_benchmark.py",
   "test_hierarchical.py",
   "test_launch.py",
   "test_mpi4jax.py",
   "test_nccl.py",
+  "test_notebooks.py",
   "test_runtime.py",
   "test_start.py",
 }

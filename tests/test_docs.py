@@ -179,6 +179,8 @@ def test_python_blocks_run(page, no_world):
   """The blocks of one page are one program; a text block below is its output."""
   if page.name == "frameworks.md":
     suite.require("flax", "equinox", "haiku", "grain")
+  if page.name == "training_loops.md":
+    suite.require("grain", "tensorboardX", "wandb")
   namespace = {}
   for line, code, output in blocks(page):
     printed = io.StringIO()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from . import allocation as _allocation
 from . import marks, output, processes, report
 from . import options as _options
 
@@ -94,6 +95,7 @@ def mpirun_command(
   tag_output: bool = False,
   all_tracebacks: bool = False,
   output_dir: str | None = None,
+  several_hosts: bool = False,
   exported: Sequence[str] = (),
   mpi_args: Sequence[str] = (),
 ) -> list[str]:
@@ -109,6 +111,7 @@ def mpirun_command(
     all_tracebacks: show the traceback of each rank at once, and not only that of
       the first one in the report.
     output_dir: the folder for a file with the output of each rank.
+    several_hosts: whether an allocation has other hosts than this one.
     exported: names of variables that ranks on other hosts get.
     mpi_args: further options of mpirun.
   """
@@ -120,7 +123,7 @@ def mpirun_command(
       words += ["-H", host]
     if hostfile:
       words += ["--hostfile", hostfile]
-    if host or hostfile:
+    if several_hosts or host or hostfile:
       # Open MPI exports only named variables; MPICH exports all.
       for name in ("JFOG_RUN_DIR", *exported):
         words += ["-x", name]
@@ -181,14 +184,18 @@ def main(arguments: list[str] | None = None) -> int:
   except RuntimeError as error:
     processes.say(f"jfog run: {error}\n")
     return 1
-  one_host = not (options.host or options.hostfile)
+  allocated = _allocation.allocation(os.environ)
+  named = bool(options.host or options.hostfile)
+  one_host = not named and allocated.hosts < 2
+  if not named and not one_host and mpi.family == "openmpi":
+    options.hostfile = allocated.hostfile or None
   # On other hosts PATH and files may differ: there the ranks report it.
   if one_host:
     code, problem = _options.command_problem(options.command)
     if problem:
       processes.say(f"jfog run: {problem}\n")
       return code
-  given = _options.given_variables(options)
+  given = _options.given_variables(options, several_hosts=not one_host)
   command = mpirun_command(
     mpi,
     options.np,
@@ -198,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     tag_output=options.tag_output,
     all_tracebacks=options.all_tracebacks,
     output_dir=options.output_dir,
+    several_hosts=not one_host,
     exported=_options.exported({**os.environ, **given}),
     mpi_args=options.mpi_args,
   )

@@ -6,6 +6,8 @@ import shlex
 import sys
 from collections.abc import Mapping
 
+from . import allocation as _allocation
+
 # Variables that describe the launching host or its session, and stay there.
 _STAYS = re.compile(
   r"(PWD|OLDPWD|HOME|HOSTNAME|HOST|SHELL|SHLVL|USER|LOGNAME|MAIL|TERM|TMPDIR|DISPLAY"
@@ -185,7 +187,7 @@ def parse(arguments: list[str]):
       )
   if options.np == "auto":
     try:
-      options.np = _slots(options) or _devices()
+      options.np = _slots(options) or _allocated() or _devices()
     except (OSError, ValueError) as error:
       parser.error(f"-np auto: {error}")
   if options.tag_output is None:
@@ -224,6 +226,12 @@ def _devices() -> int:
   return found or len(os.sched_getaffinity(0))
 
 
+def _allocated() -> int:
+  """The slots of an allocation of several hosts; 0 without one."""
+  allocated = _allocation.allocation(os.environ)
+  return allocated.slots if allocated.hosts > 1 else 0
+
+
 def _slots(options) -> int:
   """The sum of the slots of the hosts; 0 without hosts."""
   words = options.host.split(",") if options.host else []
@@ -247,7 +255,7 @@ def _slots(options) -> int:
   return total
 
 
-def given_variables(options) -> dict[str, str]:
+def given_variables(options, *, several_hosts: bool = False) -> dict[str, str]:
   """The variables that the options set in the ranks' environment."""
   given = {}
   for text in options.variables:
@@ -261,7 +269,7 @@ def given_variables(options) -> dict[str, str]:
     given["JFOG_CHECK_PROGRAMS"] = "1"
   if options.timeline:
     given["JFOG_TIMELINE"] = os.path.abspath(options.timeline)
-  if _has_hosts(options):
+  if several_hosts or _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]
     if options.ssh_port:

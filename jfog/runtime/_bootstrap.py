@@ -282,7 +282,8 @@ def _check_launched_size(launched: int | None, size: int) -> None:
     f"this process was launched as one of {launched} ranks, but its MPI "
     f"({_extensions.build().MPI_LIBRARY}) is a world of {size}: the launcher "
     f"belongs to another MPI. Start the job with `jfog run -np {launched} ...`, "
-    f"or rebuild jfog with JFOG_MPI=system against the launcher's MPI."
+    f"on SLURM also with `srun --mpi=pmix ...`, or rebuild jfog with "
+    f"JFOG_MPI=system against the launcher's MPI."
   )
 
 

@@ -26,6 +26,7 @@ SIZES = ("3", "4x2", "2", "4", "3x1", "1", "3x3")
 
 FULL_FILES = {
   "test_asynchrony.py": "windows under load, on several networks",
+  "test_checkpoints.py": "trainings that are killed and go on",
   "test_emulation.py": "the emulation of NCCL itself",
   "test_examples.py": "every example, in simulation and on MPI",
   "test_failures.py": "jobs that fail",
@@ -34,6 +35,7 @@ FULL_FILES = {
   "test_mailboxes.py": "every length, graph and number of machines",
   "test_malformed_messages.py": "jobs whose messages are damaged",
   "test_mpi4jax.py": "mpi4jax in the same program",
+  "test_notebooks.py": "notebooks, some with engines on MPI",
   "test_nccl.py": "handlers of NCCL on the emulation",
   "test_shared_memory_channel.py": "every length, graph and number of hosts",
 }
@@ -112,6 +114,7 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   # Pages that take long; the others are quick.
   "test_python_blocks_run": (
     *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
+    "training_loops",
   ),
   "test_two_groups_of_ranks_of_mpi4py": (),
   "test_the_traced_program": (),
