@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "mpi/collectives.h"
+#include "mpi/fault_tolerance.h"
 #include "mpi/finite_time.h"
 #include "mpi/hierarchical.h"
 #include "mpi/lifecycle.h"
@@ -56,6 +57,16 @@ PYBIND11_MODULE(_mpi, m) {
       },
       py::arg("context"), py::arg("text"));
   m.def("close", &Close, py::arg("context"));
+  m.def("has_fault_tolerance", &HasFaultTolerance);
+  m.def("missing", &Missing, py::arg("context"));
+  m.def("set_reweights", &SetReweights, py::arg("context"),
+        py::arg("reweights"));
+  m.def("interrupt", &Interrupt, py::arg("context"), NoGil());
+  m.def("shrink_world", &ShrinkWorld, NoGil());
+  m.def("open_survivors", &OpenSurvivors, py::arg("machine"),
+        py::arg("timeout"), NoGil());
+  m.def("look_at_start", &LookAtStart, NoGil());
+  m.def("agree_on_survivors", &AgreeOnSurvivors, py::arg("is_made"), NoGil());
   m.def("failures", &Failures);
   m.def("reset_program_device", &ResetProgramDevice);
   m.def("abandon", &Abandon, py::arg("reason"));
