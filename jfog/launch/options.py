@@ -96,6 +96,11 @@ def parse(arguments: list[str]):
     help="the timeout of jfog.init where the program passes none",
   )
   parser.add_argument(
+    "--fault-tolerant",
+    action="store_true",
+    help="let the other ranks go on when one fails (Open MPI 5)",
+  )
+  parser.add_argument(
     "--tag-output",
     action=argparse.BooleanOptionalAction,
     help="begin every line of output with [rank]; so by default on several ranks",
@@ -240,6 +245,10 @@ def given_variables(options) -> dict[str, str]:
     given[name] = value if equals else os.environ[name]
   if options.op_timeout is not None:
     given["JFOG_TIMEOUT"] = f"{options.op_timeout:g}"
+  if options.fault_tolerant:
+    given["JFOG_FAULT_TOLERANT"] = "1"
+  elif "JFOG_FAULT_TOLERANT" in os.environ:
+    given["JFOG_FAULT_TOLERANT"] = "0"  # of the job that this one starts in
   if _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]
