@@ -34,6 +34,7 @@ def init(
   comm: Any = None,
   local_size: int | None = None,
   timeout: float = DEFAULT_TIMEOUT,
+  on_missing: str | None = None,
 ) -> Communicator:
   """Makes the world communicator, and returns it.
 
@@ -56,6 +57,11 @@ def init(
       other ranks before they fail with `DEADLINE_EXCEEDED`; a tenth of it into a wait
       of an operation a warning is printed. A world of one never waits. By default
       300, or the environment variable `JFOG_TIMEOUT`.
+    on_missing: what becomes of operations that wait for a rank that has failed, in
+      a job of `jfog run --fault-tolerant`: `"error"`, the default, or
+      `"reweight"`, with which `jfog.neighbor_allreduce` goes on without its
+      neighbor, whose weight goes to the own value. Any other operation that needs
+      the rank is an error (`UNAVAILABLE`) either way. `jfog.recover` keeps it.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -81,6 +87,7 @@ def init(
   global _world, _arguments
   arguments = {"backend": backend, "comm": comm, "local_size": local_size}
   arguments["timeout"] = timeout
+  arguments["on_missing"] = on_missing
   if isinstance(_world, ProcessCommunicator) and _rank_process.is_fork():
     if backend != "single":
       _rank_process.refuse_fork()
@@ -103,6 +110,7 @@ def init(
       )
     return _world
   local_size = _check_arguments(backend, local_size, timeout)
+  _check_on_missing(on_missing)
   if timeout is DEFAULT_TIMEOUT:
     timeout = arguments["timeout"] = _default_timeout(os.environ)
   if backend == "single" and comm is not None:
@@ -115,9 +123,19 @@ def init(
     or comm is not None
     or (backend is None and launched is not None)
   ):
+    reweights = on_missing == "reweight"
+    if reweights:
+      _bootstrap.require_fault_tolerance("on_missing='reweight'")
     world = _bootstrap.open_processes(
       backend, comm, launched, local_size, float(timeout)
     )
+    if reweights and world.backend == "nccl":
+      raise ValueError(
+        "on_missing='reweight' is for backend='mpi': NCCL cannot go on without a "
+        "rank; leave it out."
+      )
+    if reweights:
+      _bootstrap.let_go_on(world)
   else:
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
@@ -284,6 +302,24 @@ def machine_size() -> int:
     Array([2., 2., 2., 2.], dtype=float32)
   """
   return resolve().machine_size
+
+
+def goes_on() -> bool:
+  """Whether the world was made with on_missing="reweight"."""
+  return _arguments.get("on_missing") == "reweight"
+
+
+def replace(made: Communicator) -> None:
+  """Makes the result of a recovery the world."""
+  global _world
+  _world = made
+
+
+def _check_on_missing(on_missing: Any) -> None:
+  if on_missing not in (None, "error", "reweight"):
+    raise ValueError(
+      f"on_missing={on_missing!r} must be 'error' or 'reweight'."
+    )
 
 
 def _default_timeout(environ: Mapping[str, str]) -> float:
