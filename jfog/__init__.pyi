@@ -55,13 +55,16 @@ from .runtime import Communicator as Communicator
 from .runtime import NotInitializedError as NotInitializedError
 from .runtime import init as init
 from .runtime import is_homogeneous as is_homogeneous
+from .runtime import is_rank_failure as is_rank_failure
 from .runtime import local_rank as local_rank
 from .runtime import local_size as local_size
 from .runtime import machine_rank as machine_rank
 from .runtime import machine_size as machine_size
 from .runtime import map_ranks as map_ranks
+from .runtime import missing_ranks as missing_ranks
 from .runtime import num_ranks as num_ranks
 from .runtime import rank as rank
+from .runtime import recover as recover
 from .runtime import shard as shard
 from .runtime import shutdown as shutdown
 from .runtime import simulate as simulate

@@ -60,7 +60,8 @@ ALLOWED_IMPORTS = [("jfog.runtime._extensions", "jfog")]
 TRANSPORT = {
   *("mpi/buffer_pool", "mpi/communicator", "mpi/consistency_check"),
   *("mpi/control_messages", "mpi/datatypes", "mpi/mailboxes", "mpi/operation"),
-  *("mpi/clock_offset", "mpi/duplicates", "mpi/timeline"),
+  *("mpi/clock_offset", "mpi/collective_start", "mpi/duplicates"),
+  *("mpi/fault_tolerance", "mpi/timeline"),
   *("mpi/header_log", "mpi/messages", "mpi/payload", "mpi/progress_engine"),
   *("mpi/shared_memory", "mpi/shared_memory_channel", "mpi/tag_numbers"),
   *("mpi/wire_format", "nccl/api", "nccl/communicator", "nccl/device"),

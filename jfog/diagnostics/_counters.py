@@ -76,14 +76,16 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
   its route through the peers is up to the MPI library. A window operation counts
   at its caller: puts as sent, gets as received. `agreements` counts the
   consistency checks with other ranks before the first use of a graph or of a set
-  of peers.
+  of peers. `missing` counts the averages that went on without a neighbor that had
+  failed, see `on_missing` of `jfog.init`.
 
   Args:
     comm: the communicator; by default the one in reach, see `jfog.init`.
 
   Returns:
     A dict with `bytes_sent`, `bytes_received`, `messages_sent`, `operations` and
-    `agreements`, and under `"peers"` a dict from each peer to the first three.
+    `agreements`, under `"missing"` a dict from each missing peer to its count, and
+    under `"peers"` a dict from each peer to the first three.
 
   Raises:
     ValueError: on a mesh, where XLA moves the data without counters.
@@ -103,11 +105,14 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
       "messages_sent": 0,
       "operations": 0,
       "agreements": 0,
+      "missing": {},
       "peers": {},
     }
   # Operations in flight are counted when they complete.
   jax.effects_barrier()
-  *columns, (operations, agreements) = runtime.counters(of_processes(comm))
+  *columns, (operations, agreements), missing = runtime.counters(
+    of_processes(comm)
+  )
   names = ("bytes_sent", "bytes_received", "messages_sent")
   totals = {
     name: sum(column) for name, column in zip(names, columns, strict=True)
@@ -121,6 +126,7 @@ def counters(*, comm: Communicator | None = None) -> dict[str, Any]:
     **totals,
     "operations": operations,
     "agreements": agreements,
+    "missing": {peer: count for peer, count in enumerate(missing) if count},
     "peers": peers,
   }
 

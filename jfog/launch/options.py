@@ -108,6 +108,11 @@ def parse(arguments: list[str]):
     help="compare the programs of all ranks before they are compiled",
   )
   parser.add_argument(
+    "--fault-tolerant",
+    action="store_true",
+    help="let the other ranks go on when one fails (Open MPI 5)",
+  )
+  parser.add_argument(
     "--tag-output",
     action=argparse.BooleanOptionalAction,
     help="begin every line of output with [rank]; so by default on several ranks",
@@ -269,6 +274,10 @@ def given_variables(options, *, several_hosts: bool = False) -> dict[str, str]:
     given["JFOG_CHECK_PROGRAMS"] = "1"
   if options.timeline:
     given["JFOG_TIMELINE"] = os.path.abspath(options.timeline)
+  if options.fault_tolerant:
+    given["JFOG_FAULT_TOLERANT"] = "1"
+  elif "JFOG_FAULT_TOLERANT" in os.environ:
+    given["JFOG_FAULT_TOLERANT"] = "0"  # of the job that this one starts in
   if several_hosts or _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]

@@ -44,13 +44,13 @@ class Pump:
     self._finished.acquire()
     _thread.start_new_thread(self._copy, ())
 
-  def finish(self) -> None:
-    """Waits for the end of the pipe, at most one second.
+  def finish(self, timeout: float = 1.0) -> None:
+    """Waits for the end of the pipe, at most so many seconds.
 
     A process that outlives the command may hold the pipe open for longer; its
     later output is dropped.
     """
-    self._finished.acquire(timeout=1.0)
+    self._finished.acquire(timeout=timeout)
 
   def write(self, chunk: bytes) -> None:
     """Writes bytes that have gone through all filters."""

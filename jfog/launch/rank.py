@@ -103,8 +103,10 @@ def rank_main(arguments: list[str]) -> int:
     if os.getppid() != parent:  # mpirun was killed, so the job is over
       os.killpg(0, signal.SIGKILL) if leader else os.kill(pid, signal.SIGKILL)
   ended = time.time()
+  fault_tolerant = os.environ.get("JFOG_FAULT_TOLERANT") == "1"
   for pump in pumps:
-    pump.finish()
+    # In a job that outlives this rank, the others may wait for the end of it.
+    pump.finish(0.2 if fault_tolerant else 1.0)
   is_reported = False
   if code:
     is_reported = report.leave_record(
@@ -120,6 +122,10 @@ def rank_main(arguments: list[str]) -> int:
     marks.leave_end(int(rank))
   if not is_reported:
     stderr.write(held.held)
+  if fault_tolerant:
+    # Of the ways in which this process can end, Open MPI takes a signal alone for one
+    # that the other ranks are to know. A rank that ends in order is gone, too.
+    os.kill(os.getpid(), signal.SIGKILL)
   return processes.shell_code(code)
 
 

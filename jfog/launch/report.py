@@ -48,6 +48,18 @@ def failure_report(record: dict, others: Sequence[dict] = ()) -> str:
   return _later(others) + text
 
 
+def loss_report(record: dict) -> str:
+  """Returns the line about a rank without which the job goes on."""
+  end = (
+    f"was killed by {record['signal']}"
+    if record["signal"]
+    else f"failed (exit code {record['code']})"
+  )
+  cause = _last_lines(record["stderr"].rstrip("\n"), 1)
+  cause = f": {cause}" if cause and not record["signal"] else ""
+  return f"jfog run: rank {record['rank']} {end}; the others go on{cause}\n"
+
+
 def interrupt_report(records: list[dict]) -> str:
   """Returns the text about a job that was ended: where one of its ranks was."""
   for record in records:

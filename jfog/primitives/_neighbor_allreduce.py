@@ -26,7 +26,13 @@ from jfog.primitives._operation import Operation
 from jfog.primitives._peers import PackedPeers, Peers, pack, peers_call
 from jfog.primitives._weighted_sum import Weighting
 from jfog.primitives.nccl._neighbor_allreduce import NeighborAllreduce
-from jfog.runtime import Axis, Communicator, resolve
+from jfog.runtime import (
+  AXIS_NAME,
+  Axis,
+  Communicator,
+  present_edges,
+  resolve,
+)
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
 from jfog.topology._neighbor_table import neighbor_table
@@ -251,6 +257,9 @@ def _mix_gathered(
 ) -> jax.Array:
   """On virtual ranks: as a matrix product, or each picks its in-neighbors."""
   gathered = _mesh.gather(x, axes)
+  present = present_edges() if AXIS_NAME in axes else None
+  if present is not None:
+    return _mix_slots(x, gathered, topology, row, rank, present)
   if row is None and _dense.is_dense(topology, x.dtype):
     return _dense.mix(
       x,
@@ -268,8 +277,9 @@ def _mix_slots(
   topology: Topology,
   row: jax.Array | None,
   rank: Any,
+  present: jax.Array | None = None,
 ) -> jax.Array:
-  """The sum over in-neighbors, in ascending order."""
+  """The sum over in-neighbors, of `present` edges only, in ascending order."""
   own = x.astype(_dtypes.accumulation(x.dtype))
   total, minus = _begin(own, topology, row, rank)
   table = neighbor_table(topology)
@@ -281,6 +291,16 @@ def _mix_slots(
     weights = row.astype(dtype)[sources]
   else:
     weights = jnp.asarray(table.weights[0].T.astype(dtype))[:, rank]
+
+  if present is not None:
+    # As in xla_ops/mpi/neighbor_average.cc: the own value takes the weights of what
+    # is missing. In difference form a term that is left out does so by itself.
+    arrives = present[rank][sources]
+    missing = jnp.sum(jnp.where(reads & ~arrives, weights, 0))
+    if row is None:
+      missing = jnp.where(_at(table.difference[0], rank), 0, missing)
+    total = total + _weighted_sum.begin(own, missing, False)[0]
+    reads = reads & arrives
 
   def add(total: jax.Array, slot: Any) -> tuple[jax.Array, None]:
     source, weight, read = slot

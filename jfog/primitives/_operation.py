@@ -12,7 +12,10 @@ from jax.extend.core import Primitive
 from jfog import _compat
 from jfog.primitives import _mesh, _places, _primitive, _pytree
 from jfog.primitives._eager import Pack, with_eager_form
-from jfog.runtime import Communicator, refuse_in_fork
+from jfog.runtime import Communicator, refuse_in_fork, refuse_with_missing
+
+# Operations that go on without ranks that are missing.
+GO_ON = ("jfog_neighbor_allreduce", "neighbor_allreduce")
 
 
 @dataclasses.dataclass
@@ -57,6 +60,8 @@ class Operation:
       return None
     if not self.leaves:
       return []
+    if self.primitive is not None and self.primitive.name not in GO_ON:
+      refuse_with_missing(self.primitive.name)
     assert self.mesh is not None
     return _mesh.on_nonempty(self.mesh, self.leaves)
 

@@ -15,6 +15,8 @@ from jfog.runtime._map_ranks import map_ranks as map_ranks
 from jfog.runtime._map_ranks import num_ranks as num_ranks
 from jfog.runtime._map_ranks import shard as shard
 from jfog.runtime._map_ranks import stack as stack
+from jfog.runtime._presence import present_edges as present_edges
+from jfog.runtime._presence import refuse_with_missing as refuse_with_missing
 from jfog.runtime._process_communicator import (
   MpiCommunicator as MpiCommunicator,
 )
@@ -24,6 +26,9 @@ from jfog.runtime._process_communicator import (
 from jfog.runtime._process_communicator import counters as counters
 from jfog.runtime._process_communicator import reset_counters as reset_counters
 from jfog.runtime._rank_process import refuse_in_fork as refuse_in_fork
+from jfog.runtime._recovery import is_rank_failure as is_rank_failure
+from jfog.runtime._recovery import missing_ranks as missing_ranks
+from jfog.runtime._recovery import recover as recover
 from jfog.runtime._simulate import simulate as simulate
 from jfog.runtime._simulate import spmd as spmd
 from jfog.runtime._summary import RankSummary as RankSummary

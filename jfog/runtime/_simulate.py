@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jfog import _validation
+from jfog.runtime import _presence
 from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
 
 
@@ -20,6 +21,8 @@ def simulate(
   in_axes: Any = 0,
   out_axes: Any = 0,
   local_size: int = 1,
+  alive: Any = None,
+  edge_ok: Any = None,
 ) -> Callable[..., Any]:
   """Runs `fun` on `size` virtual ranks of one device, without MPI.
 
@@ -37,18 +40,31 @@ def simulate(
     out_axes: the same for the results; `None` only for values that are equal on
       all ranks by construction, such as the result of `jfog.allreduce`.
     local_size: the number of consecutive ranks that form a pretended machine.
+    alive: bools of shape `(size,)`, the ranks that take part in this call; traced or
+      not, so that a `lax.scan` over steps can scan a trace of failures. In
+      `jfog.neighbor_allreduce` a rank adds the weights of missing in-neighbors to
+      its own, by the rule of `jfog.topology.without`, as processes do with
+      `jfog.init(on_missing="reweight")`. A missing rank computes on, by itself; its
+      results have no meaning. Any other operation inside `fun` is a `ValueError`.
+    edge_ok: bools of shape `(size, size)`, the messages that arrive in this call,
+      by `[dst, src]`.
 
   Returns:
     A function of the stacked arguments to the stacked results.
 
   Raises:
-    ValueError: if `size` is not positive, `local_size` does not divide it, or a
-      stacked argument has a length other than `size`.
+    ValueError: if `size` is not positive, `local_size` does not divide it, a
+      stacked argument has a length other than `size`, or `alive` or `edge_ok` has
+      another shape or dtype.
 
   Example:
     >>> import jax.numpy as jnp, jfog
     >>> jfog.simulate(jfog.allreduce, 4)(jnp.array([0.0, 1.0, 2.0, 5.0]))
     Array([2., 2., 2., 2.], dtype=float32)
+    >>> average = lambda x: jfog.neighbor_allreduce(x, jfog.topology.ring(4))
+    >>> alive = jnp.array([True, True, True, False])
+    >>> jfog.simulate(average, 4, alive=alive)(jnp.array([0.0, 3.0, 6.0, 9.0]))
+    Array([1., 3., 5., 9.], dtype=float32)
   """
   _validation.positive(size, "size")
   _validation.positive(local_size, "local_size")
@@ -60,6 +76,11 @@ def simulate(
 
   @functools.wraps(fun)
   def simulated(*args: Any, **kwargs: Any) -> Any:
+    if alive is None and edge_ok is None:
+      return run_all(*args, **kwargs)
+    return _presence.run(lambda: run_all(*args, **kwargs), size, alive, edge_ok)
+
+  def run_all(*args: Any, **kwargs: Any) -> Any:
     axes = leaf_axes(in_axes, args)
     keyword_axes = leaf_axes(0, kwargs)
     _check_stacked(args, axes, size, "pass in_axes=None")

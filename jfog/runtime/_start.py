@@ -58,6 +58,7 @@ class Start:
     # Looks are counted and not the wall's time, in which this process may have
     # been suspended.
     while not ended.wait(min(_LOOK, self._left)):
+      self._look()
       self._left -= _LOOK
       if self._left <= 0:
         _failure = self._late()
@@ -66,6 +67,9 @@ class Start:
     if error is not None:
       raise error
     return result
+
+  def _look(self) -> None:
+    """Called now and then while a call is in progress."""
 
   def _late(self) -> str:
     """The text of the error after the timeout."""

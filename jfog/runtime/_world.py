@@ -47,6 +47,7 @@ def init(
   local_size: int | None = None,
   timeout: float = DEFAULT_TIMEOUT,
   check_programs: bool | None = None,
+  on_missing: str | None = None,
 ) -> Communicator:
   """Makes the world communicator, and returns it.
 
@@ -75,6 +76,11 @@ def init(
       the operations differ, naming both sides. A diagnostic: correct programs of
       ranks may differ, or be compiled at other times. By default False, or the
       environment variable `JFOG_CHECK_PROGRAMS`.
+    on_missing: what becomes of operations that wait for a rank that has failed, in
+      a job of `jfog run --fault-tolerant`: `"error"`, the default, or
+      `"reweight"`, with which `jfog.neighbor_allreduce` goes on without its
+      neighbor, whose weight goes to the own value. Any other operation that needs
+      the rank is an error (`UNAVAILABLE`) either way. `jfog.recover` keeps it.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -101,6 +107,7 @@ def init(
   arguments = {"backend": backend, "comm": comm, "local_size": local_size}
   arguments["timeout"] = timeout
   arguments["check_programs"] = check_programs
+  arguments["on_missing"] = on_missing
   if isinstance(_world, ProcessCommunicator) and _rank_process.is_fork():
     if backend != "single":
       _rank_process.refuse_fork()
@@ -124,6 +131,7 @@ def init(
     return _world
   _log.configure(os.environ)
   local_size = _check_arguments(backend, local_size, timeout)
+  _check_on_missing(on_missing)
   if timeout is DEFAULT_TIMEOUT:
     timeout = arguments["timeout"] = _default_timeout(os.environ)
   if check_programs is None:
@@ -140,9 +148,19 @@ def init(
     or comm is not None
     or (backend is None and launched is not None)
   ):
+    reweights = on_missing == "reweight"
+    if reweights:
+      _bootstrap.require_fault_tolerance("on_missing='reweight'")
     world = _bootstrap.open_processes(
       backend, comm, launched, local_size, float(timeout)
     )
+    if reweights and world.backend == "nccl":
+      raise ValueError(
+        "on_missing='reweight' is for backend='mpi': NCCL cannot go on without a "
+        "rank; leave it out."
+      )
+    if reweights:
+      _bootstrap.let_go_on(world)
   else:
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
@@ -335,6 +353,24 @@ def machine_size() -> int:
     Array([2., 2., 2., 2.], dtype=float32)
   """
   return resolve().machine_size
+
+
+def goes_on() -> bool:
+  """Whether the world was made with on_missing="reweight"."""
+  return _arguments.get("on_missing") == "reweight"
+
+
+def replace(made: Communicator) -> None:
+  """Makes the result of a recovery the world."""
+  global _world
+  _world = made
+
+
+def _check_on_missing(on_missing: Any) -> None:
+  if on_missing not in (None, "error", "reweight"):
+    raise ValueError(
+      f"on_missing={on_missing!r} must be 'error' or 'reweight'."
+    )
 
 
 def _default_timeout(environ: Mapping[str, str]) -> float:

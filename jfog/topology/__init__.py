@@ -38,5 +38,6 @@ from jfog.topology._weights import max_degree as max_degree
 from jfog.topology._weights import metropolis_hastings as metropolis_hastings
 from jfog.topology._weights import uniform_in as uniform_in
 from jfog.topology._weights import uniform_out as uniform_out
+from jfog.topology._without import without as without
 
 __all__ = [name for name in dir() if not name.startswith("_")]

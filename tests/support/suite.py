@@ -30,6 +30,7 @@ FULL_FILES = {
   "test_emulation.py": "the emulation of NCCL itself",
   "test_examples.py": "every example, in simulation and on MPI",
   "test_failures.py": "jobs that fail",
+  "test_fault_tolerance.py": "jobs that go on when a rank fails",
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
   "test_gpu_check.py": "the driver of the GPU check",
   "test_mailboxes.py": "every length, graph and number of machines",
@@ -41,7 +42,13 @@ FULL_FILES = {
 }
 
 QUICK_TESTS = {
+  "test_a_graph_without_ranks",
   "test_an_exception_on_one_rank",
+  "test_bad_on_missing_names_the_values",
+  "test_masks_of_another_shape_or_dtype",
+  "test_other_operations_refuse_missing_ranks",
+  "test_simulation_goes_on_without_ranks_and_messages",
+  "test_weights_at_run_time_go_to_the_own_value",
   "test_resource_allocation",
   "test_leaves_across_chunks",
   "test_lengths_and_graphs_in_turn",

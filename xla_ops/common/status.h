@@ -26,7 +26,8 @@ inline const char* CodeName(ffi::ErrorCode code) {
                                "ABORTED",
                                "OUT_OF_RANGE",
                                "UNIMPLEMENTED",
-                               "INTERNAL"};
+                               "INTERNAL",
+                               "UNAVAILABLE"};
   return names[static_cast<int>(code)];
 }
 

@@ -8,6 +8,7 @@
 #include "common/out_of_memory.h"
 #include "common/process_wide.h"
 #include "mpi/buffer_pool.h"
+#include "mpi/fault_tolerance.h"
 
 namespace jfog::mpi {
 namespace {
@@ -76,6 +77,9 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
       timeout_(timeout),
       channels_(std::move(channels)),
       root_(std::move(root)),
+      is_fault_tolerant_(IsFaultTolerant()),
+      gone_(SizeOfComm(parent)),
+      missing_(gone_.size()),
       traffic_(SizeOfComm(parent)) {
   MPI_Comm_rank(parent, &rank_);
   size_ = SizeOfComm(parent);
@@ -213,11 +217,11 @@ void Communicator::ReadControlMessages() {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      if (MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm(), &found,
-                     &status) != MPI_SUCCESS ||
-          !found) {
-        break;
-      }
+      const int code = MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm(),
+                                  &found, &status);
+      // An unacknowledged failure is an error of each probe from any source.
+      if (IsRankFailure(code)) AcknowledgeFailures(control_comm());
+      if (code != MPI_SUCCESS || !found) break;
       ControlMessage message;
       const int source = status.MPI_SOURCE;
       const std::string wrong = ReceiveControlMessage(status, &message);
@@ -365,6 +369,39 @@ std::optional<Header> Communicator::TakePosted(int rank,
 std::optional<Header> Communicator::LastControlMessage(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
   return last_messages_[rank];
+}
+
+void Communicator::FindGone() {
+  if (!is_fault_tolerant_) return;
+  if (root_ != nullptr) {
+    root_->FindGone();
+    for (int rank = 0; rank < size_; ++rank) {
+      if (root_->IsGone(root_ranks_[rank])) MarkGone(rank);
+    }
+  } else {
+    for (int rank : FailedRanks(comm())) MarkGone(rank);
+  }
+  if (!failed() && IsRevoked(root_ != nullptr ? root_->comm() : comm())) {
+    const std::vector<int> gone = Gone();
+    Fail(ffi::ErrorCode::kUnavailable,
+         "another rank has called jfog.recover" +
+             (gone.empty() ? "" : ", because of " + RankList(gone)) +
+             "; call it on this rank, too");
+  }
+}
+
+void Communicator::MarkGone(int rank) {
+  if (gone_[rank].exchange(true, std::memory_order_acq_rel)) return;
+  any_gone_.store(true, std::memory_order_release);
+  if (channels_ != nullptr) channels_->Forget(RankInRoot(rank));
+}
+
+std::vector<int> Communicator::Gone() const {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < size_; ++rank) {
+    if (IsGone(rank)) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
 bool Communicator::HasLeft(int rank) {

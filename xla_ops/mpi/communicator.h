@@ -110,6 +110,31 @@ class Communicator {
     failure_.Set(code, text);
   }
   bool failed() const { return failure_.failed(); }
+
+  // Whether the job outlives its ranks; then the failed ones can be found.
+  bool is_fault_tolerant() const { return is_fault_tolerant_; }
+  // Whether averages with neighbors go on without those that have failed.
+  bool reweights() const { return reweights_.load(std::memory_order_relaxed); }
+  void SetReweights(bool reweights) { reweights_.store(reweights); }
+  // Looks for ranks that have failed since the last look, and fails if another
+  // rank has left this communicator for a recovery. Never waits.
+  void FindGone();
+  void MarkGone(int rank);
+  bool any_gone() const { return any_gone_.load(std::memory_order_acquire); }
+  bool IsGone(int rank) const {
+    return any_gone() && gone_[rank].load(std::memory_order_acquire);
+  }
+  std::vector<int> Gone() const;
+  // Counts an average that went on without a neighbor.
+  void CountMissing(int rank) {
+    missing_[rank].fetch_add(1, std::memory_order_relaxed);
+  }
+  std::vector<std::int64_t> Missing() const {
+    return {missing_.begin(), missing_.end()};
+  }
+  void ResetMissing() {
+    for (auto& count : missing_) count.store(0, std::memory_order_relaxed);
+  }
   // Fails this rank and, as soon as they wait for it, the others.
   void FailAll(const Header& header, ffi::ErrorCode code,
                const std::string& text);
@@ -186,6 +211,11 @@ class Communicator {
   int number_ = 0;
   std::atomic<int> parts_{0};  // made of it
   bool shares_memory_ = false;
+  const bool is_fault_tolerant_;
+  std::atomic<bool> reweights_{false};
+  std::atomic<bool> any_gone_{false};
+  std::vector<std::atomic<bool>> gone_;             // by rank
+  std::vector<std::atomic<std::int64_t>> missing_;  // averages, by rank
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};

@@ -39,7 +39,7 @@ class GraphAgreement : public Operation {
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
 
   ffi::Error Drained(bool* ended) override {
-    *ended = numbers()[0] == ~numbers()[1];
+    *ended = has_given_up_ || numbers()[0] == ~numbers()[1];
     if (*ended) return ffi::Error::Success();
     if (!comparing_) {
       // All ranks see the mismatch, so all enter the gather that names a rank.
@@ -68,6 +68,21 @@ class GraphAgreement : public Operation {
     return others;
   }
   void Leak() override { buffer_.Leak(); }
+  // Averages go on without a rank that has failed, and unchecked.
+  ffi::Error GoOnWithout(const std::vector<int>& gone) override {
+    if (comm().reweights()) return GiveUp();
+    return Operation::GoOnWithout(gone);
+  }
+  ffi::Error RequestFailed(std::size_t slot) override {
+    if (comm().reweights()) return GiveUp();
+    return Operation::RequestFailed(slot);
+  }
+  ffi::Error GiveUp() {
+    buffer_.Leak();
+    DropRequests();
+    has_given_up_ = true;
+    return ffi::Error::Success();
+  }
   // Its number counts graphs and not operations.
   bool is_ordered() const override { return false; }
 
@@ -81,6 +96,7 @@ class GraphAgreement : public Operation {
 
   std::uint64_t graph_;
   bool comparing_ = false;
+  bool has_given_up_ = false;
   Buffer buffer_;
 };
 
@@ -168,6 +184,7 @@ ffi::Error AgreeOnPeers(const std::shared_ptr<Communicator>& comm,
 void AgreeOnGraph(const std::shared_ptr<Communicator>& comm,
                   std::uint64_t graph) {
   if (comm->size() == 1) return;
+  if (comm->reweights() && comm->any_gone()) return;
   const std::optional<std::uint64_t> number = comm->IfNew(graph);
   if (!number) return;
   comm->CountAgreement();

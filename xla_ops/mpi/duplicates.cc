@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/process_wide.h"
+#include "mpi/collective_start.h"
 
 namespace jfog::mpi {
 namespace {
@@ -43,13 +44,6 @@ int RanksOf(MPI_Comm comm) {
   return size;
 }
 
-MPI_Comm Duplicate(MPI_Comm comm) {
-  MPI_Comm made = MPI_COMM_NULL;
-  MPI_Comm_dup(comm, &made);
-  MPI_Comm_set_errhandler(made, MPI_ERRORS_RETURN);
-  return made;
-}
-
 // The ranks of a communicator in MPI_COMM_WORLD; empty if some are not in it.
 std::vector<int> WorldRanks(MPI_Comm comm) {
   std::vector<int> ranks(RanksOf(comm)), world_ranks(ranks.size());
@@ -70,8 +64,8 @@ std::vector<int> WorldRanks(MPI_Comm comm) {
 }  // namespace
 
 Duplicates::Duplicates(MPI_Comm parent)
-    : comm_(Duplicate(parent)),
-      control_comm_(Duplicate(parent)),
+    : comm_(DuplicateOf(parent)),
+      control_comm_(DuplicateOf(parent)),
       sent_(RanksOf(parent)),
       received_(sent_.size()),
       control_sent_(sent_.size()),
@@ -90,7 +84,8 @@ std::unique_ptr<Duplicates> Duplicates::Acquire(MPI_Comm parent) {
       if (made[i] != nullptr) free |= std::uint64_t{1} << (i - index);
     }
   }
-  MPI_Allreduce(MPI_IN_PLACE, &free, 1, MPI_UINT64_T, MPI_BAND, parent);
+  Require(MPI_Allreduce(MPI_IN_PLACE, &free, 1, MPI_UINT64_T, MPI_BAND, parent),
+          "MPI_Allreduce");
   if (free != 0) {
     for (; (free & 1) == 0; free >>= 1) ++index;
     std::unique_ptr<Duplicates> found;
@@ -155,8 +150,9 @@ bool Duplicates::IsQuiet(MPI_Comm parent) {
     sent[2 * rank] = sent_[rank];
     sent[2 * rank + 1] = control_sent_[rank];
   }
-  MPI_Alltoall(sent.data(), 2, MPI_UINT64_T, theirs.data(), 2, MPI_UINT64_T,
-               parent);
+  Require(MPI_Alltoall(sent.data(), 2, MPI_UINT64_T, theirs.data(), 2,
+                       MPI_UINT64_T, parent),
+          "MPI_Alltoall");
   int quiet = 1;
   for (std::size_t rank = 0; rank < size; ++rank) {
     quiet &= theirs[2 * rank] == received_[rank] ? 1 : 0;
@@ -184,7 +180,8 @@ bool Duplicates::IsQuiet(MPI_Comm parent) {
     if (Clock::now() - begin > kPatience) quiet = 0;
     sched_yield();
   }
-  MPI_Allreduce(MPI_IN_PLACE, &quiet, 1, MPI_INT, MPI_MIN, parent);
+  Require(MPI_Allreduce(MPI_IN_PLACE, &quiet, 1, MPI_INT, MPI_MIN, parent),
+          "MPI_Allreduce");
   return quiet != 0;
 }
 

@@ -81,6 +81,7 @@ bool Exchange::UsesMailbox(int rank, std::size_t bytes) const {
 
 void Exchange::ComputeOffsets() {
   consumed_ = 0;
+  lost_from_.clear();
   published_ = own_chunks_;
   unchecked_ = sources().size();
   if (buffer_ || waits_for_memory_) return;
@@ -232,6 +233,7 @@ ffi::Error Exchange::PostReceives(std::size_t chunk) {
     if (chunk >= ChunksOf(whole)) continue;
     if (chunk == 0 && received_mail_[s].is_used) continue;
     if (chunk > 0 && source_channels_[s]) continue;
+    if (IsLost(s, chunk)) continue;
     const std::size_t bytes =
         chunk == 0 ? kEnvelope : Begin(whole, chunk + 1) - Begin(whole, chunk);
     ++pair.outstanding;
@@ -249,7 +251,13 @@ void Exchange::WriteMail(bool* moved) {
     if (!mail.is_open) continue;
     Mailboxes::Message* message =
         mailboxes().Place(destinations()[d], mail.number);
-    if (message == nullptr) continue;
+    if (message == nullptr) {
+      if (!LeavesOut(destinations()[d])) continue;
+      mail.is_open = false;
+      --unwritten_;
+      *moved = true;
+      continue;
+    }
     message->header = Envelope();
     Pack(d, 0, Begin(edges_.destination_bytes[d], 1), message->payload);
     mailboxes().Publish(*message, mail.number);
@@ -264,10 +272,18 @@ ffi::Error Exchange::ReadMail(bool* moved) {
     Mail& mail = received_mail_[s];
     if (!mail.is_open) continue;
     mail.message = mailboxes().Find(sources()[s], mail.number);
-    if (mail.message == nullptr) continue;
+    // Looks again: it may have been sent before the end of the source was seen.
+    const bool is_lost =
+        mail.message == nullptr && LeavesOut(sources()[s]) &&
+        (mail.message = mailboxes().Find(sources()[s], mail.number)) == nullptr;
+    if (mail.message == nullptr && !is_lost) continue;
     mail.is_open = false;
     --unread_;
     *moved = true;
+    if (is_lost) {
+      JFOG_RETURN_IF_ERROR(Lose(s, 0));
+      continue;
+    }
     JFOG_RETURN_IF_ERROR(CheckHeader(sources()[s], mail.message->header));
     JFOG_RETURN_IF_ERROR(HeaderArrived(s, mail.message->header));
   }
@@ -298,10 +314,57 @@ ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
         sources()[source], CheckChannel(theirs.channel, Channels::kChannels)));
     source_channels_[source] = Channels::Claim{theirs.channel, theirs.stamp};
   }
-  if (--unchecked_ > 0 || chunks_ == 1 || !tags_.is_ready()) {
+  --unchecked_;
+  return HeaderSettled();
+}
+
+ffi::Error Exchange::HeaderSettled() {
+  if (unchecked_ > 0 || chunks_ == 1 || !tags_.is_ready()) {
     return ffi::Error::Success();
   }
   return PostReceives(1);
+}
+
+bool Exchange::LeavesOut(int rank) const {
+  return comm().IsGone(rank) && allows_missing_ && comm().reweights();
+}
+
+ffi::Error Exchange::Lose(std::size_t source, std::size_t chunk) {
+  if (lost_from_.empty()) lost_from_.assign(sources().size(), chunks_);
+  if (IsLost(source, chunk)) return ffi::Error::Success();
+  if (lost_from_[source] == chunks_) comm().CountMissing(sources()[source]);
+  lost_from_[source] = chunk;
+  if (chunk > 0) return ffi::Error::Success();
+  source_channels_[source].reset();
+  --unchecked_;
+  return HeaderSettled();
+}
+
+// Nothing to do: what is missing is left out by the next poll.
+ffi::Error Exchange::GoOnWithout(const std::vector<int>& gone) {
+  if (LeavesOut(gone[0])) return ffi::Error::Success();
+  return Operation::GoOnWithout(gone);
+}
+
+ffi::Error Exchange::RequestFailed(std::size_t slot) {
+  const std::size_t edges = sources().size() + destinations().size();
+  if (!allows_missing_ || !comm().reweights() || edges == 0) {
+    return Operation::RequestFailed(slot);
+  }
+  comm().FindGone();  // fails if it is a recovery that has ended the message
+  JFOG_RETURN_IF_ERROR(comm().Refusal());
+  --buffer_pairs_[slot / edges].outstanding;
+  const std::size_t edge = slot % edges;
+  if (edge >= sources().size()) {
+    comm().MarkGone(destinations()[edge - sources().size()]);
+    return ffi::Error::Success();
+  }
+  comm().MarkGone(sources()[edge]);
+  if (unchecked_ > 0) return Lose(edge, 0);
+  // Two chunks are in flight; the pair of buffers has the parity of its chunk.
+  const std::size_t chunk =
+      consumed_ + (consumed_ % kBufferPairs == slot / edges ? 0 : 1);
+  return Lose(edge, chunk);
 }
 
 ffi::Error Exchange::Resume(bool* moved) {
@@ -346,14 +409,18 @@ bool Exchange::HasArrived(std::size_t chunk) {
     Part& part = parts_[s];
     part.begin = Begin(bytes, chunk);
     part.end = Begin(bytes, chunk + 1);
-    if (chunk >= ChunksOf(bytes)) {
+    if (chunk >= ChunksOf(bytes) || IsLost(s, chunk)) {
       part.bytes = nullptr;
     } else if (chunk == 0 && received_mail_[s].is_used) {
       part.bytes = received_mail_[s].message->payload;
     } else if (chunk > 0 && source_channels_[s]) {
       part.bytes = comm().channels()->Find(comm().RankInRoot(sources()[s]),
                                            *source_channels_[s], chunk);
-      if (part.bytes == nullptr) return false;
+      if (part.bytes != nullptr) continue;
+      if (!LeavesOut(sources()[s])) return false;
+      part.bytes = comm().channels()->Find(comm().RankInRoot(sources()[s]),
+                                           *source_channels_[s], chunk);
+      if (part.bytes == nullptr && Lose(s, chunk).failure()) return false;
     } else {
       part.bytes = pair.received + s * std::max(stride_, kEnvelope) + ahead;
     }
@@ -370,7 +437,8 @@ ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
   // The senders on this machine may reuse the slots that this rank has read.
   for (std::size_t s = 0; chunk == 0 && s < sources().size(); ++s) {
     const Mail& mail = received_mail_[s];
-    if (mail.is_used) mailboxes().Done(sources()[s], mail.number);
+    if (mail.is_used && mail.message != nullptr)
+      mailboxes().Done(sources()[s], mail.number);
   }
   for (std::size_t s = 0; chunk > 0 && s < sources().size(); ++s) {
     if (!source_channels_[s] || parts_[s].bytes == nullptr) continue;
@@ -428,6 +496,7 @@ std::vector<int> Exchange::Missing() const {
   if (consumed_ > 0 && consumed_ < chunks_ && unchecked_ == 0) {
     for (std::size_t s = 0; s < sources().size(); ++s) {
       if (source_channels_[s] && consumed_ < ChunksOf(edges_.source_bytes[s]) &&
+          !IsLost(s, consumed_) &&
           comm().channels()->Find(comm().RankInRoot(sources()[s]),
                                   *source_channels_[s], consumed_) == nullptr) {
         missing.push_back(sources()[s]);

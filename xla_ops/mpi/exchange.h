@@ -76,6 +76,13 @@ class Exchange : public Operation {
   const std::vector<int>& sources() const { return edges_.sources; }
   const std::vector<int>& destinations() const { return edges_.destinations; }
 
+  // Lets it go on without the neighbors that have failed, if the communicator
+  // reweights: `Consume` gets null for what they have not sent.
+  void AllowMissing() { allows_missing_ = true; }
+
+  // Whether something is left out.
+  bool is_missing_any() const { return !lost_from_.empty(); }
+
   // See Operation::Renew.
   void Renew();
 
@@ -89,6 +96,8 @@ class Exchange : public Operation {
   void Ended() override;
   std::vector<int> Missing() const override;
   void Leak() override { buffer_.Leak(); }
+  ffi::Error GoOnWithout(const std::vector<int>& gone) override;
+  ffi::Error RequestFailed(std::size_t slot) override;
   ffi::Error Stalled() override;
 
  private:
@@ -130,6 +139,15 @@ class Exchange : public Operation {
   ffi::Error ReadMail(bool* moved);
   // Takes the checked header of a source.
   ffi::Error HeaderArrived(std::size_t source, const Header& theirs);
+  // Whether to go on without a rank, which has failed.
+  bool LeavesOut(int rank) const;
+  // From a chunk on nothing comes from a source; without a header if that is 0.
+  ffi::Error Lose(std::size_t source, std::size_t chunk);
+  bool IsLost(std::size_t source, std::size_t chunk) const {
+    return !lost_from_.empty() && chunk >= lost_from_[source];
+  }
+  // The number of headers to come has changed.
+  ffi::Error HeaderSettled();
   // Whether a chunk has been sent and has arrived from all sources; if so, sets
   // `parts_`.
   bool HasArrived(std::size_t chunk);
@@ -150,6 +168,8 @@ class Exchange : public Operation {
   std::size_t unwritten_ = 0;                    // open ones of these
   std::size_t unread_ = 0;
   bool waits_for_memory_ = false;  // and for no MPI message
+  bool allows_missing_ = false;
+  std::vector<std::size_t> lost_from_;  // chunk, by source; empty: none is lost
   std::array<BufferPair, kBufferPairs> buffer_pairs_;
   Buffer buffer_;
   std::vector<Part> parts_;

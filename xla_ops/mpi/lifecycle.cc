@@ -16,7 +16,9 @@
 #include "common/deadline.h"
 #include "common/fork.h"
 #include "common/process_wide.h"
+#include "mpi/collective_start.h"
 #include "mpi/communicator.h"
+#include "mpi/fault_tolerance.h"
 #include "mpi/handles.h"
 #include "mpi/launch.h"
 #include "mpi/progress_engine.h"
@@ -29,6 +31,8 @@ namespace {
 constexpr std::chrono::seconds kLeaveGrace{5};
 // Interval at which control messages are read.
 constexpr std::chrono::milliseconds kReadEvery{1};
+// Seconds that a rank of a fault-tolerant job waits at its end for the others.
+constexpr double kLeaveAfter = 2;
 
 // MPI in this process.
 struct Process {
@@ -41,6 +45,8 @@ struct Process {
   // The channels of MPI_COMM_WORLD by the local size, kept from one jfog.init
   // to the next.
   std::map<int, std::shared_ptr<Channels>> channels;
+  // Of a fault-tolerant job: the parent of its world.
+  MPI_Comm parent = MPI_COMM_WORLD;
 };
 
 Process& ThisProcess() { return ProcessWide<Process>(); }
@@ -72,8 +78,17 @@ bool IsOversubscribed(MPI_Comm comm) {
   return ranks > CPU_COUNT(&cores);
 }
 
+// The pretended machine of this rank; 0 for real ones.
+int MachineOf(MPI_Comm comm, int local_size) {
+  int rank = 0;
+  MPI_Comm_rank(comm, &rank);
+  return local_size > 0 ? rank / local_size : 0;
+}
+
 std::shared_ptr<Channels> ChannelsOf(MPI_Comm comm, int local_size) {
-  if (comm != MPI_COMM_WORLD) return Channels::Make(comm, local_size);
+  if (comm != MPI_COMM_WORLD) {
+    return Channels::Make(comm, MachineOf(comm, local_size));
+  }
   Process& process = ThisProcess();
   {
     std::lock_guard<std::mutex> lock(process.mutex);
@@ -81,16 +96,14 @@ std::shared_ptr<Channels> ChannelsOf(MPI_Comm comm, int local_size) {
     if (found != process.channels.end()) return found->second;
   }
   // Without the lock: this waits for the other ranks.
-  std::shared_ptr<Channels> channels = Channels::Make(comm, local_size);
+  std::shared_ptr<Channels> channels =
+      Channels::Make(comm, MachineOf(comm, local_size));
   std::lock_guard<std::mutex> lock(process.mutex);
   process.channels.emplace(local_size, channels);
   return channels;
 }
 
-std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
-  auto comm = std::make_shared<Communicator>(
-      parent, timeout, ChannelsOf(parent, local_size), nullptr);
-  SetOversubscribed(IsOversubscribed(comm->comm()));
+std::int64_t AddRoot(std::shared_ptr<Communicator> comm) {
   {
     Process& process = ThisProcess();
     std::lock_guard<std::mutex> lock(process.mutex);
@@ -104,6 +117,18 @@ bool AnyHasLeft(Communicator& comm) {
     if (rank != comm.rank() && comm.HasLeft(rank)) return true;
   }
   return false;
+}
+
+std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
+  if (IsFaultTolerant()) {
+    // The failure of a rank is an error of each call that needs it.
+    MPI_Comm_set_errhandler(parent, MPI_ERRORS_RETURN);
+    ThisProcess().parent = parent;
+  }
+  auto comm = std::make_shared<Communicator>(
+      parent, timeout, ChannelsOf(parent, local_size), nullptr);
+  SetOversubscribed(IsOversubscribed(comm->comm()));
+  return AddRoot(std::move(comm));
 }
 
 bool Finalized() {
@@ -156,13 +181,10 @@ std::int64_t OpenFortran(int handle, int local_size, double timeout) {
 
 std::int64_t Split(std::int64_t context, int color, int key) {
   const std::shared_ptr<Communicator> root = Get(context);
-  MPI_Comm made = MPI_COMM_NULL;
-  if (MPI_Comm_split(root->comm(), color, key, &made) != MPI_SUCCESS) {
-    throw std::runtime_error("jfog: MPI_Comm_split failed");
-  }
-  auto comm = std::make_shared<Communicator>(made, root->timeout(),
+  const TemporaryComm made = TemporaryComm::Split(root->comm(), color, key);
+  auto comm = std::make_shared<Communicator>(made.comm(), root->timeout(),
                                              root->shared_channels(), root);
-  MPI_Comm_free(&made);
+  comm->SetReweights(root->reweights());
   return Communicators().Add(std::move(comm));
 }
 
@@ -237,6 +259,53 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text,
   return texts;
 }
 
+std::vector<int> Missing(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  comm->ReadControlMessages();  // lets MPI take note of what has happened
+  comm->FindGone();
+  return comm->Gone();
+}
+
+void SetReweights(std::int64_t context, bool reweights) {
+  Get(context)->SetReweights(reweights);
+}
+
+void Interrupt(std::int64_t context) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  comm->Fail(ffi::ErrorCode::kUnavailable,
+             "jfog.recover has been called on this rank");
+  Revoke(comm->comm());
+  Revoke(comm->control_comm());
+}
+
+void ShrinkWorld() {
+  const MPI_Comm made = Shrink(ThisProcess().parent);
+  if (made == MPI_COMM_NULL) {
+    throw std::runtime_error("jfog: MPIX_Comm_shrink failed");
+  }
+  BeginStart(made);
+}
+
+std::int64_t OpenSurvivors(int machine, double timeout) {
+  const MPI_Comm parent = StartComm();
+  return AddRoot(std::make_shared<Communicator>(
+      parent, timeout, Channels::Make(parent, machine), nullptr));
+}
+
+void LookAtStart() {
+  const MPI_Comm parent = StartComm();
+  if (parent != MPI_COMM_NULL && !FailedRanks(parent).empty()) RevokeStart();
+}
+
+bool AgreeOnSurvivors(bool is_made) {
+  const MPI_Comm parent = StartComm();
+  if (!is_made) RevokeStart();
+  const bool agreed = AgreeOn(parent, is_made);
+  if (agreed) ThisProcess().parent = parent;
+  EndStart();
+  return agreed;
+}
+
 int Close(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Communicators().Find(context);
   if (comm == nullptr) return 0;
@@ -250,7 +319,7 @@ int Close(std::int64_t context) {
   const auto root = std::find(roots.begin(), roots.end(), comm);
   if (root == roots.end()) return forgotten;
   roots.erase(root);
-  if (!Finalized()) comm->AnnounceLeave();
+  if (!Finalized() && !comm->failed()) comm->AnnounceLeave();
   return forgotten;
 }
 
@@ -277,6 +346,7 @@ bool Leave() {
     if (root->failed()) return false;
   }
   for (const auto& root : process.roots) root->AnnounceLeave();
+  WaitTime waited;
   for (const auto& root : process.roots) {
     // The others may still work for hours; MPI_Finalize would spin meanwhile.
     const timespec nap{0, 1'000'000};
@@ -285,6 +355,13 @@ bool Leave() {
         root->ReadControlMessages();
         if (root->failed()) return false;
         if (root->HasLeft(rank)) break;
+        // A fault-tolerant job goes on without this rank, once the others have
+        // taken what it has sent.
+        root->FindGone();
+        if (root->IsGone(rank) || (root->is_fault_tolerant() &&
+                                   Seconds(waited.Look()) > kLeaveAfter)) {
+          break;
+        }
         nanosleep(&nap, nullptr);
       }
     }
@@ -296,11 +373,15 @@ bool Leave() {
 void Finish() {
   if (!Leave()) return;
   Engine::Get().Stop();
-  if (ThisProcess().has_started_mpi) MPI_Finalize();
+  // With messages to failed ranks it might wait for good.
+  if (process.has_started_mpi && !IsFaultTolerant()) MPI_Finalize();
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
-  return Get(context)->traffic().Read();
+  const std::shared_ptr<Communicator> comm = Get(context);
+  std::vector<std::vector<std::int64_t>> counters = comm->traffic().Read();
+  counters.push_back(comm->Missing());
+  return counters;
 }
 
 std::vector<std::int64_t> ReadWaits(std::int64_t context) {
@@ -317,6 +398,9 @@ std::vector<int> SharedMemoryRanks(std::int64_t context) {
   return ranks;
 }
 
-void ResetCounters(std::int64_t context) { Get(context)->traffic().Reset(); }
+void ResetCounters(std::int64_t context) {
+  Get(context)->traffic().Reset();
+  Get(context)->ResetMissing();
+}
 
 }  // namespace jfog::mpi

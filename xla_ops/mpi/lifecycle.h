@@ -34,6 +34,23 @@ std::vector<int> Machines(std::int64_t context);
 std::vector<std::string> Gather(std::int64_t context, const std::string& text,
                                 bool patient);
 
+// The ranks that have failed, as far as this rank knows; never waits.
+std::vector<int> Missing(std::int64_t context);
+// Whether averages with neighbors go on without those that have failed.
+void SetReweights(std::int64_t context, bool reweights);
+
+// The way to a world of the ranks that are left. A rank interrupts its
+// communicators, which fails them on the others as well. Then, until they
+// agree: all shrink the world, open it, split its parts off, and agree on
+// whether that succeeded. Meanwhile another thread calls `LookAtStart` now and
+// then, which ends the calls of this rank and of the others if a further rank
+// fails.
+void Interrupt(std::int64_t context);
+void ShrinkWorld();
+std::int64_t OpenSurvivors(int machine, double timeout);
+void LookAtStart();
+bool AgreeOnSurvivors(bool is_made);
+
 // Ends the use of a communicator on this rank; returns how many of its
 // operations were started and not waited on.
 int Close(std::int64_t context);
@@ -52,8 +69,8 @@ bool Leave();
 // left as it is, because MPI_Finalize could wait forever.
 void Finish();
 
-// bytes_sent, bytes_received, messages_sent (one of each for every peer), and
-// the number of operations as the last element.
+// bytes_sent, bytes_received, messages_sent (one of each for every peer); the
+// number of operations; averages without a peer.
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context);
 void ResetCounters(std::int64_t context);
 // Nanoseconds waited for each rank, then those waited in all.

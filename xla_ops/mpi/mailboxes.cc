@@ -1,6 +1,8 @@
 // Mailboxes: short messages between the ranks of one machine.
 #include "mpi/mailboxes.h"
 
+#include "mpi/collective_start.h"
+
 namespace jfog::mpi {
 
 // Zeros are a valid state of all of it, so fresh memory needs no construction,
@@ -15,15 +17,13 @@ std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm, int machine) {
   int size = 0, rank = 0, ranks = 0;
   MPI_Comm_size(comm, &size);
   MPI_Comm_rank(comm, &rank);
-  MPI_Comm part = MPI_COMM_NULL;
-  if (MPI_Comm_split(comm, machine, rank, &part) != MPI_SUCCESS) return nullptr;
+  const TemporaryComm part = TemporaryComm::Split(comm, machine, rank);
   std::unique_ptr<Mailboxes> boxes(new Mailboxes(size));
-  MPI_Comm_rank(part, &boxes->me_);
-  MPI_Comm_size(part, &ranks);
+  MPI_Comm_rank(part.comm(), &boxes->me_);
+  MPI_Comm_size(part.comm(), &ranks);
   const std::size_t bytes = ranks * sizeof(Ring);
-  boxes->memory_ = SharedMemory::Make(part, bytes, bytes);
-  boxes->local_ = RanksIn(comm, part);
-  MPI_Comm_free(&part);
+  boxes->memory_ = SharedMemory::Make(part.comm(), bytes, bytes);
+  boxes->local_ = RanksIn(comm, part.comm());
   return boxes->memory_ == nullptr ? nullptr : std::move(boxes);
 }
 

@@ -9,6 +9,7 @@
 #include "common/weighted_sum.h"
 #include "mpi/clock_offset.h"
 #include "mpi/collectives.h"
+#include "mpi/fault_tolerance.h"
 #include "mpi/finite_time.h"
 #include "mpi/hierarchical.h"
 #include "mpi/lifecycle.h"
@@ -63,6 +64,16 @@ PYBIND11_MODULE(_mpi, m) {
       },
       py::arg("context"), py::arg("text"), py::arg("patient") = false);
   m.def("close", &Close, py::arg("context"));
+  m.def("has_fault_tolerance", &HasFaultTolerance);
+  m.def("missing", &Missing, py::arg("context"));
+  m.def("set_reweights", &SetReweights, py::arg("context"),
+        py::arg("reweights"));
+  m.def("interrupt", &Interrupt, py::arg("context"), NoGil());
+  m.def("shrink_world", &ShrinkWorld, NoGil());
+  m.def("open_survivors", &OpenSurvivors, py::arg("machine"),
+        py::arg("timeout"), NoGil());
+  m.def("look_at_start", &LookAtStart, NoGil());
+  m.def("agree_on_survivors", &AgreeOnSurvivors, py::arg("is_made"), NoGil());
   m.def("failures", &Failures);
   m.def("reset_program_device", &ResetProgramDevice);
   m.def("abandon", &Abandon, py::arg("reason"));

@@ -129,6 +129,9 @@ Completion NeighborAllreduceImpl(State* state, ffi::Token,
         plan.comm, kNeighborAllreduce, std::move(leaves),
         Mix(Mix(plan.graph, plan.weighting), at),
         has_row ? reweighted : *planned);
+    // Where the senders weight, this rank does not know the weight that is
+    // missing.
+    if (plan.weighting != kSource) average->AllowMissing();
   }
   if (!reuses) return Launch(std::move(average), results, plan.mode);
   average->Start();

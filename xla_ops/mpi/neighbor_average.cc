@@ -41,8 +41,40 @@ void NeighborAverage::Pack(std::size_t destination, std::size_t begin,
                       });
 }
 
+// In difference form a term that is left out counts as the own payload by
+// itself.
+std::vector<Term> NeighborAverage::TermsOf(const std::vector<Part>& received,
+                                           double* own) const {
+  std::vector<Term> terms;
+  for (std::size_t k = 0; k < received.size(); ++k) {
+    if (received[k].bytes == nullptr) {
+      *own += terms_[k].weight;
+    } else {
+      terms.push_back({received[k].bytes, terms_[k].weight});
+    }
+  }
+  return terms;
+}
+
 ffi::Error NeighborAverage::Consume(std::size_t begin, std::size_t end,
                                     const std::vector<Part>& received) {
+  if (is_missing_any()) {
+    double own = self_weight_;
+    const std::vector<Term> present = TermsOf(received, &own);
+    leaves().ForEachRun(begin, end,
+                        [&](const Leaf& leaf, std::size_t first,
+                            std::size_t count, std::size_t at) {
+                          std::vector<Term> terms = present;
+                          for (Term& term : terms) {
+                            term.values =
+                                static_cast<const std::byte*>(term.values) + at;
+                          }
+                          const std::size_t start = first * SizeOf(leaf.type);
+                          WeightedSum(leaf.type, count, leaf.input + start, own,
+                                      terms, difference_, leaf.output + start);
+                        });
+    return ffi::Error::Success();
+  }
   leaves().ForEachRun(begin, end,
                       [&](const Leaf& leaf, std::size_t first,
                           std::size_t count, std::size_t at) {

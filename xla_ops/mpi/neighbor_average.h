@@ -22,6 +22,8 @@ class NeighborAverage : public Exchange {
                   Payload payload, std::uint64_t variant, const Round& round,
                   bool is_followup = false);
 
+  using Exchange::AllowMissing;
+
   // Prepares a completed average for the operands and results of another call.
   // False if their number, types or lengths differ.
   bool Renew(ffi::RemainingArgs args, ffi::RemainingRets results);
@@ -31,6 +33,11 @@ class NeighborAverage : public Exchange {
             std::byte* to) override;
   ffi::Error Consume(std::size_t begin, std::size_t end,
                      const std::vector<Part>& received) override;
+
+  // The terms of a chunk, and in *own the weight of the own payload: with that
+  // of each source that has failed, whose term is left out.
+  std::vector<Term> TermsOf(const std::vector<Part>& received,
+                            double* own) const;
 
   const double self_weight_;
   const std::vector<double>

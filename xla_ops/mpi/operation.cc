@@ -13,6 +13,7 @@
 #include "common/out_of_memory.h"
 #include "common/places.h"
 #include "common/process_wide.h"
+#include "mpi/fault_tolerance.h"
 
 namespace jfog::mpi {
 namespace {
@@ -174,6 +175,10 @@ ffi::Error Operation::Poll(bool* moved) {
     for (int i = 0; i < count; ++i) {
       --pending_;
       *moved = true;
+      if (code == MPI_ERR_IN_STATUS && IsRankFailure(statuses_[i].MPI_ERROR)) {
+        JFOG_RETURN_IF_ERROR(RequestFailed(indices_[i]));
+        continue;
+      }
       if (code == MPI_ERR_IN_STATUS && statuses_[i].MPI_ERROR != MPI_SUCCESS) {
         return MpiFailure(statuses_[i].MPI_ERROR,
                           "with " + RankList({statuses_[i].MPI_SOURCE}));
@@ -225,7 +230,53 @@ ffi::Error Operation::Fail(ffi::ErrorCode code, const std::string& text) {
   return comm_->Refusal();
 }
 
+ffi::Error Operation::FailWithout(const std::vector<int>& gone) {
+  const std::vector<int> all = gone.empty() ? comm_->Gone() : gone;
+  return Fail(ffi::ErrorCode::kUnavailable,
+              (gone.empty() ? "stopped, because of " : "waits for ") +
+                  RankList(all) + ", which has ended (" + leaves_.Describe() +
+                  "); jfog.recover() goes on with the others");
+}
+
+ffi::Error Operation::GoOnWithout(const std::vector<int>& gone) {
+  return FailWithout(gone);
+}
+
+ffi::Error Operation::RequestFailed(std::size_t) {
+  comm_->FindGone();
+  return FailWithout({});
+}
+
+ffi::Error Operation::Started(int code, const char* what, std::size_t slot) {
+  if (code == MPI_SUCCESS) return ffi::Error::Success();
+  if (!IsRankFailure(code)) return MpiFailure(code, what);
+  --pending_;
+  requests_[slot] = MPI_REQUEST_NULL;
+  return RequestFailed(slot);
+}
+
+ffi::Error Operation::FindGone(bool* moved) {
+  if (!comm_->is_fault_tolerant()) return ffi::Error::Success();
+  comm_->FindGone();
+  JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  if (!comm_->any_gone()) return ffi::Error::Success();
+  // Messages that a rank sent before its end have arrived by now.
+  JFOG_RETURN_IF_ERROR(Poll(moved));
+  if (*moved) return ffi::Error::Success();
+  std::vector<int> gone;
+  for (int rank : Missing()) {
+    if (comm_->IsGone(rank)) gone.push_back(rank);
+  }
+  if (!gone.empty()) return GoOnWithout(gone);
+  // The rank that this one waits for has failed with an error of its own.
+  return comm_->reweights() ? ffi::Error::Success() : FailWithout({});
+}
+
 ffi::Error Operation::MpiFailure(int code, const std::string& what) {
+  if (IsRankFailure(code)) {
+    comm_->FindGone();
+    return FailWithout({});
+  }
   return Fail(ffi::ErrorCode::kInternal,
               "failed " + what + ": " + ErrorText(code));
 }
@@ -233,17 +284,17 @@ ffi::Error Operation::MpiFailure(int code, const std::string& what) {
 ffi::Error Operation::Send(const void* bytes, std::size_t count, int rank,
                            int tag, std::size_t slot) {
   comm().duplicates().CountSent(rank);
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(bytes, static_cast<int>(count), MPI_BYTE,
-                                     rank, tag, comm().comm(), Slot(slot)));
-  return ffi::Error::Success();
+  return Started(MPI_Isend(bytes, static_cast<int>(count), MPI_BYTE, rank, tag,
+                           comm().comm(), Slot(slot)),
+                 "in MPI_Isend", slot);
 }
 
 ffi::Error Operation::Receive(void* bytes, std::size_t count, int rank, int tag,
                               std::size_t slot, bool has_header) {
-  JFOG_MPI_RETURN_IF_ERROR(
+  return Started(
       MPI_Irecv(bytes, static_cast<int>(count), MPI_BYTE, rank, tag,
-                comm().comm(), Slot(slot, has_header ? kAnyLength : count)));
-  return ffi::Error::Success();
+                comm().comm(), Slot(slot, has_header ? kAnyLength : count)),
+      "in MPI_Irecv", slot);
 }
 
 // MPI reports a message that is too long as an error, and a short one as the
@@ -431,6 +482,11 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
     if (awaited_since_.load(std::memory_order_relaxed) != 0) Await();
     return ffi::Error::Success();
   }
+  JFOG_RETURN_IF_ERROR(FindGone(&moved));
+  if (moved) {
+    if (awaited_since_.load(std::memory_order_relaxed) != 0) Await();
+    return ffi::Error::Success();
+  }
   const std::vector<int> missing = Missing();
   std::vector<int> left;
   for (int rank : missing) {
@@ -438,9 +494,13 @@ ffi::Error Operation::FindStall(Clock::duration waited) {
   }
   if (left.empty() || !left_at_ || *left_at_ > waited) left_at_ = waited;
   if (!left.empty() && waited - *left_at_ > kGrace) {
-    return Fail(ffi::ErrorCode::kAborted, "waits for " + RankList(left) +
-                                              ", which has already ended (" +
-                                              leaves_.Describe() + ")");
+    if (!comm_->is_fault_tolerant()) {
+      return Fail(ffi::ErrorCode::kAborted, "waits for " + RankList(left) +
+                                                ", which has already ended (" +
+                                                leaves_.Describe() + ")");
+    }
+    for (int rank : left) comm_->MarkGone(rank);
+    if (!comm_->reweights()) return FailWithout(left);
   }
   if (is_ordered()) {
     // The others compare this position with their own, and find a mismatch

@@ -4,6 +4,7 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -111,6 +112,10 @@ class Operation {
   virtual void Ended() {}
   // Whether other ranks come to the same operation, in the same order.
   virtual bool is_ordered() const { return true; }
+  // Called if it waits for ranks that have failed: fails, or moves on without
+  // them. A message with one of them, by its slot, ends by itself.
+  virtual ffi::Error GoOnWithout(const std::vector<int>& gone);
+  virtual ffi::Error RequestFailed(std::size_t slot);
   // Called now and then while nothing moves: looks for reasons of its own.
   virtual ffi::Error Stalled() { return ffi::Error::Success(); }
 
@@ -133,6 +138,11 @@ class Operation {
   // The length of a message that has been received.
   std::size_t length(std::size_t slot) const { return lengths_[slot]; }
   void Resize(std::size_t slots);
+  // Leaves all pending requests to MPI for good.
+  void DropRequests() {
+    pending_ = 0;
+    std::fill(requests_.begin(), requests_.end(), MPI_REQUEST_NULL);
+  }
   std::size_t slots() const { return requests_.size(); }
   bool is_pending(std::size_t slot) const {
     return requests_[slot] != MPI_REQUEST_NULL;
@@ -176,6 +186,11 @@ class Operation {
 
  private:
   ffi::Error MpiFailure(int code, const std::string& what);
+  // Takes the code of the start of a message.
+  ffi::Error Started(int code, const char* what, std::size_t slot);
+  // Looks for ranks that have failed.
+  ffi::Error FindGone(bool* moved);
+  ffi::Error FailWithout(const std::vector<int>& gone);
   // Compares the length of a completed message, if it is a received one.
   ffi::Error CheckReceived(std::size_t slot, const MPI_Status& status);
   ffi::Error Poll(bool* moved);

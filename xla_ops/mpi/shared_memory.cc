@@ -12,6 +12,7 @@
 #include <string>
 
 #include "common/cache_line.h"
+#include "mpi/collective_start.h"
 
 namespace jfog::mpi {
 namespace {
@@ -34,7 +35,8 @@ bool IsEnabled() {
 // Logical and over the ranks of `machine`.
 bool AllOf(bool value, MPI_Comm machine) {
   int all = value;
-  MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, machine);
+  Require(MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, machine),
+          "MPI_Allreduce");
   return all != 0;
 }
 
@@ -97,8 +99,9 @@ std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
     own.token = (std::uint64_t{random()} << 32) | random();
     *TokenIn(memory->of(me), own.bytes) = own.token;
   }
-  MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, origins.data(),
-                sizeof(Origin), MPI_BYTE, machine);
+  Require(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, origins.data(),
+                        sizeof(Origin), MPI_BYTE, machine),
+          "MPI_Allgather");
   for (int rank = 0; rank < ranks && usable; ++rank) {
     if (rank == me) continue;
     memory->parts_[rank] = {MapOther(origins[rank], least),

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "common/cache_line.h"
+#include "mpi/collective_start.h"
 
 namespace jfog::mpi {
 // A stamp on its own cache line, against false sharing between ranks.
@@ -14,32 +15,28 @@ struct alignas(kCacheLine) Channels::Mark {
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int local_size) {
+std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int machine_index) {
   std::shared_ptr<Channels> channels(new Channels);
   int rank = 0;
   MPI_Comm_rank(comm, &rank);
-  MPI_Comm real = MPI_COMM_NULL, machine = MPI_COMM_NULL;
-  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL,
-                          &real) != MPI_SUCCESS) {
-    return nullptr;
-  }
-  MPI_Comm_split(real, local_size > 0 ? rank / local_size : 0, rank, &machine);
-  MPI_Comm_free(&real);
-  MPI_Comm_set_errhandler(machine, MPI_ERRORS_RETURN);
-  MPI_Comm_rank(machine, &channels->me_);
-  MPI_Comm_size(machine, &channels->size_);
+  const TemporaryComm real = TemporaryComm::OfMachine(comm, rank);
+  const TemporaryComm machine =
+      TemporaryComm::Split(real.comm(), machine_index, rank);
+  MPI_Comm_rank(machine.comm(), &channels->me_);
+  MPI_Comm_size(machine.comm(), &channels->size_);
+  channels->forgotten_ = std::vector<std::atomic<bool>>(channels->size_);
   const std::size_t marks = kChannels * kSlots * (1 + channels->size_);
   const std::size_t bytes =
       marks * sizeof(Mark) + kChannels * kSlots * kSlotBytes;
-  channels->memory_ = SharedMemory::Make(machine, bytes, bytes);
+  channels->memory_ = SharedMemory::Make(machine.comm(), bytes, bytes);
   const bool usable = channels->memory_ != nullptr;
   if (usable) {
     std::byte* own = channels->memory_->of(channels->me_);
     for (std::size_t i = 0; i < marks; ++i) new (own + i * sizeof(Mark)) Mark;
-    channels->local_ = RanksIn(comm, machine);
+    channels->local_ = RanksIn(comm, machine.comm());
   }
-  MPI_Barrier(machine);  // no rank reads a mark before it is constructed
-  MPI_Comm_free(&machine);
+  // No rank reads a mark before it is constructed.
+  Require(MPI_Barrier(machine.comm()), "MPI_Barrier");
   return usable ? channels : nullptr;
 }
 
@@ -60,7 +57,14 @@ std::byte* Channels::Bytes(int local, int channel, int slot) const {
 
 bool Channels::IsRead(const Own& own, int channel, int slot, int reader) const {
   return DoneMark(me_, channel, slot, reader)
-             .stamp.load(std::memory_order_acquire) == own.stamps[slot];
+                 .stamp.load(std::memory_order_acquire) == own.stamps[slot] ||
+         forgotten_[reader].load(std::memory_order_acquire);
+}
+
+void Channels::Forget(int rank) {
+  if (local_[rank] >= 0) {
+    forgotten_[local_[rank]].store(true, std::memory_order_release);
+  }
 }
 
 std::optional<Channels::Claim> Channels::Acquire(

@@ -5,6 +5,7 @@
 #include <mpi.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -36,9 +37,9 @@ class Channels {
     std::uint64_t stamp = 0;  // of chunk 0, unique per writer; 0: no channel
   };
 
-  // Collective over `comm`. A positive `local_size` makes that many consecutive
-  // ranks a machine. Null without shared memory.
-  static std::shared_ptr<Channels> Make(MPI_Comm comm, int local_size);
+  // Collective over `comm`. Ranks of unequal `machine` count as ranks of
+  // several machines, even if they share memory. Null without shared memory.
+  static std::shared_ptr<Channels> Make(MPI_Comm comm, int machine);
   ~Channels() = default;
   Channels(const Channels&) = delete;
   Channels& operator=(const Channels&) = delete;
@@ -54,6 +55,8 @@ class Channels {
   // The slot for a chunk; null until all readers are done with the chunk in it.
   std::byte* Place(const Claim& claim, std::uint64_t chunk) const;
   void Publish(const Claim& claim, std::uint64_t chunk);
+  // Waits for this rank no longer, which has failed.
+  void Forget(int rank);
   // The ranks that keep `Place` from returning a slot.
   std::vector<int> Behind(const Claim& claim, std::uint64_t chunk) const;
 
@@ -84,6 +87,7 @@ class Channels {
   std::vector<int> local_;  // of each rank its rank on the machine, or -1
   int size_ = 0;            // ranks on the machine
   int me_ = 0;
+  std::vector<std::atomic<bool>> forgotten_;  // by rank on the machine
   // Leaked deliberately: freeing it would be collective.
   std::unique_ptr<SharedMemory> memory_;
   mutable std::mutex mutex_;  // guards all below

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "mpi/buffer_pool.h"
+#include "mpi/fault_tolerance.h"
 #include "mpi/progress_engine.h"
 #include "mpi/windows/window.h"
 #include "mpi/wire_format.h"
@@ -71,11 +72,11 @@ class WindowService {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      if (MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag, comm_->control_comm(), &found,
-                     &status) != MPI_SUCCESS ||
-          !found) {
-        return any;
-      }
+      const int probed = MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag,
+                                    comm_->control_comm(), &found, &status);
+      // An unacknowledged failure is an error of each probe from any source.
+      if (IsRankFailure(probed)) AcknowledgeFailures(comm_->control_comm());
+      if (probed != MPI_SUCCESS || !found) return any;
       any = true;
       int bytes = 0;
       MPI_Get_count(&status, MPI_BYTE, &bytes);

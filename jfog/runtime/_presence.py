@@ -1,0 +1,79 @@
+"""Ranks and links that are missing in a simulation."""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_numbers = itertools.count()
+
+
+class _Stack(threading.local):
+  """The edges that are present in the simulations that this thread traces."""
+
+  def __init__(self) -> None:
+    self.present: list[jax.Array] = []
+
+
+_stack = _Stack()
+
+
+def present_edges() -> jax.Array | None:
+  """The edges that are present, by `[dst, src]`; None if none is missing."""
+  return _stack.present[-1] if _stack.present else None
+
+
+def refuse_with_missing(name: str) -> None:
+  """Refuses an operation of all ranks in a simulation in which some are missing.
+
+  Raises:
+    ValueError: naming the operation.
+  """
+  if _stack.present:
+    raise ValueError(
+      f"{name}: simulate has alive= or edge_ok=, and of all operations only "
+      f"neighbor_allreduce goes on without missing ranks; call {name} outside, or "
+      f"without them."
+    )
+
+
+def run(fun: Callable[[], Any], size: int, alive: Any, edge_ok: Any) -> Any:
+  """Runs `fun` with missing ranks and edges."""
+  present = _checked(edge_ok, (size, size), "edge_ok")
+  ranks = _checked(alive, (size,), "alive")
+  present &= ranks[:, None] & ranks[None, :]
+  # The name of a bound axis is part of the key of JAX's caches: a function that is
+  # jitted inside of `fun` is traced again, and not taken from another simulation.
+  marker = f"jfog_presence_{next(_numbers)}"
+
+  def body(_: jax.Array) -> Any:
+    with _bound(present):
+      return fun()
+
+  marked = jax.vmap(body, out_axes=None, axis_name=marker)
+  return marked(jnp.zeros(1))
+
+
+@contextlib.contextmanager
+def _bound(present: jax.Array) -> Iterator[None]:
+  _stack.present.append(present)
+  try:
+    yield
+  finally:
+    _stack.present.pop()
+
+
+def _checked(mask: Any, shape: tuple[int, ...], name: str) -> jax.Array:
+  if mask is None:
+    return jnp.ones(shape, bool)
+  mask = jnp.asarray(mask)
+  if mask.shape != shape or mask.dtype != jnp.bool_:
+    raise ValueError(
+      f"simulate: {name} is an array of shape {mask.shape} and dtype {mask.dtype}; "
+      f"pass bools of shape {shape}, those of one call."
+    )
+  return mask

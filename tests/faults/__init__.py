@@ -1,0 +1,1 @@
+"""Fault injection: jobs whose ranks are killed, held against the dense truth."""

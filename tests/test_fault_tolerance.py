@@ -1,0 +1,274 @@
+"""Jobs that go on when a rank fails: averages without it, and a world without it."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from faults import check
+from support import jobs
+from test_pages import programs
+
+import jfog
+from jfog import launch, runtime, topology
+
+needs_mpi = pytest.mark.skipif(
+  not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
+)
+SEEDS = {"reweight": (4,), "error": (5,)}  # two of three, and one of five die
+SIZE = 5
+GRAPHS = [
+  topology.ring(SIZE),
+  topology.ring(SIZE, "right"),
+  topology.one_peer_exponential(SIZE),
+  topology.star(SIZE),
+]
+
+
+def dense(matrix, present):
+  """A mixing matrix whose missing edges count for the receiver's own value."""
+  kept = matrix * present
+  np.fill_diagonal(kept, 0)
+  own = np.diag(matrix) + (matrix * ~present).sum(axis=1)
+  own -= np.diag(matrix) * ~np.diag(present)
+  return kept + np.diag(own)
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=str)
+def test_simulation_goes_on_without_ranks_and_messages(graph):
+  random = np.random.RandomState(0)
+  x = random.randn(SIZE, 3).astype(np.float32)
+
+  @jax.jit
+  def average(x, alive, edge_ok, step):
+    # Jitted inside as well: its cache must not ignore who is missing.
+    mix = jax.jit(lambda x: jfog.neighbor_allreduce(x, graph, step))
+    mix = jfog.simulate(mix, SIZE, alive=alive, edge_ok=edge_ok)
+    return mix(x)
+
+  for step in range(4):
+    alive, edge_ok = random.rand(SIZE) > 0.3, random.rand(SIZE, SIZE) > 0.3
+    present = edge_ok & alive[:, None] & alive[None, :]
+    expected = dense(graph[step].mixing_matrix, present) @ x
+    got = average(x, alive, edge_ok, step)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_at_run_time_go_to_the_own_value():
+  graph = topology.ring(SIZE)
+  weights = jnp.asarray(graph.mixing_matrix)
+  alive = np.arange(SIZE) != 2
+  x = np.random.RandomState(0).randn(SIZE).astype(np.float32)
+  got = jfog.simulate(
+    lambda x: jfog.neighbor_allreduce(x, graph, weights=weights),
+    SIZE,
+    alive=alive,
+  )(x)
+  expected = dense(graph.mixing_matrix, alive[:, None] & alive[None, :]) @ x
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_operations_refuse_missing_ranks():
+  alive = jnp.ones(SIZE, bool)
+  for operation in (jfog.allreduce, jfog.broadcast, jfog.allgather):
+    with pytest.raises(ValueError, match="only neighbor_allreduce goes on"):
+      jfog.simulate(operation, SIZE, alive=alive)(jnp.ones((SIZE, 1)))
+
+
+@pytest.mark.parametrize(
+  "masks", [{"alive": np.ones(3, bool)}, {"edge_ok": np.ones((SIZE, SIZE))}]
+)
+def test_masks_of_another_shape_or_dtype(masks):
+  run = jfog.simulate(lambda x: x, SIZE, **masks)
+  with pytest.raises(ValueError, match="pass bools of shape"):
+    run(jnp.ones(SIZE))
+
+
+def test_a_graph_without_ranks():
+  graph = topology.without(topology.hypercube(8), [1, 6])
+  assert graph.is_doubly_stochastic
+  assert graph.in_neighbors(1) == ()
+  smaller = topology.without(topology.hypercube(8), [1, 6], renumber=True)
+  left = [0, 2, 3, 4, 5, 7]
+  kept = graph.mixing_matrix[np.ix_(left, left)]
+  np.testing.assert_allclose(smaller.mixing_matrix, kept)
+  schedule = topology.one_peer_exponential(4)
+  assert topology.without(schedule, [2], renumber=True).size == 3
+  with pytest.raises(ValueError, match="renumber=True"):
+    topology.without(schedule, [2])
+  with pytest.raises(ValueError, match="not strongly connected"):
+    topology.without(topology.ring(6), [0, 3], renumber=True)
+  with pytest.raises(ValueError, match="all 3 ranks are missing"):
+    topology.without(topology.ring(3), range(3))
+
+
+def test_bad_on_missing_names_the_values():
+  with pytest.raises(ValueError, match="must be 'error' or 'reweight'"):
+    jfog.init(on_missing="retry")
+
+
+# The optimizers of the table in docs/failures.md. The losses are |x - b|^2 / 2, so the
+# optimum of some ranks is the mean of their b.
+RING = topology.ring(SIZE)
+LOST = 2
+OPTIMIZERS = {
+  "adapt_then_combine": lambda: jfog.optimizers.adapt_then_combine(
+    optax.sgd(0.05), RING
+  ),
+  "push_sum": lambda: jfog.optimizers.push_sum(optax.sgd(0.05), RING),
+  "gradient_tracking": lambda: jfog.optimizers.gradient_tracking(
+    optax.sgd(0.05), RING
+  ),
+  "exact_diffusion": lambda: jfog.optimizers.exact_diffusion(
+    optax.sgd(0.05), RING
+  ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_go_on_as_documented(name):
+  tx = OPTIMIZERS[name]()
+  b = np.random.RandomState(0).randn(SIZE, 4).astype(np.float32)
+  left = [rank for rank in range(SIZE) if rank != LOST]
+
+  @jax.jit
+  def train(params, state, alive):
+    def body(carry, _):
+      def step(params, state, b):
+        updates, state = tx.update(params - b, state, params)
+        return optax.apply_updates(params, updates), state
+
+      return jfog.simulate(step, SIZE, alive=alive)(*carry, b), None
+
+    return jax.lax.scan(body, (params, state), length=400)[0]
+
+  init = jax.jit(jfog.simulate(tx.init, SIZE))
+  params = jnp.zeros((SIZE, 4))
+  params, state = train(params, init(params), jnp.ones(SIZE, bool))
+  alive = jnp.arange(SIZE) != LOST
+  kept, _ = train(params, state, alive)
+  anew, _ = train(params, init(params), alive)
+  best, before = b[left].mean(axis=0), b.mean(axis=0)
+  means = [np.asarray(x)[left].mean(axis=0) for x in (kept, anew)]
+  remembers = name in ("gradient_tracking", "exact_diffusion")
+  np.testing.assert_allclose(means[0], before if remembers else best, atol=2e-3)
+  np.testing.assert_allclose(means[1], best, atol=2e-3)
+
+
+def launched(program, ranks):
+  """Runs a program on ranks of a fault-tolerant job."""
+  command = launch.command_line(
+    ["--no-tag-output", "--fault-tolerant", "-np", str(ranks)]
+  )
+  return jobs.run_program(
+    program, ranks, deadline=check.DEADLINE, command=command
+  )
+
+
+@needs_mpi
+@pytest.mark.parametrize("on_missing", SEEDS)
+def test_random_kills(on_missing):
+  for seed in SEEDS[on_missing]:
+    check.run(check.Plan.of_seed(seed, on_missing))
+
+
+@needs_mpi
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_many_random_kills(seed):
+  check.run(check.Plan.of_seed(seed, ("reweight", "error")[seed % 2]))
+
+
+@needs_mpi
+def test_the_programs_of_the_page():
+  reweight, recover = programs("failures.md")
+  code, out, err = launched(reweight, 3)
+  assert code == 0, err
+  assert out == "{1: 70}\n"
+  code, out, err = launched(recover, 3)
+  assert code == 0, err
+  assert sorted(out.splitlines()) == ["0 of 2 (0, 2)", "1 of 2 (0, 2)"]
+  assert "rank 1 failed (exit code 1); the others go on" in err
+
+
+OPERATIONS = """
+import json, os, signal, time
+import jax, jax.numpy as jnp, numpy as np, jfog
+world = jfog.init(on_missing="reweight")
+x = jnp.full(3, float(world.rank))
+ring = jfog.topology.ring
+operations = [
+  lambda x, n: jfog.allreduce(x, "sum"),
+  lambda x, n: jfog.neighbor_allgather(x, ring(n)),
+  lambda x, n: jfog.broadcast(x, 0),
+  lambda x, n: jfog.finite_time_average(x, jfog.topology.ceca(n)),
+]
+for k, operation in enumerate(operations):
+  me, n = world.rank, world.size
+  jfog.barrier()
+  if me == (0 if k % 2 else n - 1):
+    os.kill(os.getpid(), signal.SIGKILL)
+  try:
+    # The rank that is lost is the last neighbor of some, and none of others.
+    for _ in range(3):
+      jax.block_until_ready(operation(x, n))
+    print("NO ERROR", k, flush=True)
+  except jax.errors.JaxRuntimeError as error:
+    assert jfog.is_rank_failure(error), error
+    assert str(error).startswith("UNAVAILABLE: jfog: "), error
+  world = jfog.recover()
+  assert world.size == n - 1
+total = jfog.allreduce(x, "sum")
+print("TOTAL", json.dumps([world.launched_ranks, float(total[0])]), flush=True)
+"""
+
+
+@needs_mpi
+def test_each_operation_names_the_rank_and_the_rest_recover():
+  code, out, err = launched(OPERATIONS, 6)
+  assert code == 0, err
+  assert "NO ERROR" not in out, out
+  totals = [json.loads(text) for text in re.findall("TOTAL (.*)", out)]
+  assert totals == [[[2, 3], 5.0]] * 2, (out, err)
+
+
+@needs_mpi
+def test_a_job_all_of_whose_ranks_fail_fails():
+  code, _, err = launched(
+    "import jfog\nr = jfog.init().rank\njfog.barrier()\nraise ValueError(r)", 2
+  )
+  assert code == 1
+  assert "failed first (exit code 1)" in err
+
+
+@needs_mpi
+def test_a_rank_that_fails_before_init_ends_the_job():
+  code, _, err = launched(
+    "import os, jfog\n"
+    "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': raise ValueError('no data')\n"
+    "jfog.init()",
+    2,
+  )
+  assert code == 1
+  assert "ValueError: no data" in err
+
+
+@needs_mpi
+def test_recovery_needs_the_option():
+  program = """
+import jfog
+jfog.init()
+for call in (jfog.recover, lambda: jfog.init(on_missing="reweight")):
+  try:
+    call()
+  except (RuntimeError, ValueError) as error:
+    print(error)
+  jfog.shutdown()
+"""
+  code, out, err = jobs.run_program(program, 1, deadline=check.DEADLINE)
+  assert code == 0, err
+  assert out.count("start it with `jfog run --fault-tolerant`") == 2, out

@@ -1,0 +1,107 @@
+// Calls of MPI for all ranks, in which communicators are made.
+#include "mpi/collective_start.h"
+
+#include <algorithm>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/process_wide.h"
+#include "mpi/fault_tolerance.h"
+
+namespace jfog::mpi {
+namespace {
+
+struct Started {
+  std::mutex mutex;  // guards all below
+  MPI_Comm first = MPI_COMM_NULL;
+  std::vector<MPI_Comm> comms;
+  bool is_revoked = false;
+};
+
+Started& TheStart() { return ProcessWide<Started>(); }
+
+void Enter(MPI_Comm comm) {
+  MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  if (start.first == MPI_COMM_NULL) return;
+  start.comms.push_back(comm);
+  if (start.is_revoked) Revoke(comm);
+}
+
+}  // namespace
+
+void Require(int code, const char* call) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw std::runtime_error("jfog: " + std::string(call) +
+                           " failed: " + std::string(text, length));
+}
+
+TemporaryComm::TemporaryComm(MPI_Comm comm) : comm_(comm) { Enter(comm); }
+
+TemporaryComm::~TemporaryComm() {
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  auto& comms = start.comms;
+  comms.erase(std::remove(comms.begin(), comms.end(), comm_), comms.end());
+  // A revoked one is left as it is: other ranks may not come to free it.
+  if (!start.is_revoked) MPI_Comm_free(&comm_);
+}
+
+TemporaryComm TemporaryComm::OfMachine(MPI_Comm comm, int key) {
+  MPI_Comm made = MPI_COMM_NULL;
+  Require(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, key, MPI_INFO_NULL,
+                              &made),
+          "MPI_Comm_split_type");
+  return TemporaryComm(made);
+}
+
+TemporaryComm TemporaryComm::Split(MPI_Comm comm, int color, int key) {
+  MPI_Comm made = MPI_COMM_NULL;
+  Require(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
+  return TemporaryComm(made);
+}
+
+MPI_Comm DuplicateOf(MPI_Comm comm) {
+  MPI_Comm made = MPI_COMM_NULL;
+  Require(MPI_Comm_dup(comm, &made), "MPI_Comm_dup");
+  Enter(made);
+  return made;
+}
+
+void BeginStart(MPI_Comm comm) {
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  start.first = comm;
+  start.comms = {comm};
+  start.is_revoked = false;
+}
+
+void EndStart() {
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  start.first = MPI_COMM_NULL;
+  start.comms.clear();
+  start.is_revoked = false;
+}
+
+void RevokeStart() {
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  if (start.first == MPI_COMM_NULL || start.is_revoked) return;
+  start.is_revoked = true;
+  for (MPI_Comm comm : start.comms) Revoke(comm);
+}
+
+MPI_Comm StartComm() {
+  Started& start = TheStart();
+  std::lock_guard<std::mutex> lock(start.mutex);
+  return start.first;
+}
+
+}  // namespace jfog::mpi
