@@ -374,7 +374,7 @@ void Finish() {
   if (!Leave()) return;
   Engine::Get().Stop();
   // With messages to failed ranks it might wait for good.
-  if (process.has_started_mpi && !IsFaultTolerant()) MPI_Finalize();
+  if (ThisProcess().has_started_mpi && !IsFaultTolerant()) MPI_Finalize();
 }
 
 std::vector<std::vector<std::int64_t>> ReadCounters(std::int64_t context) {
