@@ -33,8 +33,10 @@ def die(delay):
   if delay is None:
     os.kill(os.getpid(), signal.SIGKILL)
 
+  seconds = float(delay)
+
   def later():
-    time.sleep(delay)
+    time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
   threading.Thread(target=later, daemon=True).start()
