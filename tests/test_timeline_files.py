@@ -43,10 +43,10 @@ def own_time(rank, time):
   return round(time + ahead + gains * time / 1e9)
 
 
-def measured(rank, time, error):
-  """A measurement, whose interval of 2 us has its middle off by `error`."""
+def measured(rank, time, error, half=1000):
+  """A measurement of 2 us or `2 half` ns, whose middle is off by `error`."""
   offset = time - own_time(rank, time) + error
-  return offset - 1000, offset + 1000, own_time(rank, time)
+  return offset - half, offset + half, own_time(rank, time)
 
 
 def exchange(rank, number, latency):
@@ -89,6 +89,24 @@ def test_clocks_that_drift_are_corrected(latency):
     if event.get("cat") == "operation":
       truth = event["args"]["sequence"] * 1000.0 * 1.0
       assert event["ts"] == pytest.approx(truth, abs=2.01)
+
+
+def test_a_measurement_that_is_loose_at_one_end():
+  parts = []
+  for rank in range(3):
+    error = {0: 0, 1: 30_000, 2: -25_000}[rank]
+    clocks = [measured(rank, 0, 0), measured(rank, 10**10, error, 50_000)]
+    operations = [exchange(rank, k, 300) for k in range(0, SECONDS * 1000, 50)]
+    parts.append(part(rank, clocks if rank else [(0, 0, 0)], operations))
+  about = _merge.merged(parts)[0]["jfog"]
+  assert about["received_too_early_ns"] == 0
+  # Messages take 0.3 us in truth, so that they show the difference to that.
+  for rank in range(3):
+    (_, first), *last = about["clocks"][str(rank)]["points"]
+    assert first == pytest.approx(-CLOCKS[rank][0], abs=1500)
+    for at, offset in last:
+      assert offset == pytest.approx(10**10 - own_time(rank, 10**10), abs=1500)
+      assert at == own_time(rank, 10**10)
 
 
 def test_a_clock_that_jumps_is_reported():

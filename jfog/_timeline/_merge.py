@@ -108,8 +108,12 @@ def merged(parts: Sequence[Part]) -> tuple[dict[str, Any], list[str]]:
     "origin_ns": trace.origin,
     "clocks": {
       str(rank): {
-        "points": clock.points,
-        "shift_ns": round(clock.shift, 1),
+        "points": [
+          (at, offset + shift)
+          for (at, offset), shift in zip(
+            clock.points, clock.shifts, strict=True
+          )
+        ],
         "uncertainty_ns": clock.uncertainty,
       }
       for rank, clock in clocks.items()
@@ -222,7 +226,7 @@ def _on_clock(events: list[Event], about: dict[str, Any]) -> list[Event] | None:
     there = offset
     if rest:
       there += (rest[-1][1] - offset) * (own - at) / max(rest[-1][0] - at, 1)
-    on_origin = own + there + clock["shift_ns"] - about["origin_ns"]
+    on_origin = own + there - about["origin_ns"]
     shift.append(on_origin / 1000 - ts)
   # An annotation begins after its mark was made, and the largest is the closest.
   best = max(shift)
