@@ -109,6 +109,7 @@ std::uint64_t Operation::Fingerprint() const {
 
 void Operation::Resize(std::size_t slots) {
   requests_.assign(slots, MPI_REQUEST_NULL);
+  is_open_.assign(slots, 0);
   lengths_.assign(slots, kNoReceive);
   statuses_.resize(slots);
   indices_.resize(slots);
@@ -174,6 +175,7 @@ ffi::Error Operation::Poll(bool* moved) {
     if (count == MPI_UNDEFINED) count = 0;
     for (int i = 0; i < count; ++i) {
       --pending_;
+      is_open_[indices_[i]] = 0;
       *moved = true;
       if (code == MPI_ERR_IN_STATUS && IsRankFailure(statuses_[i].MPI_ERROR)) {
         JFOG_RETURN_IF_ERROR(RequestFailed(indices_[i]));
@@ -186,6 +188,7 @@ ffi::Error Operation::Poll(bool* moved) {
       JFOG_RETURN_IF_ERROR(CheckReceived(indices_[i], statuses_[i]));
       JFOG_RETURN_IF_ERROR(Completed(indices_[i]));
     }
+    if (code == MPI_ERR_IN_STATUS) JFOG_RETURN_IF_ERROR(TakeFreed());
   }
   JFOG_RETURN_IF_ERROR(Resume(moved));
   while (pending_ == 0 && !is_waiting()) {
@@ -196,6 +199,18 @@ ffi::Error Operation::Poll(bool* moved) {
       End(ffi::Error::Success());
       break;
     }
+  }
+  return ffi::Error::Success();
+}
+
+// With an error of one request Open MPI frees all that have failed, also those
+// that it has not reported.
+ffi::Error Operation::TakeFreed() {
+  for (std::size_t slot = 0; slot < requests_.size(); ++slot) {
+    if (is_open_[slot] == 0 || is_pending(slot)) continue;
+    --pending_;
+    is_open_[slot] = 0;
+    JFOG_RETURN_IF_ERROR(RequestFailed(slot));
   }
   return ffi::Error::Success();
 }
@@ -251,6 +266,7 @@ ffi::Error Operation::Started(int code, const char* what, std::size_t slot) {
   if (code == MPI_SUCCESS) return ffi::Error::Success();
   if (!IsRankFailure(code)) return MpiFailure(code, what);
   --pending_;
+  is_open_[slot] = 0;
   requests_[slot] = MPI_REQUEST_NULL;
   return RequestFailed(slot);
 }

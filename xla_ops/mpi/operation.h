@@ -130,6 +130,7 @@ class Operation {
   // `bytes` bytes, or of something else.
   MPI_Request* Slot(std::size_t slot, std::size_t bytes = kNoReceive) {
     ++pending_;
+    is_open_[slot] = 1;
     lengths_[slot] = bytes;
     return &requests_[slot];
   }
@@ -141,6 +142,7 @@ class Operation {
   // Leaves all pending requests to MPI for good.
   void DropRequests() {
     pending_ = 0;
+    std::fill(is_open_.begin(), is_open_.end(), 0);
     std::fill(requests_.begin(), requests_.end(), MPI_REQUEST_NULL);
   }
   std::size_t slots() const { return requests_.size(); }
@@ -194,6 +196,8 @@ class Operation {
   // Compares the length of a completed message, if it is a received one.
   ffi::Error CheckReceived(std::size_t slot, const MPI_Status& status);
   ffi::Error Poll(bool* moved);
+  // Handles the requests that have failed without a report.
+  ffi::Error TakeFreed();
   // Runs a step; an exception is an error.
   template <typename Step>
   ffi::Error Guard(Step step) {
@@ -228,6 +232,7 @@ class Operation {
   Payload leaves_;
   Header header_;  // but for the length and the channel of a message
   std::vector<MPI_Request> requests_;
+  std::vector<char> is_open_;         // started, and its end not handled
   std::vector<std::size_t> lengths_;  // of receives: expected, then received
   std::vector<MPI_Status> statuses_;
   std::vector<int> indices_;
