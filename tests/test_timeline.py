@@ -16,7 +16,7 @@ PROGRAM = """
 import json, os, warnings
 import jax, jax.numpy as jnp
 import jfog
-from jfog import _mpi
+from jfog.runtime import _extensions
 from jfog.diagnostics import counters
 
 folder = os.environ["FOLDER"]
@@ -44,7 +44,7 @@ def twice(x):
 
 
 twice(x).block_until_ready()
-said["off"] = [len(_mpi.read_timeline()[0]), sorted(os.listdir(folder))]
+said["off"] = [len(_extensions.mpi().read_timeline()[0]), sorted(os.listdir(folder))]
 jfog.barrier()
 refused("unwritable", f"{folder}/{'file/' * (world.rank == 1)}bad.json")
 before = counters()

@@ -119,7 +119,7 @@ def print_at_end(comm: ProcessCommunicator) -> None:
 
 def _own(comm: ProcessCommunicator) -> dict[str, Any]:
   """The fields of this rank's `RankSummary`, but for the rank."""
-  sent, received, messages, (operations, _) = counters(comm)
+  sent, received, messages, (operations, _), _ = counters(comm)
   *waits, waited = _extensions.mpi().waits(comm.context)
   now = time.monotonic()
   return {
