@@ -157,6 +157,7 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   "test_graph_gallery": (),
   "test_flax_network_resumes": ("simulate",),
   "test_low_rank_adapters": ("simulate",),
+  "test_states_of_the_old_graph_are_made_anew": ("relay",),
   # One network, fault or order of several.
   "test_random_programs": ("3", "4", "5"),
   "test_windows_at_work": ("TCP",),
