@@ -168,11 +168,22 @@ def report_failures(failure: Callable[[], str] | None) -> None:
 
 # Called with each program that communicates, a closed jaxpr, before it is lowered.
 _program: Callable[[Any], None] | None = None
+_sees_programs = False  # whether JAX has the function that is wrapped for it
 
 
 def report_programs(program: Callable[[Any], None] | None) -> None:
-  """Calls `program` with each program that communicates, before it is lowered."""
+  """Calls `program` with each program that communicates, before it is lowered.
+
+  Raises:
+    RuntimeError: with a JAX that does not show the programs which it lowers.
+  """
   global _program
+  _install_program_order()
+  if program is not None and not _sees_programs:
+    raise RuntimeError(
+      f"check_programs: jax {jax.__version__} does not show the programs that it "
+      f"lowers; leave the option out, or install a JAX that jfog is tested with."
+    )
   _program = program
 
 
@@ -252,6 +263,8 @@ def _install_program_order() -> None:
     if _failure is not None and (text := _failure()):
       raise jax.errors.JaxRuntimeError(text)
 
+  global _sees_programs
+  _sees_programs = True
   pxla._discharge_refs_jaxpr = discharge_and_end
   tokens: Any = dispatch.RuntimeTokenSet
   tokens.block_until_ready = wait_for_effects

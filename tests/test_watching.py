@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import jfog
-from jfog import diagnostics
+from jfog import _compat, diagnostics
 from jfog.runtime import _program_check
 from jfog.runtime._summary import RankSummary, Summary
 
@@ -201,3 +201,10 @@ def test_bad_switches_are_named(monkeypatch, name):
   monkeypatch.setenv(name, "yes")
   with pytest.raises(ValueError, match=f"{name}='yes' must be 0 or 1"):
     jfog.init(backend="single")
+
+
+def test_a_jax_that_does_not_show_its_programs_is_refused(monkeypatch):
+  _compat.report_programs(None)  # the wrapper is there from now on
+  monkeypatch.setattr(_compat, "_sees_programs", False)
+  with pytest.raises(RuntimeError, match="does not show the programs"):
+    _compat.report_programs(print)
