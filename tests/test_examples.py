@@ -29,11 +29,10 @@ simulated_and_on_mpi = pytest.mark.parametrize(
 )
 
 
-def run(name, folder, *arguments, ranks=0, devices=0):
+def run(name, folder, *arguments, ranks=0, devices=0, options=()):
   """Runs an example, alone, on devices or on MPI ranks; returns what it printed."""
-  prefix = (
-    launch.command_line(["--no-tag-output", "-np", str(ranks)]) if ranks else []
-  )
+  words = ["--no-tag-output", *options, "-np", str(ranks)]
+  prefix = launch.command_line(words) if ranks else []
   flags = os.environ["XLA_FLAGS"].split()  # those that save time
   flags = [flag for flag in flags if "device_count" not in flag]
   if devices:
@@ -374,6 +373,26 @@ def test_graph_gallery_on_mpi(tmp_path):
   for graph, error in simulated.items():
     assert on_mpi[graph] == pytest.approx(error, rel=0.11, abs=1e-6), graph
   assert is_png(tmp_path / "graph_gallery.png")
+
+
+@needs_mpi
+@pytest.mark.skipif(
+  "Open MPI v5" not in runtime.build().MPI_LIBRARY,
+  reason="a job outlives its ranks with Open MPI 5",
+)
+def test_a_training_survives(tmp_path):
+  text = run(
+    "survive.py",
+    tmp_path,
+    *("--steps", "100", "--kill", "1@20", "3@41"),
+    ranks=5,
+    options=["--fault-tolerant"],
+  )
+  assert "rank 1 is lost at step 20" in text
+  assert re.search(r"rank 3 is lost at step 4[0-3]", text), text
+  found = re.search(r"3 of 5 ranks are left: accuracy ([\d.]+)%", text)
+  assert found and float(found[1]) > 80, text
+  assert is_png(tmp_path / "survive.png")
 
 
 def run_cells(path):

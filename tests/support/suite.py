@@ -151,10 +151,7 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   # Their forms on MPI compare with the simulation.
   "test_average_consensus": (),
   "test_digits_on_virtual_ranks": (),
-  "test_async_push_sum_on_virtual_ranks": (),
   "test_exact_methods_find_the_minimizer": (),
-  "test_data_split_by_label": (),
-  "test_graph_gallery": (),
   "test_flax_network_resumes": ("simulate",),
   "test_low_rank_adapters": ("simulate",),
   "test_states_of_the_old_graph_are_made_anew": ("relay",),
