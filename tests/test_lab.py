@@ -107,7 +107,7 @@ def test_a_resumed_sweep_repeats_nothing(tmp_path, monkeypatch):
   more = lab.sweep(training, {**axes, "seed": [1, 2, 0]}, N, folder=tmp_path)
   assert len(ran) == 2  # a new seed on two graphs
   assert {p: p.stat().st_mtime_ns for p in files} == files
-  assert more.sel(seed=[0, 1]).equals(first)
+  assert more.sel(seed=[0, 1]).equals(first)  # from the files
 
   # Another program, or a file that was cut off, is not taken for a result.
   def other(seed, learning_rate, graph):
@@ -117,7 +117,11 @@ def test_a_resumed_sweep_repeats_nothing(tmp_path, monkeypatch):
   assert len(ran) == 6
   victim = next(iter(files))
   victim.write_bytes(victim.read_bytes()[:100])
-  assert lab.sweep(training, axes, N, folder=tmp_path).equals(first)
+  # A block of another length may round otherwise.
+  xarray = pytest.importorskip("xarray")
+  xarray.testing.assert_allclose(
+    lab.sweep(training, axes, N, folder=tmp_path), first
+  )
   assert ran[6:] == [victim]
 
 

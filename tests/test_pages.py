@@ -121,7 +121,7 @@ def test_the_page_has_the_variables_of_the_sources():
 @needs_mpi
 def test_counters_and_the_warning_of_a_wait(tmp_path):
   (program,) = programs("watching.md")
-  counted, warning = outputs("watching.md")
+  counted, warning, *_ = outputs("watching.md")
   code, out, err = run_file(tmp_path / "late.py", program)
   assert code == 0, err
   assert out == counted
