@@ -14,7 +14,9 @@ namespace {
 
 std::vector<TimelineEvent> Events(const std::string& bytes) {
   std::vector<TimelineEvent> events(bytes.size() / sizeof(TimelineEvent));
-  std::memcpy(static_cast<void*>(events.data()), bytes.data(), bytes.size());
+  if (!events.empty()) {
+    std::memcpy(static_cast<void*>(events.data()), bytes.data(), bytes.size());
+  }
   return events;
 }
 
