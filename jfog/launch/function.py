@@ -1,6 +1,9 @@
 """`jfog.run`: a function of a Python session on the ranks of a job of its own."""
 
+import codecs
+import collections
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from typing import Any
 from .launcher import command_line
 
 _PROGRAM = "from jfog.launch import function; function.call_on_rank()"
+_LOOK = 0.2  # seconds between looks for signals
 _GRACE = 10.0  # seconds that the launcher has to end an interrupted job
 # A job started by a rank of another one is none of its ranks.
 _LAUNCHERS = (
@@ -124,19 +128,24 @@ def _finished(
     stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
-    text=True,
-    errors="replace",
   )
   assert job.stdout
-  lines = []
-  with job:
+  decoder = codecs.getincrementaldecoder("utf-8")("replace")
+  texts: collections.deque[str] = collections.deque(maxlen=1000)
+  with job, selectors.DefaultSelector() as selector:
     try:
-      for line in job.stdout:
-        sys.stdout.write(
-          line
-        )  # as Python has it: a notebook shows no descriptors
-        lines.append(line)
-      return job.wait(), "".join(lines[-1000:])
+      selector.register(job.stdout, selectors.EVENT_READ)
+      while True:
+        # Python handles a signal between two reads: one that another thread of this
+        # process has taken does not end a read.
+        if not selector.select(_LOOK):
+          continue
+        read = os.read(job.stdout.fileno(), 1 << 16)
+        text = decoder.decode(read, final=not read)
+        sys.stdout.write(text)  # of Python: a notebook shows no descriptors
+        texts.append(text)
+        if not read:
+          return job.wait(), "".join(texts)
     except BaseException:  # KeyboardInterrupt first of all
       job.send_signal(signal.SIGTERM)
       try:
