@@ -63,6 +63,11 @@ def main():
       found = run(ranks, link, {**job, "gloo": False})
       found.update(run(ranks, link, {**job, "gloo": True}))
       measured[link, ranks] = found
+      seconds = {
+        form: round(float(np.median([s for s, _ in times])), 4)
+        for form, times in found.items()
+      }
+      print(f"link {link}, {ranks} ranks: {seconds}", flush=True)
   report(measured, job, options)
 
 
