@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from support import jobs
 
 from jfog import launch, runtime
 
@@ -36,15 +37,7 @@ def command(ranks, folder, steps):
 
 def train(ranks, folder, steps):
   """Runs the example to its end; returns what it printed."""
-  done = subprocess.run(
-    command(ranks, folder, steps),
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  return jobs.printed(command(ranks, folder, steps), deadline=DEADLINE)
 
 
 def steps(path):

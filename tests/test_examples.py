@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -14,7 +13,7 @@ import matplotlib.pyplot
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from support import suite
+from support import jobs, suite
 
 from jfog import launch, runtime
 
@@ -37,17 +36,12 @@ def run(name, folder, *arguments, ranks=0, devices=0, options=()):
   flags = [flag for flag in flags if "device_count" not in flag]
   if devices:
     flags.append(f"--xla_force_host_platform_device_count={devices}")
-  done = subprocess.run(
-    [*prefix, sys.executable, str(EXAMPLES / name), *arguments],
-    cwd=folder,
-    env={**os.environ, "XLA_FLAGS": " ".join(flags)},
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
+  return jobs.printed(
+    [*prefix, sys.executable, EXAMPLES / name, *arguments],
+    deadline=DEADLINE,
+    folder=folder,
+    environment={**os.environ, "XLA_FLAGS": " ".join(flags)},
   )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
 
 
 def curves(path):

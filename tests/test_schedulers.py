@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -55,16 +54,11 @@ def lsf(folder, names):
 
 def run(variables, *words):
   """Runs `jfog run` with a scheduler's variables."""
-  done = subprocess.run(
-    [*launch.command_line(list(words))],
-    env={**os.environ, **variables},
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
+  return jobs.printed(
+    launch.command_line(list(words)),
+    deadline=DEADLINE,
+    environment={**os.environ, **variables},
   )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
 
 
 def test_allocations(tmp_path):

@@ -138,3 +138,25 @@ def run_program(program, ranks, *, deadline, command=None, environment=None):
     timeout=deadline,
   )
   return done.returncode, done.stdout, done.stderr
+
+
+def printed(command, *, deadline, folder=None, environment=None):
+  """Runs a command that has to do well; returns what it printed.
+
+  Args:
+    command: its words.
+    deadline: seconds; then `subprocess.TimeoutExpired`.
+    folder: where it runs; by default here.
+    environment: all of its variables; by default the inherited ones.
+  """
+  done = subprocess.run(
+    list(map(str, command)),
+    cwd=folder,
+    env=environment,
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=deadline,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
