@@ -89,14 +89,17 @@ def main():
 
 def report(options, size, curve, losses, seconds, mean):
   """Prints the accuracy and the goodput, and draws the curve of one rank."""
+  usual, waited = np.median(seconds), 0.0
   for lost, step in sorted(losses.items(), key=lambda loss: loss[1]):
     took = max(seconds[max(0, step - 1) : step + 2])
+    waited += max(0.0, took - usual)
     print(f"rank {lost} is lost at step {step}, which took {took:.2f} s")
-  # Without the stops at losses each step would have taken the median.
-  goodput = len(seconds) * np.median(seconds) / sum(seconds)
+  # The part of the time, but for the first step, which compiles, that is not spent
+  # on waits for lost ranks.
+  goodput = 1 - waited / sum(seconds[1:])
   print(
     f"{size - len(losses)} of {size} ranks are left: accuracy {mean:.1%}, "
-    f"goodput {min(1.0, goodput):.1%} of {options.steps} steps"
+    f"goodput {goodput:.1%} in {options.steps} steps"
   )
   figure, axes = plt.subplots(figsize=(6, 3.4))
   axes.plot(*zip(*curve, strict=True), ".-", label="a rank that is left")
