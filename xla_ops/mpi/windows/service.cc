@@ -111,25 +111,23 @@ class WindowService {
     switch (request.kind) {
       case WindowRequest::kPut:
       case WindowRequest::kAccumulate: {
-        Arrival& arrival = arriving_[source].emplace_back();
-        arrival.request = request;
+        // Complete before it is queued: an arrival that memory ran out for is
+        // not taken for one that has arrived.
+        Arrival arrival{request};
         if (request.MessageBytes() > sizeof(request)) {
           arrival.message = std::move(message);
           arrival.payload = arrival.message.get() + WindowRequest::kPayload;
-          return;
+        } else {
+          // Received even if the window is gone: the source sends the payload
+          // together with the request.
+          const std::size_t pieces = Pieces(request.bytes);
+          arrival.message = Buffer(request.bytes);
+          arrival.payload = arrival.message.get();
+          arrival.receives.resize(pieces, MPI_REQUEST_NULL);
+          arrival.statuses.resize(pieces);
         }
-        // Received even if the window is gone: the source sends the payload
-        // together with the request.
-        arrival.message = Buffer(request.bytes);
-        arrival.payload = arrival.message.get();
-        for (std::size_t at = 0; at < request.bytes;
-             at += PieceBytes(request.bytes)) {
-          MPI_Irecv(arrival.message.get() + at,
-                    static_cast<int>(PieceAt(at, request.bytes) / kLineBytes),
-                    Line(), source, kRequestPayloadTag, comm_->control_comm(),
-                    &arrival.receives.emplace_back());
-        }
-        arrival.statuses.resize(arrival.receives.size());
+        arriving_[source].push_back(std::move(arrival));
+        PostReceives(source, &arriving_[source].back());
         return;
       }
       case WindowRequest::kGet:
@@ -152,6 +150,17 @@ class WindowService {
         return Reply(source, request, WindowMemory::kOpen);
       default:
         return;
+    }
+  }
+
+  void PostReceives(int source, Arrival* arrival) {
+    const std::size_t bytes = arrival->request.bytes;
+    std::size_t at = 0;
+    for (MPI_Request& receive : arrival->receives) {
+      MPI_Irecv(arrival->message.get() + at,
+                static_cast<int>(PieceAt(at, bytes) / kLineBytes), Line(),
+                source, kRequestPayloadTag, comm_->control_comm(), &receive);
+      at += PieceBytes(bytes);
     }
   }
 
@@ -229,14 +238,14 @@ class WindowService {
   void SendValue(int source, const WindowRequest& request,
                  const std::shared_ptr<Window>& window) {
     if (window == nullptr) return Reply(source, request, GoneState(*comm_));
+    const std::size_t bytes = window->layout().payload_bytes;
+    Buffer value(bytes);  // may throw, so not under the lock
     WindowMemory::Record& record = window->own().record(0);
     if (window
             ->Acquire(record.lock, comm_->rank(),
                       [&] { return Served(source, "get"); })
             .failure())
       return;
-    const std::size_t bytes = window->layout().payload_bytes;
-    Buffer value(bytes);
     std::memcpy(value.get(), window->own().payload(0), bytes);
     // The lock is dropped before the sends: a writer does not wait for MPI.
     record.lock.Release();
