@@ -107,6 +107,37 @@ def test_allreduce_of_a_pytree(place, x):
   assert y["empty"].shape[-1] == 0
 
 
+@pytest.mark.mpi(2, 3, 4)
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_allreduce_of_long_vectors(place, rng, op):
+  """MPI reduces these in parts, of which one may be empty or longer."""
+  n = place.size
+  x = {
+    "floats": rng.uniform(-2, 2, (n, 70_001)).astype(np.float32),
+    "halves": jnp.asarray(rng.randint(-2, 3, (n, 40_003)), jnp.bfloat16),
+  }
+  x["floats"][n // 2, 69_999] = np.nan
+  if op != "mean":
+    x["bytes"] = rng.randint(-128, 128, (n, 70_003)).astype(np.int8)
+  y = place.run(jax.jit(lambda x: jfog.allreduce(x, op)), x)
+  for name, leaf in x.items():
+    wide = np.asarray(leaf)
+    if name != "bytes":
+      wide = wide.astype(np.float64)
+    elif op in ("sum", "prod"):
+      wide = wide.astype(np.int64)
+    truth = REDUCTIONS[op](wide)
+    got = np.asarray(y[name])
+    if name == "bytes":
+      np.testing.assert_array_equal(
+        got, everywhere(place, truth.astype(np.int8))
+      )
+    else:
+      np.testing.assert_allclose(
+        got.astype(np.float64), everywhere(place, truth), rtol=1e-2, atol=1e-5
+      )
+
+
 @pytest.mark.mpi(2, 3)
 @pytest.mark.parametrize("op", ["sum", "prod"])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])

@@ -95,6 +95,18 @@ def test_leaves_of_many_dtypes(place, machines):
   close(scalar, (graph.mixing_matrix @ np.arange(n))[rank])
 
 
+def test_more_chunks_than_buffers(place, machines):
+  """A long value: its chunks go through all buffers more than once."""
+  n = place.size
+  x = np.random.RandomState(5).randn(n, 1_200_011).astype(np.float32)
+  for graph in (jfog.topology.ring(n), jfog.topology.ring(n, "right")):
+    y = place.run(
+      jax.jit(lambda x, graph=graph: jfog.neighbor_allreduce(x, graph)), x
+    )
+    truth = graph.mixing_matrix @ x.astype(np.float64)
+    np.testing.assert_allclose(y, place.mine(truth), rtol=1e-5, atol=1e-6)
+
+
 def test_more_in_flight_than_slots(place, machines):
   """Waited for in another order on each rank."""
   n, rank = place.size, jfog.rank()

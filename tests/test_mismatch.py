@@ -176,6 +176,37 @@ def test_texts_say_what_differs(world, name):
     assert re.search(TEXTS[name], error) or error.startswith("ABORTED"), error
 
 
+LEAVES = {
+  "length": (
+    (jnp.ones((2, 3)), jnp.ones((2, 6))),
+    r"x\['b'\] of shape \(2, [36],?\) is float32 x (6|12) here and float32 x "
+    r"(6|12) there",
+  ),
+  "dtype": (
+    (jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32)),
+    r"x\['b'\] of shape \(2, 3\) is (float32|int32) x 6 here and "
+    r"(float32|int32) x 6 there",
+  ),
+  "halves": (
+    (jnp.ones((2, 3)), jnp.ones((2, 3), jnp.bfloat16)),
+    r"x\['b'\] of shape \(2, 3\) is (bfloat16|float32) x 6 here and "
+    r"(bfloat16|float32) x 6 there",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_leaf_that_differs_is_named(world, name):
+  """Of a tree of several leaves, by its path, with both sides."""
+  forms, text = LEAVES[name]
+  b = forms[world.rank == 1]
+  tree = {"a": jnp.ones(3), "b": b, "c": [jnp.ones(()), jnp.ones(0)]}
+  error = outcome(lambda: jfog.allreduce(tree, "sum"))
+  if world.size > 1:
+    assert error is not None
+    assert re.search(text, error), error
+
+
 @asleep
 def test_a_rank_that_does_not_come(world):
   start = time.monotonic()

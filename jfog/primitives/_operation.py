@@ -68,7 +68,8 @@ class Operation:
   def bind(self, primitive: Primitive) -> Any:
     """Binds a primitive of the native rendition."""
     operands = self.operands() if callable(self.operands) else self.operands
-    _places.record(primitive.name.removesuffix("_start"), operands)
+    name = primitive.name.removesuffix("_start")
+    _places.record(name, operands, self.structure)
     scalars = [np.int32(x) if type(x) is int else x for x in self.fixed]
     return primitive.bind(
       *scalars, *operands, fixed=len(scalars), **self.params

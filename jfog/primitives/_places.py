@@ -26,21 +26,22 @@ _PACKAGES = (
 _NATIVE = {"peer_allreduce": ("neighbor_allreduce", "pair_gossip")}
 
 
-def record(operation: str, leaves: Sequence[Any]) -> None:
-  """Records the place of the caller, for texts about waits.
+def record(operation: str, leaves: Sequence[Any], structure: Any) -> None:
+  """Records the place of the caller and its leaves, for texts of errors.
 
   Called where an operation is traced, so that a run costs nothing.
 
   Args:
     operation: the name of the operation.
     leaves: its arrays.
+    structure: the structure of the pytree that they are the leaves of.
   """
   place = _of(sys._getframe(1))
   if not place:
     return
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   for name in _NATIVE.get(operation, (operation,)):
-    _add(name, size, place)
+    _add(name, size, place, _texts(leaves, structure))
 
 
 _seen: set[tuple[int, int]] = set()  # call sites of eager operations
@@ -59,14 +60,28 @@ def record_eager(operation: str, x: Any) -> None:
   if site in _seen:
     return
   _seen.add(site)
-  arrays = [leaf for leaf in jax.tree.leaves(x) if hasattr(leaf, "dtype")]
-  record(operation, arrays)
+  leaves, structure = jax.tree.flatten(x)
+  record(operation, [x for x in leaves if hasattr(x, "dtype")], structure)
 
 
 @functools.cache
-def _add(operation: str, size: int, place: str) -> None:
+def _add(
+  operation: str, size: int, place: str, leaves: tuple[str, ...]
+) -> None:
   """Adds a place to the table of C++, once."""
-  runtime.mpi().add_place(operation, size, place)
+  runtime.mpi().add_place(operation, size, place, leaves)
+
+
+def _texts(leaves: Sequence[Any], structure: Any) -> tuple[str, ...]:
+  """`x['w'] of shape (3, 4)` for each leaf; nothing where some are left out."""
+  if structure.num_leaves != len(leaves):
+    return ()
+  tree = jax.tree.unflatten(structure, range(len(leaves)))
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return tuple(
+    f"x{jax.tree_util.keystr(path)} of shape {leaf.shape}"
+    for (path, _), leaf in zip(paths, leaves, strict=True)
+  )
 
 
 def _of(frame: types.FrameType | None) -> str:

@@ -122,6 +122,10 @@ struct Float16 {
     kNoElementType)                                                     \
   JFOG_FOR_EACH_SUMMABLE_DTYPE(X)
 
+#define JFOG_DTYPE(dtype, ...) DataType::dtype,
+inline constexpr DataType kDtypes[] = {JFOG_FOR_EACH_DTYPE(JFOG_DTYPE)};
+#undef JFOG_DTYPE
+
 }  // namespace jfog
 
 #endif  // JFOG_XLA_OPS_COMMON_DTYPE_H_

@@ -65,6 +65,16 @@ std::string Summary::Describe(std::uint64_t word) {
   return text + ", " + length;
 }
 
+std::optional<std::uint64_t> Summary::BytesOf(std::uint64_t word,
+                                              std::size_t leaves) {
+  const std::uint64_t count = word >> kCountShift & kMostLeaves;
+  const std::uint64_t bytes = word & kMostBytes;
+  if (count != leaves || count == kMostLeaves || bytes == kMostBytes) {
+    return std::nullopt;
+  }
+  return bytes;
+}
+
 bool IsValid(const OperationHeader& header) { return header.magic == kMagic; }
 
 std::string NameOf(const OperationHeader& header) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -38,6 +39,9 @@ class Summary {
   std::uint64_t word() const;
   // "2 leaves of float32, 20 bytes", "1 leaf, float32 x 3".
   static std::string Describe(std::uint64_t word);
+  // The bytes of so many leaves; none for another number, or if it did not fit.
+  static std::optional<std::uint64_t> BytesOf(std::uint64_t word,
+                                              std::size_t leaves);
 
  private:
   std::uint64_t count_ = 0;

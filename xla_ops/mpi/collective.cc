@@ -69,6 +69,9 @@ ffi::Error Collective::Drained(bool* ended) {
       }
       return Fail(ffi::ErrorCode::kInternal, "disagrees for unknown reasons");
     default: {
+      bool has_more = false;
+      JFOG_RETURN_IF_ERROR(Continue(&has_more));
+      if (has_more) return ffi::Error::Success();
       *ended = true;
       trace().RecordSince(stage_since_, "exchange");
       Phase phase(trace(), "copy");

@@ -24,6 +24,12 @@ class Collective : public Operation {
 
   // Starts MPI's collectives on buffers of this operation, with `Add`.
   virtual ffi::Error Begin() = 0;
+  // Called when what was started has ended: may start more, with `Reserve` and
+  // `Add`.
+  virtual ffi::Error Continue(bool* has_more) {
+    *has_more = false;
+    return ffi::Error::Success();
+  }
   // Writes the results.
   virtual ffi::Error Finish() = 0;
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
 #include <string>
@@ -28,6 +29,14 @@ void Copy(void* to, const void* from, std::size_t bytes) {
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 
+// A longer vector, of not too many ranks, is reduced in two steps, in which
+// each rank reduces one part of it. All messages of a step are in flight at
+// once, and each rank sends 2 (n - 1) / n of the vector, the least that is
+// possible. MPI libraries take trees for an MPI_Iallreduce in place, or for few
+// ranks, which send all of it log2(n) times, one after another.
+constexpr std::size_t kPartsFrom = 64 << 10;  // bytes
+constexpr int kPartsUpTo = 32;                // ranks
+
 // y = op over the ranks of x; the mean is a sum and a division in the wire
 // type.
 class AllreduceOperation : public Collective {
@@ -42,6 +51,13 @@ class AllreduceOperation : public Collective {
   struct Vector {
     std::size_t count = 0;
     std::byte* wire = nullptr;
+  };
+  // A piece of a vector that is reduced in parts.
+  struct Parts {
+    DataType type;
+    std::byte* wire;
+    std::byte* received;              // this rank's part, of each rank
+    std::vector<int> counts, starts;  // of elements, by rank
   };
 
   ffi::Error Begin() override {
@@ -64,11 +80,66 @@ class AllreduceOperation : public Collective {
       for (std::size_t start = 0; start < vector.count; start += kPiece) {
         const int count =
             static_cast<int>(std::min(kPiece, vector.count - start));
-        JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(
-            MPI_IN_PLACE, vector.wire + start * SizeOf(type), count,
-            MpiType(type), MpiOp(reduction_, type), comm().comm(), Add()));
+        std::byte* piece = vector.wire + start * SizeOf(type);
+        JFOG_RETURN_IF_ERROR(Reduce(type, count, piece));
       }
       Count(vector.count * SizeOf(type), vector.count * SizeOf(type));
+    }
+    return ffi::Error::Success();
+  }
+
+  ffi::Error Reduce(DataType type, int count, std::byte* piece) {
+    const int size = comm().size();
+    if (count * SizeOf(type) < kPartsFrom || size > kPartsUpTo) {
+      JFOG_MPI_RETURN_IF_ERROR(
+          MPI_Iallreduce(MPI_IN_PLACE, piece, count, MpiType(type),
+                         MpiOp(reduction_, type), comm().comm(), Add()));
+      return ffi::Error::Success();
+    }
+    Parts& parts = parts_.emplace_back(Parts{type, piece, nullptr, {}, {}});
+    for (int rank = 0; rank < size; ++rank) {
+      const auto cut = [&](std::int64_t r) {
+        return static_cast<int>(count * r / size);
+      };
+      parts.starts.push_back(cut(rank));
+      parts.counts.push_back(cut(rank + 1) - cut(rank));
+    }
+    const int own = parts.counts[comm().rank()];
+    parts.received = Allocate(std::size_t{1} * size * own * SizeOf(type));
+    // Counts of what is received; as long as the operation, for MPI reads them
+    // until it ends.
+    std::vector<int>& counts = received_.emplace_back(size, own);
+    std::vector<int>& starts = received_.emplace_back();
+    for (int rank = 0; rank < size; ++rank) starts.push_back(rank * own);
+    JFOG_MPI_RETURN_IF_ERROR(
+        MPI_Ialltoallv(piece, parts.counts.data(), parts.starts.data(),
+                       MpiType(type), parts.received, counts.data(),
+                       starts.data(), MpiType(type), comm().comm(), Add()));
+    return ffi::Error::Success();
+  }
+
+  // Reduces this rank's parts, in the order of the ranks, and gathers all.
+  ffi::Error Continue(bool* has_more) override {
+    *has_more = !parts_.empty() && !gathers_;
+    if (!*has_more) return ffi::Error::Success();
+    gathers_ = true;
+    Reserve(parts_.size());
+    for (const Parts& parts : parts_) {
+      const int own = parts.counts[comm().rank()];
+      const std::size_t width = SizeOf(parts.type);
+      std::byte* sum = parts.wire + parts.starts[comm().rank()] * width;
+      {
+        Phase phase(trace(), "sum");
+        Copy(sum, parts.received, own * width);
+        for (int rank = 1; rank < comm().size(); ++rank) {
+          JFOG_MPI_RETURN_IF_ERROR(MPI_Reduce_local(
+              parts.received + std::size_t{1} * rank * own * width, sum, own,
+              MpiType(parts.type), MpiOp(reduction_, parts.type)));
+        }
+      }
+      JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgatherv(
+          MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, parts.wire, parts.counts.data(),
+          parts.starts.data(), MpiType(parts.type), comm().comm(), Add()));
     }
     return ffi::Error::Success();
   }
@@ -94,6 +165,9 @@ class AllreduceOperation : public Collective {
   const Reduction reduction_;
   std::map<DataType, Vector> vectors_;
   std::vector<std::size_t> starts_;  // of the leaves, in their vectors
+  std::deque<Parts> parts_;
+  std::deque<std::vector<int>> received_;
+  bool gathers_ = false;
 };
 
 // y = x of the root. The payload is packed, so dtypes do not matter.

@@ -77,8 +77,8 @@ class Communicator {
   // 0 for a root, else the ordinal of the part, equal on all ranks of the root.
   int number() const { return number_; }
 
-  // "the last operation started is allreduce #6", and the failure, if any; empty
-  // before the first operation.
+  // "the last operation started is allreduce #6", and the failure, if any;
+  // empty before the first operation.
   std::string Position();
   std::uint64_t NextSequence() { return sequence_.fetch_add(1); }
   // Records the header of an operation of this rank for ranks that ask.

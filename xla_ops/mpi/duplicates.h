@@ -24,8 +24,8 @@ namespace jfog::mpi {
 // ranks uses them again, if by the counts no message is left on them.
 class Duplicates {
  public:
-  // Collective over `parent`. Makes new ones if those that are kept have messages
-  // on the way.
+  // Collective over `parent`. Makes new ones if those that are kept have
+  // messages on the way.
   static std::unique_ptr<Duplicates> Acquire(MPI_Comm parent);
   // Keeps them for later, once no operation of this rank uses them; after a
   // failure, when they may be in use, leaks them deliberately.

@@ -42,8 +42,8 @@ Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
   own_chunks_ = ChunksOf(payload_);
   stride_ = chunks_ == 1 ? AlignUp(sizeof(Header) + longest)
                          : std::max(kChunk, kEnvelope);
-  Resize(std::min<std::size_t>(chunks_, kBufferPairs) *
-         (sources().size() + destinations().size()));
+  buffer_pairs_.resize(PairsNeeded());
+  Resize(buffer_pairs_.size() * (sources().size() + destinations().size()));
   if (own_chunks_ > 1 && edges_.same_payload &&
       this->comm().channels() != nullptr) {
     for (int destination : destinations()) {
@@ -72,6 +72,17 @@ void Exchange::EnterTags() {
   }
 }
 
+std::size_t Exchange::PairsNeeded() const {
+  const auto is_far = [this](int rank) {
+    const Channels* channels = comm().channels();
+    return channels == nullptr || !channels->Reaches(comm().RankInRoot(rank));
+  };
+  const bool has_far =
+      std::any_of(sources().begin(), sources().end(), is_far) ||
+      std::any_of(destinations().begin(), destinations().end(), is_far);
+  return std::min(chunks_, has_far ? kFarPairs : kNearPairs);
+}
+
 // Both ends of an edge decide by the same values, machine and length. A later
 // round starts out of program order, in which mail is numbered.
 bool Exchange::UsesMailbox(int rank, std::size_t bytes) const {
@@ -85,7 +96,6 @@ void Exchange::ComputeOffsets() {
   published_ = own_chunks_;
   unchecked_ = sources().size();
   if (buffer_ || waits_for_memory_) return;
-  const std::size_t pairs = std::min<std::size_t>(chunks_, kBufferPairs);
   const std::size_t sends =
       edges_.same_payload ? std::min<std::size_t>(destinations().size(), 1)
                           : destinations().size();
@@ -93,10 +103,12 @@ void Exchange::ComputeOffsets() {
   // disagrees may send a whole envelope.
   const std::size_t pair =
       sends * stride_ + sources().size() * std::max(stride_, kEnvelope);
-  buffer_ = Buffer(pair * pairs);
-  for (std::size_t k = 0; k < pairs; ++k) {
-    buffer_pairs_[k].sent = buffer_.get() + k * pair;
-    buffer_pairs_[k].received = buffer_pairs_[k].sent + sends * stride_;
+  buffer_ = Buffer(pair * buffer_pairs_.size());
+  std::byte* next = buffer_.get();
+  for (BufferPair& buffers : buffer_pairs_) {
+    buffers.sent = next;
+    buffers.received = next + sends * stride_;
+    next += pair;
   }
 }
 
@@ -140,7 +152,8 @@ Header Exchange::Envelope() const {
 
 // Every edge has one request slot per buffer pair: sources, then destinations.
 std::size_t Exchange::FirstSlot(std::size_t chunk) const {
-  return chunk % kBufferPairs * (sources().size() + destinations().size());
+  return chunk % buffer_pairs_.size() *
+         (sources().size() + destinations().size());
 }
 
 ffi::Error Exchange::Post() {
@@ -179,17 +192,27 @@ ffi::Error Exchange::Post() {
   return tags_.BecomesReady() ? PostTagged() : ffi::Error::Success();
 }
 
-// The receives of chunk 1 are posted when all headers are checked: a rank that
-// disagrees on the length must not write past the end of a buffer. The sends
-// need not wait: MPI holds the chunk until the destination posts its receive.
+// The receives of further chunks are posted when all headers are checked: a
+// rank that disagrees on the length must not write past the end of a buffer.
+// The sends need not wait: MPI holds a chunk until the destination posts its
+// receive.
 ffi::Error Exchange::PostTagged() {
   if (edges_.is_followup) {
     JFOG_RETURN_IF_ERROR(PostReceives(0));
     JFOG_RETURN_IF_ERROR(PostSends(0));
   }
-  if (chunks_ == 1) return ffi::Error::Success();
-  if (unchecked_ == 0) JFOG_RETURN_IF_ERROR(PostReceives(1));
-  return PostSends(1);
+  if (unchecked_ == 0) JFOG_RETURN_IF_ERROR(PostFirstReceives());
+  for (std::size_t chunk = 1; chunk < buffer_pairs_.size(); ++chunk) {
+    JFOG_RETURN_IF_ERROR(PostSends(chunk));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Exchange::PostFirstReceives() {
+  for (std::size_t chunk = 1; chunk < buffer_pairs_.size(); ++chunk) {
+    JFOG_RETURN_IF_ERROR(PostReceives(chunk));
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error Exchange::PostSends(std::size_t chunk) {
@@ -319,10 +342,8 @@ ffi::Error Exchange::HeaderArrived(std::size_t source, const Header& theirs) {
 }
 
 ffi::Error Exchange::HeaderSettled() {
-  if (unchecked_ > 0 || chunks_ == 1 || !tags_.is_ready()) {
-    return ffi::Error::Success();
-  }
-  return PostReceives(1);
+  if (unchecked_ > 0 || !tags_.is_ready()) return ffi::Error::Success();
+  return PostFirstReceives();
 }
 
 bool Exchange::LeavesOut(int rank) const {
@@ -361,10 +382,10 @@ ffi::Error Exchange::RequestFailed(std::size_t slot) {
   }
   comm().MarkGone(sources()[edge]);
   if (unchecked_ > 0) return Lose(edge, 0);
-  // Two chunks are in flight; the pair of buffers has the parity of its chunk.
-  const std::size_t chunk =
-      consumed_ + (consumed_ % kBufferPairs == slot / edges ? 0 : 1);
-  return Lose(edge, chunk);
+  // The chunk in flight that has this pair of buffers.
+  const std::size_t pairs = buffer_pairs_.size();
+  const std::size_t after = (slot / edges + pairs - consumed_ % pairs) % pairs;
+  return Lose(edge, consumed_ + after);
 }
 
 ffi::Error Exchange::Resume(bool* moved) {
@@ -397,7 +418,7 @@ ffi::Error Exchange::Resume(bool* moved) {
 
 bool Exchange::HasArrived(std::size_t chunk) {
   const BufferPair& pair = BuffersOf(chunk);
-  // Counts sends, too: the next chunk but one overwrites their buffer.
+  // Counts sends, too: a later chunk overwrites their buffer.
   if (pair.outstanding > 0 || !tags_.is_ready()) return false;
   if (unwritten_ > 0 || unread_ > 0) return false;
   if (chunk > 0 && unchecked_ > 0) return false;
@@ -446,8 +467,7 @@ ffi::Error Exchange::ConsumeChunk(std::size_t chunk) {
                             *source_channels_[s], chunk);
   }
   consumed_ = chunk + 1;
-  // The chunk after next uses the same buffers.
-  const std::size_t next = chunk + kBufferPairs;
+  const std::size_t next = chunk + buffer_pairs_.size();  // in these buffers
   if (next >= chunks_) return ffi::Error::Success();
   // Receives first, so that messages find them posted.
   JFOG_RETURN_IF_ERROR(PostReceives(next));

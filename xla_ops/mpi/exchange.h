@@ -2,7 +2,6 @@
 #ifndef JFOG_XLA_OPS_MPI_EXCHANGE_H_
 #define JFOG_XLA_OPS_MPI_EXCHANGE_H_
 
-#include <array>
 #include <cstddef>
 #include <memory>
 #include <optional>
@@ -33,12 +32,12 @@ struct Edges {
 // Sends a payload to some ranks and receives one from others.
 //
 // Chunk 0 is a header and, of a short payload, all of it. A longer payload
-// follows in chunks that fit into the cache; while one chunk is in flight, the
-// one before it is consumed. Between ranks of one machine chunk 0 goes through
-// a mailbox, and the further ones are read in place, from a shared-memory
-// channel of the sender; other ranks receive messages, through two sets of
-// buffers in turn. Outputs may alias inputs, since a chunk is consumed after it
-// was packed.
+// follows in chunks that fit into the cache; while chunks are in flight, the
+// one before them is consumed. Between ranks of one machine chunk 0 goes
+// through a mailbox, and the further ones are read in place, from a
+// shared-memory channel of the sender; other ranks receive messages, through
+// sets of buffers in turn. Outputs may alias inputs, since a chunk is consumed
+// after it was packed.
 class Exchange : public Operation {
  public:
   // For peers that are arguments of each rank, before the start: see
@@ -101,7 +100,11 @@ class Exchange : public Operation {
   ffi::Error Stalled() override;
 
  private:
-  static constexpr int kBufferPairs = 2;
+  // Pairs of buffers, and so chunks in flight. Between machines they are as
+  // many as a link holds: the next chunk is sent when one has arrived, so fewer
+  // than rate times delay leave the link idle (4 MB: 1 Gbit/s and 30 ms).
+  static constexpr std::size_t kNearPairs = 2;
+  static constexpr std::size_t kFarPairs = 64;
 
   // The buffers of one chunk, to all destinations and from all sources.
   struct BufferPair {
@@ -110,7 +113,7 @@ class Exchange : public Operation {
     std::byte* received = nullptr;
   };
   BufferPair& BuffersOf(std::size_t chunk) {
-    return buffer_pairs_[chunk % kBufferPairs];
+    return buffer_pairs_[chunk % buffer_pairs_.size()];
   }
 
   // Chunk 0 of an edge, if it goes through a mailbox.
@@ -125,6 +128,7 @@ class Exchange : public Operation {
 
   void ComputeOffsets();
   void EnterTags();
+  std::size_t PairsNeeded() const;
   // The number of chunks of a payload, and the offset of one of them.
   std::size_t ChunksOf(std::size_t bytes) const;
   std::size_t Begin(std::size_t bytes, std::size_t chunk) const;
@@ -135,6 +139,7 @@ class Exchange : public Operation {
   ffi::Error PostTagged();
   ffi::Error PostSends(std::size_t chunk);
   ffi::Error PostReceives(std::size_t chunk);
+  ffi::Error PostFirstReceives();
   void WriteMail(bool* moved);
   ffi::Error ReadMail(bool* moved);
   // Takes the checked header of a source.
@@ -170,7 +175,7 @@ class Exchange : public Operation {
   bool waits_for_memory_ = false;  // and for no MPI message
   bool allows_missing_ = false;
   std::vector<std::size_t> lost_from_;  // chunk, by source; empty: none is lost
-  std::array<BufferPair, kBufferPairs> buffer_pairs_;
+  std::vector<BufferPair> buffer_pairs_;
   Buffer buffer_;
   std::vector<Part> parts_;
   std::optional<PeerCheck> check_;

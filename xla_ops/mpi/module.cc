@@ -85,7 +85,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("shared_memory_ranks", &SharedMemoryRanks, py::arg("context"));
   m.def("weighted_sum_kernel", &WeightedSumKernel);
   m.def("add_place", &AddPlace, py::arg("operation"), py::arg("bytes"),
-        py::arg("place"));
+        py::arg("place"), py::arg("leaves"));
   m.def("set_warnings", &Deadline::SetWarnings, py::arg("on"));
   m.def("handle_state_signal", &HandleStateSignal, py::arg("signal"));
   m.def("raw_neighbor_allreduce", &RawNeighborAllreduce, py::arg("address"),

@@ -348,7 +348,8 @@ ffi::Error Operation::CheckHeader(int source, const Header& theirs) {
   }
   return Fail(ffi::ErrorCode::kFailedPrecondition,
               "(" + leaves_.Describe() + ") does not match rank " +
-                  std::to_string(source) + ": " + difference);
+                  std::to_string(source) + ": " + difference +
+                  leaves_.DescribeOther(name_, theirs));
 }
 
 ffi::Error Operation::ReadHeader(int source, const std::byte* bytes,

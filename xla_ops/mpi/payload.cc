@@ -3,22 +3,62 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "common/cache_line.h"
 #include "common/format.h"
 #include "common/hash.h"
 #include "common/operation_header.h"
+#include "common/places.h"
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
 
+namespace {
+
+// The search below is quadratic.
+constexpr std::size_t kMostSearched = 5000;
+
+std::uint64_t MixLeaf(std::uint64_t hash, DataType type, std::size_t count) {
+  return Mix(Mix(hash, static_cast<std::uint64_t>(type)), count);
+}
+
+}  // namespace
+
 std::uint64_t Payload::Signature() const {
   std::uint64_t hash = size();
-  for (const Leaf& leaf : leaves) {
-    hash = Mix(hash, static_cast<std::uint64_t>(leaf.type));
-    hash = Mix(hash, leaf.count);
-  }
+  for (const Leaf& leaf : leaves) hash = MixLeaf(hash, leaf.type, leaf.count);
   return hash;
+}
+
+std::string Payload::DescribeOther(const char* operation,
+                                   const OperationHeader& theirs) const {
+  const std::optional<std::uint64_t> total =
+      Summary::BytesOf(theirs.leaves, size());
+  if (!total || size() == 1 || size() > kMostSearched) return "";
+  std::uint64_t before = size();  // hash of the leaves before this one
+  for (std::size_t i = 0; i < size(); ++i) {
+    const Leaf& leaf = leaves[i];
+    const std::uint64_t start = before;
+    before = MixLeaf(before, leaf.type, leaf.count);
+    if (*total < bytes - leaf.bytes()) continue;
+    const std::uint64_t length = *total - (bytes - leaf.bytes());
+    for (const DataType type : kDtypes) {
+      const std::size_t count = length / SizeOf(type);
+      const bool one_differs = (type == leaf.type) != (count == leaf.count);
+      if (!one_differs || count * SizeOf(type) != length) continue;
+      std::uint64_t hash = MixLeaf(start, type, count);
+      for (std::size_t k = i + 1; k < size(); ++k) {
+        hash = MixLeaf(hash, leaves[k].type, leaves[k].count);
+      }
+      if (hash != theirs.signature) continue;
+      return "; " + LeafOf(operation, bytes, size(), i) + " is " +
+             NameOf(leaf.type) + " x " + std::to_string(leaf.count) +
+             " here and " + NameOf(type) + " x " + std::to_string(count) +
+             " there";
+    }
+  }
+  return "";
 }
 
 std::string Payload::Describe() const {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/operation_header.h"
 #include "common/status.h"
 #include "mpi/buffer_pool.h"
 
@@ -45,6 +46,11 @@ struct Payload {
   std::uint64_t Signature() const;
   // "3 leaves, float32 x 1200, ..."
   std::string Describe() const;
+  // "; x['b'] of shape (3,) is float32 x 3 here and float32 x 4 there": of
+  // several leaves the one in which the payload of another rank's operation
+  // differs. Empty if it is not one, or differs in dtype and length.
+  std::string DescribeOther(const char* operation,
+                            const OperationHeader& theirs) const;
 
   // Copies the inputs to memory of this object, for an operation that outlives
   // its call. An output of the input's length shares the input's memory, unless
