@@ -8,11 +8,6 @@
 #include "mpi/wire_format.h"
 
 namespace jfog::mpi {
-namespace {
-
-constexpr std::size_t kInFlight = SegmentBuffers::kInFlight;
-
-}  // namespace
 
 HierarchicalExchange::HierarchicalExchange(std::shared_ptr<Communicator> comm,
                                            const char* name, Payload payload,
@@ -89,7 +84,7 @@ ffi::Error HierarchicalExchange::Post() {
 }
 
 ffi::Error HierarchicalExchange::StartSegments() {
-  for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
+  for (std::size_t s = 0; s < buffers_.num_in_flight(); ++s) {
     JFOG_RETURN_IF_ERROR(SendInputs(s));
     // The receives of a segment wait for all headers: a rank that disagrees on
     // the lengths must not write past the end of a buffer. Without sources and
@@ -205,7 +200,7 @@ ffi::Error HierarchicalExchange::HeaderReceived(std::size_t e) {
     CountReceived(source, segments_.LeafBytes(me_));
   }
   if (--unchecked_ > 0 || !tags_.is_ready()) return ffi::Error::Success();
-  for (std::size_t s = 0; s < std::min(kInFlight, segments_.size()); ++s) {
+  for (std::size_t s = 0; s < buffers_.num_in_flight(); ++s) {
     JFOG_RETURN_IF_ERROR(ReceiveSegment(s));
   }
   return ffi::Error::Success();
@@ -357,7 +352,8 @@ bool HierarchicalExchange::SkipInputs(Peer& peer) {
 // if so, points the terms of the mean at it.
 bool HierarchicalExchange::HasInputs() {
   // The buffers of the segment may still be those of an earlier one.
-  if (averaged_ == std::min(segments_.size(), gathered_ + kInFlight)) {
+  if (averaged_ ==
+      std::min(segments_.size(), gathered_ + buffers_.num_in_flight())) {
     return false;
   }
   const SegmentBuffers::InFlight& buffers = buffers_.of(averaged_);
@@ -498,7 +494,7 @@ bool HierarchicalExchange::IsGathered() const {
 // Starts the segment that uses the same buffers next.
 ffi::Error HierarchicalExchange::EndSegment() {
   for (Peer& peer : peers_) peer.taken = false;
-  const std::size_t next = gathered_++ + kInFlight;
+  const std::size_t next = gathered_++ + buffers_.num_in_flight();
   if (next >= segments_.size()) return ffi::Error::Success();
   // Receives first, so that messages find them posted.
   JFOG_RETURN_IF_ERROR(ReceiveSegment(next));

@@ -9,10 +9,22 @@
 
 namespace jfog::mpi {
 
+namespace {
+
+std::size_t NumInFlight(const Segments& segments, const EdgeCounts& edges) {
+  std::size_t wanted = SegmentBuffers::kNear;
+  if (edges.sources + edges.destinations > 0) {
+    wanted = std::max(wanted, SegmentBuffers::kFarChunks / segments.parts());
+  }
+  return std::min(wanted, segments.size());
+}
+
+}  // namespace
+
 SegmentBuffers::SegmentBuffers(const Segments& segments,
                                const EdgeCounts& edges)
     : stride_(AlignUp(std::max<std::size_t>(segments.longest(), 1))),
-      num_in_flight_(std::min(kInFlight, segments.size())) {
+      in_flight_(NumInFlight(segments, edges)) {
   const std::size_t peers = edges.peers;
   const std::size_t sources = edges.sources;
   const std::size_t received = kHeaderBytes * (peers + sources);
@@ -21,14 +33,13 @@ SegmentBuffers::SegmentBuffers(const Segments& segments,
   const std::size_t sent =
       AlignUp(sizeof(Header) + peers * (sizeof(Header) + follows));
   const std::size_t per_segment = stride_ * (3 * peers + 2 + sources);
-  buffer_ = Buffer(received + sent + num_in_flight_ * per_segment);
+  buffer_ = Buffer(received + sent + num_in_flight() * per_segment);
   sent_headers_ = buffer_.get() + received;
   std::byte* next = sent_headers_ + sent;
   const auto take = [&](std::size_t count) {
     return std::exchange(next, next + count * stride_);
   };
-  for (std::size_t s = 0; s < num_in_flight_; ++s) {
-    InFlight& segment = in_flight_[s];
+  for (InFlight& segment : in_flight_) {
     segment.inputs = take(peers);
     segment.packed = take(peers);
     segment.mean = take(1);
@@ -47,7 +58,7 @@ SegmentBuffers::SegmentBuffers(const Segments& segments,
 }
 
 std::size_t SegmentBuffers::slots() const {
-  return first_[kInput] + num_in_flight_ * slots_per_segment_;
+  return first_[kInput] + num_in_flight() * slots_per_segment_;
 }
 
 SegmentBuffers::Message SegmentBuffers::Decode(std::size_t slot) const {

@@ -21,10 +21,13 @@ struct EdgeCounts {
 
 // Memory for messages of an average inside and between machines, and the
 // numbering of its requests. Segments share it round-robin: segment s uses the
-// buffers that segment s - kInFlight used before.
+// buffers that segment s - num_in_flight() used before.
 class SegmentBuffers {
  public:
-  static constexpr std::size_t kInFlight = 4;
+  // Segments in flight on one machine. Between machines they are so many that
+  // the ranks of a machine have kFarChunks in flight, as in exchange.h.
+  static constexpr std::size_t kNear = 4;
+  static constexpr std::size_t kFarChunks = 64;
   // Bytes for the header of a rank, and for the input of a short operation or
   // the claim of the channel of results that follows the header.
   static constexpr std::size_t kHeaderBytes = kEnvelope;
@@ -63,14 +66,17 @@ class SegmentBuffers {
   struct Message {
     Kind kind;
     std::size_t index;    // of the rank, among those of its kind
-    std::size_t segment;  // modulo kInFlight; 0 for headers
+    std::size_t segment;  // modulo num_in_flight(); 0 for headers
   };
 
   SegmentBuffers(const Segments& segments, const EdgeCounts& edges);
 
-  InFlight& of(std::size_t segment) { return in_flight_[segment % kInFlight]; }
+  std::size_t num_in_flight() const { return in_flight_.size(); }
+  InFlight& of(std::size_t segment) {
+    return in_flight_[segment % num_in_flight()];
+  }
   const InFlight& of(std::size_t segment) const {
-    return in_flight_[segment % kInFlight];
+    return in_flight_[segment % num_in_flight()];
   }
   std::size_t stride() const { return stride_; }
   // The header received from the e-th peer or source.
@@ -86,7 +92,8 @@ class SegmentBuffers {
     return first_[kind] + index;
   }
   std::size_t SlotOf(std::size_t segment, Kind kind, std::size_t index) const {
-    return first_[kind] + segment % kInFlight * slots_per_segment_ + index;
+    return first_[kind] + segment % num_in_flight() * slots_per_segment_ +
+           index;
   }
   Message Decode(std::size_t slot) const;
 
@@ -96,8 +103,7 @@ class SegmentBuffers {
   std::size_t stride_;
   Buffer buffer_;
   std::byte* sent_headers_ = nullptr;
-  std::size_t num_in_flight_;
-  InFlight in_flight_[kInFlight];
+  std::vector<InFlight> in_flight_;
   // The first slot of each kind, in the first segment, and the end of these.
   std::size_t first_[kKinds + 1] = {};
   std::size_t slots_per_segment_ = 0;
