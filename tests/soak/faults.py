@@ -17,8 +17,8 @@ MOMENTS = (
   *("collective", "window", "mutex", "handle", "before finalize", "finalize"),
 )
 TIMEOUT = 3.0  # of operations, in seconds
-DEADLINE = 60.0  # of a job; it takes a few seconds when all is quiet
-ENDS_WITHIN = 25.0  # seconds from the fault to the end, the suspension included
+DEADLINE = 90.0  # of a job; it takes a few seconds when all is quiet
+ENDS_WITHIN = 40.0  # seconds from the fault to the end, the suspension included
 CELLS = tuple((fault, moment) for moment in MOMENTS for fault in FAULTS)
 
 # Exit codes of the launcher; None for any but 0.
