@@ -1,10 +1,11 @@
-"""Digits on six ranks, of which two are killed while they train; the others go on.
+"""Digits on six ranks: two are killed while they train, and one is replaced.
 
-    jfog run --fault-tolerant -np 6 python examples/survive.py
+    jfog run --fault-tolerant -np 6 --spares 1 python examples/survive.py
 
-Averages go on without a lost rank, in the very step in which it is lost. At the end
-`jfog.recover` makes a world of the ranks that are left, for the mean accuracy. The
-network and the data are those of digits.py; each rank has a sixth of the images.
+Averages go on without a lost rank, in the very step in which it is lost. Every 20 steps
+`jfog.recover` makes a world of the ranks that are left, in which a spare, as long as
+there is one, has the place of a lost rank, and its state from a neighbor. The network
+and the data are those of digits.py; each place has a sixth of the images.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import jfog
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+EVERY = 20  # steps, after which lost ranks are replaced
+
 
 def arguments():
   """The parsed command line."""
@@ -42,16 +45,10 @@ def arguments():
   return options
 
 
-def main():
-  """Trains as one rank; the first rank that is left prints and draws."""
-  options = arguments()
-  world = jfog.init(on_missing="reweight")
-  rank, size = world.rank, world.size
+def make(size):
+  """What depends on the number of ranks: the optimizer, its graph and the step."""
   graph = jfog.topology.exponential(size)
   tx = jfog.optimizers.adapt_then_combine(optax.sgd(0.1, 0.9), graph)
-  train, test = digits.load(size, "even", seed=0)
-  x, y = train.x[rank], train.y[rank]
-  random = np.random.RandomState(rank)
 
   @jax.jit
   def train_step(params, state, x, y):
@@ -59,54 +56,95 @@ def main():
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  accuracy = jax.jit(
-    lambda params: jnp.mean(digits.logits(params, test.x).argmax(-1) == test.y)
-  )
-  params = digits.init_params(seed=0)
-  state = tx.init(params)
-  curve, losses, seconds, gone = [], {}, [], ()
-  for step in range(options.steps):
-    if options.kill.get(rank) == step:
-      os.kill(os.getpid(), signal.SIGKILL)
-    begin = time.perf_counter()
-    batch = random.choice(len(y), digits.BATCH)
-    params, state = jax.block_until_ready(
-      train_step(params, state, x[batch], y[batch])
-    )
-    seconds.append(time.perf_counter() - begin)
-    for lost in set(jfog.missing_ranks()) - set(gone):
-      losses[lost] = step
+  return tx, train_step, graph
+
+
+def main():
+  """Trains as one rank; rank 0 of the last world prints and draws."""
+  options = arguments()
+  # A spare comes this far when the job starts, and waits in jfog.init for a place.
+  params, state, step = digits.init_params(seed=0), None, 0
+  world, is_new = jfog.init(on_missing="reweight"), True
+  shards = world.size
+  history = {
+    "seconds": np.zeros(options.steps),
+    "present": np.zeros(options.steps, np.int64),  # a bit for each place
+    "accuracy": np.full(options.steps, np.nan),
+  }
+  begin = time.perf_counter()
+  while True:
+    try:
+      if is_new:
+        places = world.launched_ranks or tuple(range(world.size))
+        tx, train_step, graph = make(world.size)
+        state = tx.init(params) if state is None else state
+        step, shards, params, state, history = jfog.share_state(
+          (step, shards, params, state, history), graph
+        )
+        # Ranks may come from neighboring steps.
+        step = int(jfog.allreduce(jnp.int32(step), "max"))
+        state = state._replace(step=jnp.int32(step))
+        place, is_new = places[world.rank], False
+        train, test = digits.load(shards, "even", seed=0)
+        x, y = train.x[place], train.y[place]
+        random = np.random.RandomState((place, step))
+      if step == options.steps:
+        mean = float(jfog.allreduce(digits.accuracy(params, test)))
+        break
+      if step % EVERY == 0 and jfog.missing_ranks():
+        world, is_new = jfog.recover(), True
+        continue
+      if options.kill.get(place) == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+      batch = random.choice(len(y), digits.BATCH)
+      done = jax.block_until_ready(train_step(params, state, x[batch], y[batch]))
+    except jax.errors.JaxRuntimeError as error:
+      if not jfog.is_rank_failure(error):
+        raise
+      world, is_new = jfog.recover(), True  # another rank has called it
+      continue
+    params, state = done
     gone = jfog.missing_ranks()
+    history["present"][step] = sum(
+      1 << place for rank, place in enumerate(places) if rank not in gone
+    )
     if step % 10 == 9:
-      curve.append((step + 1, float(accuracy(params))))
+      history["accuracy"][step] = digits.accuracy(params, test)
+    history["seconds"][step] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    step += 1
+  if world.rank == 0:
+    report(options, shards, world.size, history, mean)
 
-  # An allreduce needs all ranks of its world.
-  left = jfog.recover() if gone else world
-  mean = float(jfog.allreduce(accuracy(params)))
-  if left.rank == 0:
-    report(options, size, curve, losses, seconds, mean)
 
-
-def report(options, size, curve, losses, seconds, mean):
-  """Prints the accuracy and the goodput, and draws the curve of one rank."""
+def report(options, shards, left, history, mean):
+  """Prints who was lost and came back, accuracy and goodput, and draws a curve."""
+  seconds = history["seconds"]
+  present = history["present"][:, None] >> np.arange(shards) & 1
+  changes = np.diff(present, axis=0, prepend=1)
   usual, waited = np.median(seconds), 0.0
-  for lost, step in sorted(losses.items(), key=lambda loss: loss[1]):
-    took = max(seconds[max(0, step - 1) : step + 2])
+  for step, place in np.argwhere(changes):
+    took = seconds[max(0, step - 1) : step + 2].max()
     waited += max(0.0, took - usual)
-    print(f"rank {lost} is lost at step {step}, which took {took:.2f} s")
+    what = "is lost" if changes[step, place] < 0 else "is back"
+    print(f"rank {place} {what} at step {step}, which took {took:.2f} s")
   # The part of the time, but for the first step, which compiles, that is not spent
-  # on waits for lost ranks.
-  goodput = 1 - waited / sum(seconds[1:])
+  # on waits for lost ranks, and on new worlds and their programs.
+  goodput = 1 - waited / seconds[1:].sum()
   print(
-    f"{size - len(losses)} of {size} ranks are left: accuracy {mean:.1%}, "
+    f"{left} of {shards} ranks are left: accuracy {mean:.1%}, "
     f"goodput {goodput:.1%} in {options.steps} steps"
   )
   figure, axes = plt.subplots(figsize=(6, 3.4))
-  axes.plot(*zip(*curve, strict=True), ".-", label="a rank that is left")
-  for lost, step in losses.items():
-    axes.axvline(step, color="tab:red", ls="--", lw=1)
-    axes.text(step, 0.05, f" rank {lost} is killed", color="tab:red")
-  axes.set(xlabel="step", ylabel="accuracy on test images", ylim=(0, 1))
+  steps = np.flatnonzero(np.isfinite(history["accuracy"]))
+  axes.plot(steps + 1, history["accuracy"][steps], ".-", label="one rank")
+  axes.plot(present.mean(axis=1), "k:", lw=1, label="ranks that train")
+  for step, place in np.argwhere(changes):
+    color = "tab:red" if changes[step, place] < 0 else "tab:green"
+    what = "is killed" if changes[step, place] < 0 else "is replaced"
+    axes.axvline(step, color=color, ls="--", lw=1)
+    axes.text(step, 0.05 + 0.1 * place / shards, f" {place} {what}", color=color)
+  axes.set(xlabel="step", ylabel="accuracy on test images", ylim=(0, 1.05))
   axes.legend(loc="center right")
   axes.grid(alpha=0.3)
   figure.savefig(options.plot, dpi=110, bbox_inches="tight")

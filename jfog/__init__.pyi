@@ -35,6 +35,7 @@ from .primitives import neighbor_allreduce_start as neighbor_allreduce_start
 from .primitives import pair_gossip as pair_gossip
 from .primitives import pair_gossip_start as pair_gossip_start
 from .primitives import poll as poll
+from .primitives import share_state as share_state
 from .primitives import wait as wait
 from .primitives import win_accumulate as win_accumulate
 from .primitives import win_accumulate_start as win_accumulate_start

@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
   given = _options.given_variables(options, several_hosts=not one_host)
   command = mpirun_command(
     mpi,
-    options.np,
+    options.np + options.spares,
     options.command,
     host=options.host,
     hostfile=options.hostfile,
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
       run_dir,
       options.timeout,
       one_host,
-      options.np if options.fault_tolerant else 0,
+      options.np + options.spares if options.fault_tolerant else 0,
     )
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -269,7 +269,8 @@ def _run_job(
 ) -> int:
   """Runs mpirun to its end and reports the rank that failed first.
 
-  With the number of `ranks` of a fault-tolerant job it ends when all have.
+  With the number of `ranks` of a fault-tolerant job, spares included, it ends when
+  all have.
 
   The loop has one event source, `sigtimedwait` over the blocked signals: SIGCHLD
   when mpirun ends, and the signals that it forwards. Between events it looks for
@@ -339,7 +340,11 @@ def _run_job(
     return 1
   code = processes.shell_code(code)
   if ranks and stops is None:
-    if len(report.records(run_dir)) < ranks:
+    failed = {record["rank"] for record in report.records(run_dir)}
+    # A spare that nobody has needed has done nothing.
+    idle = marks.ranks_with(run_dir, "spare")
+    idle -= marks.ranks_with(run_dir, "joined")
+    if set(range(ranks)) - failed - idle:
       _goes_on(run_dir, survived)
       return 0
     code = code or 1  # mpirun has nothing against ranks that fail

@@ -1,8 +1,9 @@
 """Marks of ranks in the launcher's folder: who is in init, ready, or has ended.
 
 A mark is a file `RANK.NAME`. A rank's process leaves `entered`, and `ready` or
-`failed` (jfog/runtime/_rank_process.py), its wrapper `ended`, for an end without an
-error. `failed_at_exit` holds the error of an operation; the others are empty.
+`failed` (jfog/runtime/_rank_process.py), a spare `spare` when it waits and `joined` when
+it has a place, a wrapper `ended`, for an end without an error. `failed_at_exit` holds
+the error of an operation; the others are empty.
 """
 
 import os

@@ -113,6 +113,14 @@ def parse(arguments: list[str]):
     help="let the other ranks go on when one fails (Open MPI 5)",
   )
   parser.add_argument(
+    "--spares",
+    type=int,
+    default=0,
+    metavar="N",
+    help="start N more processes, which wait in jfog.init to take the place of ranks "
+    "that fail; with --fault-tolerant",
+  )
+  parser.add_argument(
     "--tag-output",
     action=argparse.BooleanOptionalAction,
     help="begin every line of output with [rank]; so by default on several ranks",
@@ -172,6 +180,10 @@ def parse(arguments: list[str]):
     del options.command[0]
   if options.module:
     options.command = [sys.executable, "-m", *options.module]
+  if options.spares < 0:
+    parser.error(f"--spares must not be negative, got {options.spares}.")
+  if options.spares and not options.fault_tolerant:
+    parser.error("--spares is for --fault-tolerant.")
   if options.np != "auto" and options.np < 1:
     parser.error(f"-np must be at least 1, got {options.np}.")
   for name in ("timeout", "op_timeout"):
@@ -278,6 +290,8 @@ def given_variables(options, *, several_hosts: bool = False) -> dict[str, str]:
     given["JFOG_FAULT_TOLERANT"] = "1"
   elif "JFOG_FAULT_TOLERANT" in os.environ:
     given["JFOG_FAULT_TOLERANT"] = "0"  # of the job that this one starts in
+  if options.spares or "JFOG_SPARES" in os.environ:
+    given["JFOG_SPARES"] = f"{options.spares}"
   if several_hosts or _has_hosts(options):
     # Without a question for a password, which would wait for ever.
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}"]

@@ -24,6 +24,8 @@ def rank_environment(
     gpus: the number of GPUs of this machine.
   """
   ranks = int(_first(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+  if marks.job(environ) != "-":  # all are on this machine
+    ranks -= int(_first(environ, "JFOG_SPARES"))  # which compute nothing
   local = int(_first(environ, "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"))
   threads = str(max(1, cores // max(1, ranks)))
   added = {

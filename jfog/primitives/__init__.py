@@ -44,6 +44,7 @@ from jfog.primitives._operation import wait as wait
 from jfog.primitives._pair_gossip import pair_gossip as pair_gossip
 from jfog.primitives._pair_gossip import pair_gossip_start as pair_gossip_start
 from jfog.primitives._peers import Peers as Peers
+from jfog.primitives._share_state import share_state as share_state
 from jfog.primitives.windows import Window as Window
 from jfog.primitives.windows import win_accumulate as win_accumulate
 from jfog.primitives.windows import (

@@ -29,6 +29,7 @@ from jfog.runtime._rank_process import refuse_in_fork as refuse_in_fork
 from jfog.runtime._recovery import is_rank_failure as is_rank_failure
 from jfog.runtime._recovery import missing_ranks as missing_ranks
 from jfog.runtime._recovery import recover as recover
+from jfog.runtime._role import take_state as take_state
 from jfog.runtime._simulate import simulate as simulate
 from jfog.runtime._simulate import spmd as spmd
 from jfog.runtime._summary import RankSummary as RankSummary

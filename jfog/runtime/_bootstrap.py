@@ -6,7 +6,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from jfog import _compat
-from jfog.runtime import _exit, _extensions, _gpu_placement, _rank_process
+from jfog.runtime import (
+  _exit,
+  _extensions,
+  _gpu_placement,
+  _rank_process,
+  _role,
+)
 from jfog.runtime._communicator import Single
 from jfog.runtime._process_communicator import ProcessCommunicator
 from jfog.runtime._start import Start
@@ -71,8 +77,10 @@ def open_processes(
   launched: int | None,
   local_size: int | None,
   timeout: float,
-) -> ProcessCommunicator:
+) -> ProcessCommunicator | None:
   """Starts MPI and opens the world communicator on it. Collective.
+
+  Returns None on a spare, which is not in the world.
 
   The order matters: Open MPI reads its parameters when it starts; mpi4py's state
   is read before that; and the GPU is chosen before JAX starts its backends.
@@ -85,6 +93,12 @@ def open_processes(
     timeout: seconds, of every operation.
   """
   _compat.requested_order()  # refuses a bad JFOG_ORDER before MPI starts
+  spares = _spares(os.environ, launched)
+  if spares and (backend == "nccl" or comm is not None):
+    raise ValueError(
+      "a job of `jfog run --spares` is for backend='mpi' and takes no comm; leave "
+      "them, or --spares, out."
+    )
   _rank_process.claim(launched is not None)
   if backend == "nccl" and launched is None:
     found = _gpu_placement.gpus()  # fails before MPI starts
@@ -103,8 +117,15 @@ def open_processes(
     with _alone() if launched is None and comm is None else nullcontext():
       start.call(native.start)
     if comm is None:
-      context = start.call(native.open_world, local_size or 0, timeout)
-      _check_launched_size(launched, native.size(context))
+      context = start.call(native.open_world, local_size or 0, timeout, spares)
+      if context < 0:
+        _exit.install_hooks()
+        leader = native.leader_in_job()
+        role = _role.Role(_rank_process.rank(), -1, leader, False)
+        _role.begin(role, (launched or 0) - spares, local_size or 0)
+        return None
+      if not _role.has_begun():  # a recovered world is smaller
+        _check_launched_size(launched, native.size(context) + spares)
     else:
       context = start.call(
         native.open_fortran, _fortran_handle(comm), local_size or 0, timeout
@@ -115,6 +136,11 @@ def open_processes(
     device = None
     if backend != "mpi":
       device = _take_gpu(backend, context, rank, leaders)
+      if spares and device is not None:
+        raise RuntimeError(
+          "a job of `jfog run --spares` is for arrays on CPUs: pass "
+          "backend='mpi' and set JAX_PLATFORMS=cpu, or leave --spares out."
+        )
     if local_size is None:
       order = sorted(set(leaders))
       machine_of = tuple(order.index(leader) for leader in leaders)
@@ -126,7 +152,32 @@ def open_processes(
         )
       machine_of = tuple(r // local_size for r in range(size))
     world = with_parts(native, start, context, rank, size, machine_of, device)
+    machine = leaders[rank] if local_size is None else machine_of[rank]
+    _role.begin(
+      _role.Role(_rank_process.rank(), rank, machine, True),
+      size,
+      local_size or 0,
+    )
   return world
+
+
+def _spares(environ: Mapping[str, str], launched: int | None) -> int:
+  """The number of ranks of the job that are spares.
+
+  Raises:
+    ValueError: if JFOG_SPARES is not a number, or leaves no rank.
+    RuntimeError: if the job does not outlive its ranks.
+  """
+  text = environ.get("JFOG_SPARES", "")
+  if launched is None or text in ("", "0"):
+    return 0
+  if not text.isdigit() or (launched and int(text) >= launched):
+    raise ValueError(
+      f"JFOG_SPARES={text!r} must be a number below that of the {launched} ranks "
+      f"of the job; start it by `jfog run --spares N`."
+    )
+  require_fault_tolerance("JFOG_SPARES")
+  return int(text)
 
 
 def require_fault_tolerance(name: str) -> None:
@@ -251,6 +302,7 @@ def with_parts(
   machine_of: Sequence[int],
   device: int | None = None,
   launched_ranks: tuple[int, ...] = (),
+  joined_ranks: tuple[int, ...] = (),
 ) -> ProcessCommunicator:
   """Splits the world inside and across machines. Collective.
 
@@ -298,6 +350,7 @@ def with_parts(
     carrier,
     timeout,
     launched_ranks,
+    joined_ranks,
   )
   if device is not None:
     for comm in (world, local, across):

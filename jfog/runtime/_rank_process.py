@@ -62,21 +62,21 @@ def claim(launched: bool) -> None:
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
   """Marks for `jfog run` that this rank has entered init, and is ready or failed."""
-  _mark("entered")
+  mark("entered")
   try:
     yield
   except BaseException:
-    _mark("failed")
+    mark("failed")
     raise
-  _mark("ready")
+  mark("ready")
 
 
 def mark_failure_at_exit(text: str) -> None:
   """Leaves the error of an operation that Python may not have raised."""
-  _mark("failed_at_exit", text)
+  mark("failed_at_exit", text)
 
 
-def _mark(name: str, text: str = "") -> None:
+def mark(name: str, text: str = "") -> None:
   """Leaves a mark in the launcher's folder."""
   if folder := _folder():
     try:

@@ -1,14 +1,19 @@
 """Ranks that fail: who is missing, and a world of those that are left."""
 
-import contextlib
-from typing import Any
-
 import jax
 
-from jfog.runtime import _bootstrap, _exit, _extensions, _rank_process, _world
+from jfog import _validation
+from jfog.runtime import (
+  _bootstrap,
+  _exit,
+  _extensions,
+  _rank_process,
+  _regroup,
+  _role,
+  _world,
+)
 from jfog.runtime._communicator import Communicator, NotInitializedError
 from jfog.runtime._process_communicator import ProcessCommunicator
-from jfog.runtime._start import Start
 
 
 def missing_ranks(*, comm: Communicator | None = None) -> tuple[int, ...]:
@@ -62,27 +67,37 @@ def is_rank_failure(error: BaseException) -> bool:
   )
 
 
-def recover() -> Communicator:
-  """Makes a world of the ranks that are left, and returns it.
+def recover(size: int | None = None) -> Communicator:
+  """Makes a world of the ranks that are left, and of spares, and returns it.
 
-  Collective over them: each rank that is left calls it, after an error of its own or
+  Collective over the ranks that are left: each calls it, after an error of its own or
   after the one by which it learns that another rank has called it. They agree on
   who is left, also if further ranks fail meanwhile, and keep their order; no rank is
-  special. `jfog.size()`, `jfog.rank()` and the machines are those of the new world,
-  and `launched_ranks` of the world that is returned has the ranks as they were
-  launched.
+  special. `jfog.size()`, `jfog.rank()` and the machines are those of the new world.
+
+  In a job of `jfog run --spares N` a spare takes the place of each lost rank, as
+  long as there are some: its `jfog.init` returns the new world, whose `joined_ranks`
+  are the ranks that have come in. `jfog.share_state` brings them parameters and
+  optimizer state. Without a lost rank, a larger `size` lets the world grow.
 
   It leaves alone the arrays of the program: each rank goes on from its own
   parameters. Graphs are functions of the size and are made again, as are optimizers
   around them; programs are traced again. Open handles and windows end here. Ranks
   may come from neighboring steps; `jfog.allreduce(step, "max")` agrees on one.
 
+  Args:
+    size: the number of ranks that the new world should have; by default that of the
+      job at its launch. It has fewer if there are no spares left, and more if
+      more ranks are. If ranks pass different sizes, the largest counts.
+
   Returns:
-    The new world.
+    The new world. Its `launched_ranks` has for each rank its rank at the launch, or
+    that of the lost rank whose place it has taken.
 
   Raises:
     RuntimeError: in a job that was not started by `jfog run --fault-tolerant`, or if
       some rank that is left does not come within the timeout of `jfog.init`.
+    ValueError, TypeError: if `size` is not a positive integer.
     NotInitializedError: before `jfog.init`.
 
   Example:
@@ -91,6 +106,8 @@ def recover() -> Communicator:
     >>> jfog.recover().size  # a world of one stays as it is
     1
   """
+  if size is not None:
+    size = _validation.positive(size, "size")
   world = _world.world()
   if world is None:
     raise NotInitializedError("jfog.recover: call jfog.init() first.")
@@ -112,69 +129,15 @@ def recover() -> Communicator:
   # From here on waits of this rank and of the others end with an error.
   for part in parts:
     native.interrupt(part.context)
+  native.call_spares()
   _exit.wait_for_operations()
   for part in parts:
     native.close(part.context)
   native.reset_program_device()
   jax.clear_caches()
-  made = _Regroup(world.timeout, None).call(_regroup, native, world)
+  made = _regroup.regroup(world.timeout, size or _role.launched()).world
+  assert made is not None  # a rank of a world keeps its place
   if _world.goes_on():
     _bootstrap.let_go_on(made)
   _world.replace(made)
   return made
-
-
-class _Regroup(Start):
-  """Calls that wait for the ranks that are left, some of which may fail."""
-
-  def _look(self) -> None:
-    _extensions.mpi().look_at_start()
-
-  def _late(self) -> str:
-    return (
-      f"DEADLINE_EXCEEDED: jfog: recover on rank {_rank_process.rank()} has waited "
-      f"{self._limit:g} s for the other ranks. All ranks that are left call "
-      f"jfog.recover; if some come late, pass a longer jfog.init(timeout=)."
-    )
-
-
-class _Direct:
-  """Calls in a thread that `_Regroup` waits for already."""
-
-  def __init__(self, timeout: float):
-    self.timeout = timeout
-
-  def call(self, function: Any, *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _regroup(native: Any, old: ProcessCommunicator) -> ProcessCommunicator:
-  """Makes the world again until all ranks that are left have it. Collective."""
-  while True:
-    native.shrink_world()
-    made = None
-    # An error here is the failure of one more rank.
-    with contextlib.suppress(RuntimeError):
-      made = _open(native, old)
-    if native.agree_on_survivors(made is not None) and made is not None:
-      return made
-    # The communicators of this attempt stay behind, failed.
-
-
-def _open(native: Any, old: ProcessCommunicator) -> ProcessCommunicator:
-  context = native.open_survivors(old.machine_rank, old.timeout)
-  mine = f"{old.rank:12d}{old.machine_rank:12d}".encode()
-  texts = native.gather(context, mine)
-  ranks = [int(text[:12]) for text in texts]
-  machines = [int(text[12:]) for text in texts]
-  order = sorted(set(machines))
-  launched = old.launched_ranks or tuple(range(old.size))
-  return _bootstrap.with_parts(
-    native,
-    _Direct(old.timeout),
-    context,
-    native.rank(context),
-    native.size(context),
-    tuple(order.index(machine) for machine in machines),
-    launched_ranks=tuple(launched[rank] for rank in ranks),
-  )

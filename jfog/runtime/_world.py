@@ -17,6 +17,7 @@ from jfog.runtime import (
   _extensions,
   _rank_process,
   _recording,
+  _regroup,
   _state_signal,
   _summary,
 )
@@ -56,6 +57,10 @@ def init(
   world of one, which needs no MPI library. Collective: all ranks of the job call
   it, with equal arguments. A second call returns the same world.
 
+  On a spare of `jfog run --spares` it waits until `jfog.recover` of the others takes
+  this process in, and returns their new world; if they never do, the process ends
+  here with them.
+
   Args:
     backend: `"mpi"` or `"nccl"`, for arrays on CPUs or GPUs, equal on all ranks;
       or `"single"` for a world of one. By default what the process was launched
@@ -86,6 +91,7 @@ def init(
     The world, an `ProcessCommunicator` or a world of one.
 
   Raises:
+    SystemExit: with code 0 on a spare, when all ranks of the world have ended.
     ValueError: for a bad argument, a `local_size` that does not divide the
       number of ranks, or arguments that differ from those of the first call.
     RuntimeError: if this process is one of several copies that something other
@@ -141,6 +147,7 @@ def init(
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _bootstrap.launched_size()
+  is_spare = False
   if launched is None and comm is None and backend != "single":
     _bootstrap.refuse_other_launchers(os.environ)
   if (
@@ -154,6 +161,11 @@ def init(
     world = _bootstrap.open_processes(
       backend, comm, launched, local_size, float(timeout)
     )
+    is_spare = world is None
+    if world is None:
+      world = _regroup.stand_by(float(timeout))
+      # What all ranks begin together in the first world, it has missed.
+      check_programs = has_summary = False
     if reweights and world.backend == "nccl":
       raise ValueError(
         "on_missing='reweight' is for backend='mpi': NCCL cannot go on without a "
@@ -165,7 +177,8 @@ def init(
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
     world = Single()
-  _recording.begin_from_environment(world, os.environ)
+  if not is_spare:
+    _recording.begin_from_environment(world, os.environ)
   _world, _arguments = world, arguments
   if isinstance(world, ProcessCommunicator):
     _watch(world, check_programs, has_summary)

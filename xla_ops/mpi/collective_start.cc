@@ -74,6 +74,13 @@ MPI_Comm DuplicateOf(MPI_Comm comm) {
   return made;
 }
 
+MPI_Comm PartOf(MPI_Comm comm, int color, int key) {
+  MPI_Comm made = MPI_COMM_NULL;
+  Require(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
+  if (made != MPI_COMM_NULL) Enter(made);
+  return made;
+}
+
 void BeginStart(MPI_Comm comm) {
   Started& start = TheStart();
   std::lock_guard<std::mutex> lock(start.mutex);

@@ -31,8 +31,10 @@ class TemporaryComm {
   MPI_Comm comm_;
 };
 
-// Duplicates for good.
+// Duplicates, or splits, for good. Collective over `comm`.
 MPI_Comm DuplicateOf(MPI_Comm comm);
+// Null for MPI_UNDEFINED as the color.
+MPI_Comm PartOf(MPI_Comm comm, int color, int key);
 
 // Begins and ends a time in which communicators that are made can be revoked
 // together.

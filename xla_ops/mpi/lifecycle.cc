@@ -33,6 +33,8 @@ constexpr std::chrono::seconds kLeaveGrace{5};
 constexpr std::chrono::milliseconds kReadEvery{1};
 // Seconds that a rank of a fault-tolerant job waits at its end for the others.
 constexpr double kLeaveAfter = 2;
+// In place of the context of a communicator that a spare is not part of.
+constexpr std::int64_t kNoContext = -1;
 
 // MPI in this process.
 struct Process {
@@ -45,8 +47,16 @@ struct Process {
   // The channels of MPI_COMM_WORLD by the local size, kept from one jfog.init
   // to the next.
   std::map<int, std::shared_ptr<Channels>> channels;
-  // Of a fault-tolerant job: the parent of its world.
-  MPI_Comm parent = MPI_COMM_WORLD;
+  // Of a fault-tolerant job: its ranks, with the spares, and those of the world.
+  MPI_Comm job = MPI_COMM_WORLD;
+  MPI_Comm world = MPI_COMM_WORLD;
+  // Of the job; revoked to call the spares. Null in a job without spares.
+  MPI_Comm call = MPI_COMM_NULL;
+  bool is_spare = false;
+  int leader = 0;  // in a job with spares, the lowest rank on this machine
+  // What becomes of `world` and `call` once the ranks have agreed on it.
+  MPI_Comm next_world = MPI_COMM_NULL;
+  MPI_Comm next_call = MPI_COMM_NULL;
 };
 
 Process& ThisProcess() { return ProcessWide<Process>(); }
@@ -62,20 +72,38 @@ std::shared_ptr<Communicator> Get(std::int64_t context) {
 
 // Whether this machine has more ranks than cores that they may run on.
 bool IsOversubscribed(MPI_Comm comm) {
-  MPI_Comm machine = MPI_COMM_NULL;
-  if (MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
-                          &machine) != MPI_SUCCESS) {
-    return true;
-  }
+  const TemporaryComm machine = TemporaryComm::OfMachine(comm, 0);
   cpu_set_t cores;
   CPU_ZERO(&cores);
   sched_getaffinity(0, sizeof(cores), &cores);
-  MPI_Allreduce(MPI_IN_PLACE, &cores, sizeof(cores), MPI_BYTE, MPI_BOR,
-                machine);
+  Require(MPI_Allreduce(MPI_IN_PLACE, &cores, sizeof(cores), MPI_BYTE, MPI_BOR,
+                        machine.comm()),
+          "MPI_Allreduce");
   int ranks = 0;
-  MPI_Comm_size(machine, &ranks);
-  MPI_Comm_free(&machine);
+  MPI_Comm_size(machine.comm(), &ranks);
   return ranks > CPU_COUNT(&cores);
+}
+
+// The lowest rank on the machine of this one. Collective.
+int LeaderOf(MPI_Comm comm) {
+  int leader = 0;
+  MPI_Comm_rank(comm, &leader);
+  const TemporaryComm machine = TemporaryComm::OfMachine(comm, leader);
+  Require(MPI_Bcast(&leader, 1, MPI_INT, 0, machine.comm()), "MPI_Bcast");
+  return leader;
+}
+
+// Makes the last ranks of the job its spares, and the others its world.
+void SetAside(int spares) {
+  Process& process = ThisProcess();
+  int rank = 0, size = 0;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  process.is_spare = rank >= size - spares;
+  process.world = PartOf(MPI_COMM_WORLD, process.is_spare, rank);
+  process.call = DuplicateOf(MPI_COMM_WORLD);
+  process.leader = LeaderOf(MPI_COMM_WORLD);
 }
 
 // The pretended machine of this rank; 0 for real ones.
@@ -123,7 +151,6 @@ std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
   if (IsFaultTolerant()) {
     // The failure of a rank is an error of each call that needs it.
     MPI_Comm_set_errhandler(parent, MPI_ERRORS_RETURN);
-    ThisProcess().parent = parent;
   }
   auto comm = std::make_shared<Communicator>(
       parent, timeout, ChannelsOf(parent, local_size), nullptr);
@@ -171,13 +198,22 @@ void Start() {
   }
 }
 
-std::int64_t OpenWorld(int local_size, double timeout) {
-  return Open(MPI_COMM_WORLD, local_size, timeout);
+std::int64_t OpenWorld(int local_size, double timeout, int spares) {
+  Process& process = ThisProcess();
+  if (spares > 0 && process.call == MPI_COMM_NULL) SetAside(spares);
+  if (process.is_spare) return kNoContext;
+  // Not what an earlier world of mpi4py has left.
+  if (process.world == MPI_COMM_WORLD) process.job = MPI_COMM_WORLD;
+  return Open(process.world, local_size, timeout);
 }
 
 std::int64_t OpenFortran(int handle, int local_size, double timeout) {
-  return Open(MPI_Comm_f2c(static_cast<MPI_Fint>(handle)), local_size, timeout);
+  const MPI_Comm parent = MPI_Comm_f2c(static_cast<MPI_Fint>(handle));
+  ThisProcess().job = parent;
+  return Open(parent, local_size, timeout);
 }
+
+int LeaderInJob() { return ThisProcess().leader; }
 
 std::int64_t Split(std::int64_t context, int color, int key) {
   const std::shared_ptr<Communicator> root = Get(context);
@@ -194,14 +230,7 @@ int Size(std::int64_t context) { return Get(context)->size(); }
 
 std::vector<int> Machines(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Get(context);
-  MPI_Comm machine = MPI_COMM_NULL;
-  if (MPI_Comm_split_type(comm->comm(), MPI_COMM_TYPE_SHARED, comm->rank(),
-                          MPI_INFO_NULL, &machine) != MPI_SUCCESS) {
-    throw std::runtime_error("jfog: MPI_Comm_split_type failed");
-  }
-  int leader = comm->rank();
-  MPI_Bcast(&leader, 1, MPI_INT, 0, machine);
-  MPI_Comm_free(&machine);
+  const int leader = LeaderOf(comm->comm());
   std::vector<int> leaders(comm->size());
   if (MPI_Allgather(&leader, 1, MPI_INT, leaders.data(), 1, MPI_INT,
                     comm->comm()) != MPI_SUCCESS) {
@@ -278,18 +307,58 @@ void Interrupt(std::int64_t context) {
   Revoke(comm->control_comm());
 }
 
-void ShrinkWorld() {
-  const MPI_Comm made = Shrink(ThisProcess().parent);
+void CallSpares() {
+  const MPI_Comm call = ThisProcess().call;
+  if (call != MPI_COMM_NULL) Revoke(call);
+}
+
+SpareState LookAsSpare() {
+  Process& process = ThisProcess();
+  int found = 0;
+  // Lets MPI take note of what has happened; there are no such messages. It would
+  // refuse to look after a failure that is not acknowledged.
+  AcknowledgeFailures(process.call);
+  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, process.call, &found,
+             MPI_STATUS_IGNORE);
+  return {IsRevoked(process.call), FailedRanks(process.job)};
+}
+
+void ShrinkJob() {
+  const MPI_Comm made = Shrink(ThisProcess().job);
   if (made == MPI_COMM_NULL) {
     throw std::runtime_error("jfog: MPIX_Comm_shrink failed");
   }
   BeginStart(made);
 }
 
-std::int64_t OpenSurvivors(int machine, double timeout) {
-  const MPI_Comm parent = StartComm();
+std::vector<std::string> GatherInStart(const std::string& text) {
+  const MPI_Comm job = StartComm();
+  int size = 0;
+  MPI_Comm_size(job, &size);
+  const int length = static_cast<int>(text.size());
+  std::string all(text.size() * size, '\0');
+  Require(MPI_Allgather(text.data(), length, MPI_BYTE, all.data(), length,
+                        MPI_BYTE, job),
+          "MPI_Allgather");
+  std::vector<std::string> texts;
+  for (int rank = 0; rank < size; ++rank) {
+    texts.push_back(all.substr(rank * text.size(), text.size()));
+  }
+  return texts;
+}
+
+std::int64_t OpenInStart(int place, int machine, double timeout) {
+  Process& process = ThisProcess();
+  const MPI_Comm job = StartComm();
+  if (process.call != MPI_COMM_NULL) process.next_call = DuplicateOf(job);
+  const bool is_spare = place < 0;
+  process.next_world =
+      PartOf(job, is_spare ? MPI_UNDEFINED : 0, std::max(place, 0));
+  if (is_spare) return kNoContext;
+  const MPI_Comm world = process.next_world;
+  SetOversubscribed(IsOversubscribed(world));
   return AddRoot(std::make_shared<Communicator>(
-      parent, timeout, Channels::Make(parent, machine), nullptr));
+      world, timeout, Channels::Make(world, machine), nullptr));
 }
 
 void LookAtStart() {
@@ -298,10 +367,16 @@ void LookAtStart() {
 }
 
 bool AgreeOnSurvivors(bool is_made) {
+  Process& process = ThisProcess();
   const MPI_Comm parent = StartComm();
   if (!is_made) RevokeStart();
   const bool agreed = AgreeOn(parent, is_made);
-  if (agreed) ThisProcess().parent = parent;
+  if (agreed) {
+    process.job = parent;
+    process.world = process.next_world;
+    process.call = process.next_call;
+    process.is_spare = process.world == MPI_COMM_NULL;
+  }
   EndStart();
   return agreed;
 }

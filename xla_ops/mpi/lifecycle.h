@@ -16,8 +16,9 @@ std::string LibraryVersion();
 void Start();
 
 // Collective over the given communicator (a Fortran handle, or COMM_WORLD);
-// returns the context number of the communicator in operations.
-std::int64_t OpenWorld(int local_size, double timeout);
+// returns the context number of the communicator in operations. The last
+// `spares` ranks of a job are not in its world: they get -1.
+std::int64_t OpenWorld(int local_size, double timeout, int spares);
 std::int64_t OpenFortran(int handle, int local_size, double timeout);
 // Collective: the ranks of equal `color`, ordered by `key`, with the timeout of
 // the communicator that they come from.
@@ -27,6 +28,8 @@ int Rank(std::int64_t context);
 int Size(std::int64_t context);
 // For every rank, the lowest rank on its machine (sharing its memory).
 std::vector<int> Machines(std::int64_t context);
+// In a job with spares, its lowest rank on this machine.
+int LeaderInJob();
 
 // Collective: the equally long texts of all ranks, by rank. Throws
 // std::runtime_error if one does not come in time; with `patient` only if one
@@ -40,16 +43,29 @@ std::vector<int> Missing(std::int64_t context);
 void SetReweights(std::int64_t context, bool reweights);
 
 // The way to a world of the ranks that are left. A rank interrupts its
-// communicators, which fails them on the others as well. Then, until they
-// agree: all shrink the world, open it, split its parts off, and agree on
-// whether that succeeded. Meanwhile another thread calls `LookAtStart` now and
-// then, which ends the calls of this rank and of the others if a further rank
-// fails.
+// communicators, which fails them on the others as well, and calls the spares.
+// Then, until they agree: all shrink the job, gather who they are, open the
+// world, split its parts off, and agree on whether that succeeded. Meanwhile
+// another thread calls `LookAtStart` now and then, which ends the calls of this
+// rank and of the others if a further rank fails.
 void Interrupt(std::int64_t context);
-void ShrinkWorld();
-std::int64_t OpenSurvivors(int machine, double timeout);
+void CallSpares();
+void ShrinkJob();
+// The equally long texts of all ranks, in the order of the shrunk job.
+std::vector<std::string> GatherInStart(const std::string& text);
+// The context of the new world, whose ranks are ordered by `place`; -1 for a
+// place below 0, that of a rank which remains a spare.
+std::int64_t OpenInStart(int place, int machine, double timeout);
 void LookAtStart();
 bool AgreeOnSurvivors(bool is_made);
+
+// Of a spare: whether it has been called, and the ranks of the job that have
+// failed. Never waits.
+struct SpareState {
+  bool is_called = false;
+  std::vector<int> failed;
+};
+SpareState LookAsSpare();
 
 // Ends the use of a communicator on this rank; returns how many of its
 // operations were started and not waited on.

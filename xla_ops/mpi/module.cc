@@ -28,6 +28,16 @@
 namespace py = pybind11;
 
 namespace jfog::mpi {
+namespace {
+
+py::list AsBytes(const std::vector<std::string>& texts) {
+  py::list all;
+  for (const std::string& each : texts) all.append(py::bytes(each));
+  return all;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_mpi, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.attr("__doc__") = "MPI for jfog: communicators and FFI handlers.";
@@ -35,7 +45,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("library_version", &LibraryVersion);
   m.def("start", &Start, NoGil());
   m.def("open_world", &OpenWorld, py::arg("local_size"), py::arg("timeout"),
-        NoGil());
+        py::arg("spares") = 0, NoGil());
   m.def("open_fortran", &OpenFortran, py::arg("handle"), py::arg("local_size"),
         py::arg("timeout"), NoGil());
   // The timeout is that of the communicator, whatever is passed.
@@ -49,6 +59,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("rank", &Rank, py::arg("context"));
   m.def("size", &Size, py::arg("context"));
   m.def("machines", &Machines, py::arg("context"), NoGil());
+  m.def("leader_in_job", &LeaderInJob, NoGil());
   m.def(
       "gather",
       [](std::int64_t context, const py::bytes& text, bool patient) {
@@ -58,9 +69,7 @@ PYBIND11_MODULE(_mpi, m) {
           py::gil_scoped_release release;
           texts = Gather(context, mine, patient);
         }
-        py::list all;
-        for (const std::string& each : texts) all.append(py::bytes(each));
-        return all;
+        return AsBytes(texts);
       },
       py::arg("context"), py::arg("text"), py::arg("patient") = false);
   m.def("close", &Close, py::arg("context"));
@@ -69,8 +78,29 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("set_reweights", &SetReweights, py::arg("context"),
         py::arg("reweights"));
   m.def("interrupt", &Interrupt, py::arg("context"), NoGil());
-  m.def("shrink_world", &ShrinkWorld, NoGil());
-  m.def("open_survivors", &OpenSurvivors, py::arg("machine"),
+  m.def("call_spares", &CallSpares, NoGil());
+  m.def("look_as_spare", [] {
+    SpareState state;
+    {
+      py::gil_scoped_release release;
+      state = LookAsSpare();
+    }
+    return py::make_tuple(state.is_called, state.failed);
+  });
+  m.def("shrink_job", &ShrinkJob, NoGil());
+  m.def(
+      "gather_in_start",
+      [](const py::bytes& text) {
+        std::vector<std::string> texts;
+        {
+          const std::string mine = text;
+          py::gil_scoped_release release;
+          texts = GatherInStart(mine);
+        }
+        return AsBytes(texts);
+      },
+      py::arg("text"));
+  m.def("open_in_start", &OpenInStart, py::arg("place"), py::arg("machine"),
         py::arg("timeout"), NoGil());
   m.def("look_at_start", &LookAtStart, NoGil());
   m.def("agree_on_survivors", &AgreeOnSurvivors, py::arg("is_made"), NoGil());
