@@ -131,7 +131,7 @@ def train(options, folder):
         state = state._replace(step=jnp.int32(step))
         if is_first:
           jax.block_until_ready(train_step(params, state, x, y))  # compiles
-          jfog.barrier().block_until_ready()
+          jfog.barrier()
           start = np.array([time.time()])
           joined_at = start[0]
           record["quiet_begin"] = start[0]

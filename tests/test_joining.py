@@ -93,7 +93,7 @@ def test_leaves_travel_bit_for_bit():
 def test_bad_leaves_and_sizes_name_the_values():
   with pytest.raises(TypeError, match=r"tree\['f'\] of type .* cannot be pickled"):
     _share_state._to_bytes(["tree['f']"], [lambda x: x])
-  with pytest.raises(ValueError, match="size must be"):
+  with pytest.raises(ValueError, match="size=0 must be at least 1"):
     jfog.recover(size=0)
 
 
@@ -136,7 +136,7 @@ state = {
 }
 say("STARTED", pid=os.getpid())
 world = jfog.init(timeout=100, on_missing=PLAN.get("on_missing"))
-changed, recovering, asked = True, [], False
+changed, recovering, asked = True, [], seed >= PLAN.get("ranks")
 while True:
   ranks = list(world.launched_ranks or range(world.size))
   place = ranks[world.rank]
