@@ -27,7 +27,15 @@ import optax
 import jfog
 import jfog.launch
 
-_FIELDS = ("begin", "end", "steps", "place", "quiet_begin", "quiet_end", "quiet_steps")
+_FIELDS = (
+  "begin",
+  "end",
+  "steps",
+  "place",
+  "quiet_begin",
+  "quiet_end",
+  "quiet_steps",
+)
 
 
 def arguments():
@@ -56,7 +64,7 @@ def preemptions(options):
 
 
 def make(size):
-  """What depends on the number of ranks."""
+  """The optimizer, the step and the graph for a number of ranks."""
   graph = jfog.topology.exponential(size)
   tx = jfog.optimizers.adapt_then_combine(optax.adam(1e-3), graph)
 
@@ -142,9 +150,13 @@ def train(options, folder):
               die_at(start[0] + after)
               break
         is_new = False
-      ended = jfog.allreduce(
-        jnp.int32(time.time() > start[0] + options.seconds), "max"
-      ) if step % 50 == 49 and not jfog.missing_ranks() else 0
+      ended = (
+        jfog.allreduce(
+          jnp.int32(time.time() > start[0] + options.seconds), "max"
+        )
+        if step % 50 == 49 and not jfog.missing_ranks()
+        else 0
+      )
       if int(ended):
         break
       if jfog.missing_ranks():
@@ -197,7 +209,9 @@ def main():
 def summary(records, ranks, preempted):
   """The goodput, and what it is computed of."""
   records = [each for each in records if each["begin"]]
-  first = [each for each in records if each["quiet_steps"] and each["quiet_begin"]]
+  first = [
+    each for each in records if each["quiet_steps"] and each["quiet_begin"]
+  ]
   pace = np.median(
     [
       (each["quiet_end"] - each["quiet_begin"]) / each["quiet_steps"]
@@ -217,7 +231,9 @@ def summary(records, ranks, preempted):
     "steps": int(made),
     # Of the living ranks, and of all places over the whole time.
     "goodput": round(float(made * pace / lived), 4),
-    "goodput_of_all_places": round(float(made * pace / (ranks * (end - begin))), 4),
+    "goodput_of_all_places": round(
+      float(made * pace / (ranks * (end - begin))), 4
+    ),
   }
 
 

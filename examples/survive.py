@@ -46,7 +46,7 @@ def arguments():
 
 
 def make(size):
-  """What depends on the number of ranks: the optimizer, its graph and the step."""
+  """The optimizer, the step and the graph for a number of ranks."""
   graph = jfog.topology.exponential(size)
   tx = jfog.optimizers.adapt_then_combine(optax.sgd(0.1, 0.9), graph)
 
@@ -57,6 +57,9 @@ def make(size):
     return optax.apply_updates(params, updates), state
 
   return tx, train_step, graph
+
+
+accuracy = jax.jit(digits.accuracy)
 
 
 def main():
@@ -89,10 +92,9 @@ def main():
           train, test = digits.load(shards, "even", seed=0)
           x, y = train.x[place], train.y[place]
           random = np.random.RandomState((place, step))
-        accuracy = jax.jit(lambda params: digits.accuracy(params, test))
         is_new = False
       if step == options.steps:
-        mean = float(jfog.allreduce(accuracy(params)))
+        mean = float(jfog.allreduce(accuracy(params, test)))
         break
       if step % EVERY == 0 and jfog.missing_ranks():
         world, is_new = jfog.recover(), True
@@ -100,7 +102,9 @@ def main():
       if options.kill.get(place) == step:
         os.kill(os.getpid(), signal.SIGKILL)
       batch = random.choice(len(y), digits.BATCH)
-      done = jax.block_until_ready(train_step(params, state, x[batch], y[batch]))
+      done = jax.block_until_ready(
+        train_step(params, state, x[batch], y[batch])
+      )
     except jax.errors.JaxRuntimeError as error:
       if not jfog.is_rank_failure(error):
         raise
@@ -112,7 +116,7 @@ def main():
       1 << place for rank, place in enumerate(places) if rank not in gone
     )
     if step % 10 == 9:
-      history["accuracy"][step] = accuracy(params)
+      history["accuracy"][step] = accuracy(params, test)
     history["seconds"][step] = time.perf_counter() - begin
     begin = time.perf_counter()
     step += 1

@@ -389,6 +389,25 @@ def test_a_training_survives(tmp_path):
   assert is_png(tmp_path / "survive.png")
 
 
+@needs_mpi
+@pytest.mark.skipif(
+  "Open MPI v5" not in runtime.build().MPI_LIBRARY,
+  reason="a job outlives its ranks with Open MPI 5",
+)
+def test_a_killed_rank_comes_back(tmp_path):
+  text = run(
+    "survive.py",
+    tmp_path,
+    *("--steps", "80", "--kill", "0@21"),
+    ranks=3,
+    options=["--fault-tolerant", "--spares", "1"],
+  )
+  assert re.search("rank 0 is lost at step 2[12]", text), text
+  assert re.search("rank 0 is back at step 4[01]", text), text
+  found = re.search(r"3 of 3 ranks are left: accuracy ([\d.]+)%", text)
+  assert found and float(found[1]) > 70, text
+
+
 def run_cells(path):
   """Runs a notebook's cells here; returns the names that they define."""
   notebook = json.loads(path.read_text())

@@ -159,10 +159,10 @@ def test_optimizers_go_on_as_documented(name):
   np.testing.assert_allclose(means[1], best, atol=2e-3)
 
 
-def launched(program, ranks):
+def launched(program, ranks, *options):
   """Runs a program on ranks of a fault-tolerant job."""
   command = launch.command_line(
-    ["--no-tag-output", "--fault-tolerant", "-np", str(ranks)]
+    ["--no-tag-output", "--fault-tolerant", "-np", str(ranks), *options]
   )
   return jobs.run_program(
     program, ranks, deadline=check.DEADLINE, command=command
@@ -185,7 +185,7 @@ def test_many_random_kills(seed):
 
 @needs_mpi
 def test_the_programs_of_the_page():
-  reweight, recover = programs("failures.md")
+  reweight, recover, join = programs("failures.md")
   code, out, err = launched(reweight, 3)
   assert code == 0, err
   assert out == "{1: 70}\n"
@@ -193,6 +193,10 @@ def test_the_programs_of_the_page():
   assert code == 0, err
   assert sorted(out.splitlines()) == ["0 of 2 (0, 2)", "1 of 2 (0, 2)"]
   assert "rank 1 failed (exit code 1); the others go on" in err
+  code, out, err = launched(join, 3, "--spares", "2")
+  assert code == 0, err
+  lines = [f"{rank} of 3 (1,)" for rank in range(3)]
+  assert sorted(out.splitlines()) == lines
 
 
 OPERATIONS = """

@@ -91,6 +91,7 @@ WITHOUT_SOURCE = {
   "finite_time_average": "rounds of neighbor_allreduce and neighbor_allgather",
   "pair_gossip": "neighbor_allreduce with one in-neighbor",
   "infer_peers": "an allgather",
+  "share_state": "an allgather and a neighbor_allgather",
   "peers": "neighbor_allreduce with the edges of one call",
 }
 TESTED_BY = {

@@ -341,7 +341,7 @@ def _run_job(
   code = processes.shell_code(code)
   if ranks and stops is None:
     failed = {record["rank"] for record in report.records(run_dir)}
-    # A spare that nobody has needed has done nothing.
+    # An idle spare has done nothing, and its end says nothing about the job.
     idle = marks.ranks_with(run_dir, "spare")
     idle -= marks.ranks_with(run_dir, "joined")
     if set(range(ranks)) - failed - idle:

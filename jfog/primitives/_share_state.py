@@ -16,7 +16,9 @@ from jfog.primitives._neighbor_allgather import neighbor_allgather
 from jfog.runtime import ProcessCommunicator, resolve, take_state
 from jfog.topology import Schedule, Topology
 
-_HEADER = struct.Struct("<32sqq")  # digest, bytes of the description and the state
+_HEADER = struct.Struct(
+  "<32sqq"
+)  # digest, bytes of the description and the state
 _CHUNK = 256 * 2**20  # bytes of one message
 
 
@@ -26,7 +28,7 @@ def share_state(tree: Any, graph: Topology | Schedule | None = None) -> Any:
   Collective over the world after `jfog.recover`, and after the `jfog.init` of a rank
   that has come in: all ranks pass a tree of the same structure, such as `(step,
   params, opt_state)`. A rank of `world.joined_ranks` gets the leaves of one rank that
-  has the state, its source; any other rank gets its own tree back. Where nobody has
+  has the state, its source; any other rank gets its own tree back. Where no rank has
   joined, nothing is sent, so that a program may call it after every `jfog.init`.
 
   The source is the first in-neighbor that has the state, or without one, or without

@@ -10,7 +10,7 @@ _FORMAT = struct.Struct("<5q")
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """What a rank of the job brings into the next world.
+  """The part of a rank of the job in a world, and on the way to the next one.
 
   Places number the ranks of a world as they were launched. A rank keeps its place
   for good, and a spare that comes in gets that of a lost rank.

@@ -164,7 +164,7 @@ def init(
     is_spare = world is None
     if world is None:
       world = _regroup.stand_by(float(timeout))
-      # What all ranks begin together in the first world, it has missed.
+      # All ranks begin these together, in the first world.
       check_programs = has_summary = False
     if reweights and world.backend == "nccl":
       raise ValueError(

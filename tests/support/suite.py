@@ -31,6 +31,7 @@ FULL_FILES = {
   "test_examples.py": "every example, in simulation and on MPI",
   "test_failures.py": "jobs that fail",
   "test_fault_tolerance.py": "jobs that go on when a rank fails",
+  "test_share_state.py": "jobs that ranks join",
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
   "test_gpu_check.py": "the driver of the GPU check",
   "test_mailboxes.py": "every length, graph and number of machines",
@@ -43,6 +44,10 @@ FULL_FILES = {
 
 QUICK_TESTS = {
   "test_a_graph_without_ranks",
+  "test_bad_leaves_and_sizes_name_the_values",
+  "test_leaves_travel_bit_for_bit",
+  "test_spares_take_the_lowest_free_places",
+  "test_the_source_is_a_neighbor_that_has_the_state",
   "test_an_exception_on_one_rank",
   "test_bad_on_missing_names_the_values",
   "test_masks_of_another_shape_or_dtype",

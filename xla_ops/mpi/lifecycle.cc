@@ -47,14 +47,15 @@ struct Process {
   // The channels of MPI_COMM_WORLD by the local size, kept from one jfog.init
   // to the next.
   std::map<int, std::shared_ptr<Channels>> channels;
-  // Of a fault-tolerant job: its ranks, with the spares, and those of the world.
+  // Of a fault-tolerant job: its ranks, with the spares, and those of the
+  // world.
   MPI_Comm job = MPI_COMM_WORLD;
   MPI_Comm world = MPI_COMM_WORLD;
   // Of the job; revoked to call the spares. Null in a job without spares.
   MPI_Comm call = MPI_COMM_NULL;
   bool is_spare = false;
   int leader = 0;  // in a job with spares, the lowest rank on this machine
-  // What becomes of `world` and `call` once the ranks have agreed on it.
+  // The next `world` and `call`, until the ranks have agreed on them.
   MPI_Comm next_world = MPI_COMM_NULL;
   MPI_Comm next_call = MPI_COMM_NULL;
 };
@@ -315,8 +316,8 @@ void CallSpares() {
 SpareState LookAsSpare() {
   Process& process = ThisProcess();
   int found = 0;
-  // Lets MPI take note of what has happened; there are no such messages. It would
-  // refuse to look after a failure that is not acknowledged.
+  // Lets MPI take note of what has happened; there are no such messages. It
+  // would refuse to look after a failure that is not acknowledged.
   AcknowledgeFailures(process.call);
   MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, process.call, &found,
              MPI_STATUS_IGNORE);

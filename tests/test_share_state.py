@@ -30,8 +30,11 @@ def test_spares_take_the_lowest_free_places():
   assert [role.has_state for role in made] == [True] * 2 + [False] * 3
   assert [role.machine for role in made] == [0, 1, 7, 7, 7]
   # Pretended machines are those of the places.
-  assert [role.machine for role in next_roles([*left, *spares], 2)][2:4] == [0, 1]
-  # The largest wish counts, and nobody who has a place loses it.
+  assert [role.machine for role in next_roles([*left, *spares], 2)][2:4] == [
+    0,
+    1,
+  ]
+  # The largest size counts, and no rank loses its place.
   grown = [left[0], Role(3, 3, 1, True, 1), *spares]
   assert [role.place for role in next_roles(grown, 0)] == [1, 3, 0, 2, -1]
   small = [Role(k, k, 0, True, 1) for k in range(3)]
@@ -91,7 +94,9 @@ def test_leaves_travel_bit_for_bit():
 
 
 def test_bad_leaves_and_sizes_name_the_values():
-  with pytest.raises(TypeError, match=r"tree\['f'\] of type .* cannot be pickled"):
+  with pytest.raises(
+    TypeError, match=r"tree\['f'\] of type .* cannot be pickled"
+  ):
     _share_state._to_bytes(["tree['f']"], [lambda x: x])
   with pytest.raises(ValueError, match="size=0 must be at least 1"):
     jfog.recover(size=0)
@@ -209,7 +214,7 @@ def check_steps(said):
   whole = 0
   for (ranks, _), steps in worlds.items():
     if len(steps) < len(ranks):
-      continue  # a rank died before it told what it had
+      continue  # a rank died before its record
     whole += 1
     matrix = topology.ring(len(ranks)).mixing_matrix
     steps.sort(key=lambda each: each["rank"])
@@ -234,7 +239,9 @@ def check_states(said):
     if not newcomers:
       sources = {}
     else:
-      sources = _share_state._sources(size, tuple(newcomers), topology.ring(size))
+      sources = _share_state._sources(
+        size, tuple(newcomers), topology.ring(size)
+      )
     for each in states:
       if each["rank"] not in newcomers:
         assert each["got"] == each["passed"]
@@ -278,7 +285,7 @@ def test_a_join_while_another_rank_dies(later):
   assert code == 0, (said, err)
   check_steps(said)
   check_states(said)
-  # A kill after the job has ended kills nobody.
+  # A kill may come after the end of the job.
   places = [each["place"] for each in said["DONE"]]
   assert {0, 3} <= set(places) <= set(range(4)), (said, err)
   values = np.array([each["x"] for each in said["DONE"]])
@@ -304,7 +311,7 @@ def test_many_random_joins(seed):
   code, said, err = run({**plan, "kills": kills})
   check_states(said)
   check_steps(said)
-  # Without a rank that has the state, nobody can go on.
+  # The job cannot go on without a rank that has the state.
   if code:
     assert "no rank is left that has the state" in err, (kills, said, err)
   else:
@@ -349,7 +356,9 @@ def test_a_joined_rank_with_another_tree_fails_alone():
 
 @needs_mpi
 def test_idle_spares_end_with_a_job_that_fails():
-  program = "import jfog\nr = jfog.init().rank\njfog.barrier()\nraise ValueError(r)"
+  program = (
+    "import jfog\nr = jfog.init().rank\njfog.barrier()\nraise ValueError(r)"
+  )
   code, _, err = run({"ranks": 2, "spares": 2, "kills": []}, program)
   assert code == 1, err
   assert "failed first (exit code 1)" in err
