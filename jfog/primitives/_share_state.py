@@ -246,8 +246,12 @@ def _from_bytes(received: np.ndarray, leaves: list[Any]) -> list[Any]:
     array.reshape(-1).view(np.uint8)[:] = received[begin:end]
     begin = end
     if isinstance(leaf, jax.Array):
-      array = jax.device_put(array, like.sharding)
-    if is_key:
-      array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+      placed = jax.device_put(array, like.sharding)
+      if is_key:
+        placed = jax.random.wrap_key_data(
+          placed, impl=jax.random.key_impl(leaf)
+        )
+      taken.append(placed)
+      continue
     taken.append(array)
   return taken

@@ -30,10 +30,16 @@ class Communicator(abc.ABC):
     local: the communicator of the ranks on this machine.
     machines: the communicator of the ranks with this local rank, one on each
       machine.
+    launched_ranks: after `jfog.recover`, of each rank its rank in the job as it was
+      launched, or that of the lost rank whose place it has taken; else empty.
+    joined_ranks: the ranks that `jfog.recover` has taken in, and that have no state
+      yet, see `jfog.share_state`.
   """
 
   size: Any
   rank: Any
+  launched_ranks: tuple[int, ...] = ()
+  joined_ranks: tuple[int, ...] = ()
 
   @property
   @abc.abstractmethod

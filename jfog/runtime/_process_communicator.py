@@ -29,10 +29,7 @@ class ProcessCommunicator(Communicator):
   timeout: float = dataclasses.field(  # seconds, of every operation
     default=DEFAULT_TIMEOUT, compare=False
   )
-  # Of each rank its rank in the job as it was launched, or that of the lost rank
-  # whose place it has taken; empty before a recovery.
   launched_ranks: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-  # The ranks that have come in and have no state yet, see `jfog.share_state`.
   joined_ranks: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
   def __repr__(self) -> str:
