@@ -289,9 +289,11 @@ ffi::Error Operation::FindGone(bool* moved) {
 }
 
 ffi::Error Operation::MpiFailure(int code, const std::string& what) {
-  if (IsRankFailure(code)) {
+  if (comm_->is_fault_tolerant()) {
     comm_->FindGone();
-    return FailWithout({});
+    // A round of a collective that begins after the failure ends with a code
+    // that names no class.
+    if (IsRankFailure(code) || comm_->any_gone()) return FailWithout({});
   }
   return Fail(ffi::ErrorCode::kInternal,
               "failed " + what + ": " + ErrorText(code));
