@@ -31,6 +31,8 @@ from jfog.launch import options
     ["-np", "2", "-x", "NOT_SET_ANYWHERE", "true"],
     ["-np", "2", "-x", "1=2", "true"],
     ["-np", "2", "-m"],
+    ["-np", "2", "--spares", "1", "true"],
+    ["-np", "2", "--fault-tolerant", "--spares", "-1", "true"],
     ["-np", "auto", "-H", "a:many", "true"],
     ["-np", "auto", "--hostfile", "no-such-file", "true"],
   ],
