@@ -18,9 +18,20 @@ struct Started {
   MPI_Comm first = MPI_COMM_NULL;
   std::vector<MPI_Comm> comms;
   bool is_revoked = false;
+  bool has_failed = false;
 };
 
 Started& TheStart() { return ProcessWide<Started>(); }
+
+// Throws unless all ranks of a start have made a communicator.
+void RequireMade(int code, const char* call) {
+  if (StartComm() == MPI_COMM_NULL) return Require(code, call);
+  if (AgreeInStart(code == MPI_SUCCESS, false) == StartStep::kFailed) {
+    Require(code, call);
+    throw std::runtime_error("jfog: " + std::string(call) +
+                             " failed on another rank");
+  }
+}
 
 void Enter(MPI_Comm comm) {
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
@@ -55,28 +66,28 @@ TemporaryComm::~TemporaryComm() {
 
 TemporaryComm TemporaryComm::OfMachine(MPI_Comm comm, int key) {
   MPI_Comm made = MPI_COMM_NULL;
-  Require(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, key, MPI_INFO_NULL,
-                              &made),
-          "MPI_Comm_split_type");
+  RequireMade(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, key,
+                                  MPI_INFO_NULL, &made),
+              "MPI_Comm_split_type");
   return TemporaryComm(made);
 }
 
 TemporaryComm TemporaryComm::Split(MPI_Comm comm, int color, int key) {
   MPI_Comm made = MPI_COMM_NULL;
-  Require(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
+  RequireMade(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
   return TemporaryComm(made);
 }
 
 MPI_Comm DuplicateOf(MPI_Comm comm) {
   MPI_Comm made = MPI_COMM_NULL;
-  Require(MPI_Comm_dup(comm, &made), "MPI_Comm_dup");
+  RequireMade(MPI_Comm_dup(comm, &made), "MPI_Comm_dup");
   Enter(made);
   return made;
 }
 
 MPI_Comm PartOf(MPI_Comm comm, int color, int key) {
   MPI_Comm made = MPI_COMM_NULL;
-  Require(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
+  RequireMade(MPI_Comm_split(comm, color, key, &made), "MPI_Comm_split");
   if (made != MPI_COMM_NULL) Enter(made);
   return made;
 }
@@ -87,6 +98,7 @@ void BeginStart(MPI_Comm comm) {
   start.first = comm;
   start.comms = {comm};
   start.is_revoked = false;
+  start.has_failed = false;
 }
 
 void EndStart() {
@@ -109,6 +121,25 @@ MPI_Comm StartComm() {
   Started& start = TheStart();
   std::lock_guard<std::mutex> lock(start.mutex);
   return start.first;
+}
+
+StartStep AgreeInStart(bool succeeds, bool ends) {
+  constexpr int kSucceeds = 1, kEnds = 2;
+  Started& start = TheStart();
+  {
+    std::lock_guard<std::mutex> lock(start.mutex);
+    if (start.has_failed) return StartStep::kFailed;
+  }
+  // The others may wait in a communicator that this rank has given up.
+  if (!succeeds) RevokeStart();
+  const int agreed =
+      AgreeOn(StartComm(), succeeds ? kSucceeds | (ends ? kEnds : 0) : 0);
+  if ((agreed & kSucceeds) == 0) {
+    std::lock_guard<std::mutex> lock(start.mutex);
+    start.has_failed = true;
+    return StartStep::kFailed;
+  }
+  return (agreed & kEnds) != 0 ? StartStep::kEnded : StartStep::kMade;
 }
 
 }  // namespace jfog::mpi

@@ -45,6 +45,15 @@ void RevokeStart();
 // The communicator with which it began; null outside of such a time.
 MPI_Comm StartComm();
 
+// The steps of such a time, in which all of its ranks take part: the making of
+// a communicator, and the end. Open MPI loses a revocation, or crashes, on a
+// rank that is still making the communicator, so that none is revoked before
+// all have it.
+enum class StartStep { kFailed, kMade, kEnded };
+// Collective over the ranks of the start: whether all succeed in a step. The
+// first failure is the last step.
+StartStep AgreeInStart(bool succeeds, bool ends);
+
 }  // namespace jfog::mpi
 
 #endif  // JFOG_XLA_OPS_MPI_COLLECTIVE_START_H_

@@ -76,7 +76,9 @@ std::unique_ptr<Duplicates> Duplicates::Acquire(MPI_Comm parent) {
   const std::vector<int> ranks = WorldRanks(parent);
   std::uint64_t free = 0;
   std::size_t index = 0;
-  if (!ranks.empty()) {
+  // In a recovery all ranks take the same steps, see `AgreeInStart`, whatever
+  // some of them have kept.
+  if (!ranks.empty() && StartComm() == MPI_COMM_NULL) {
     std::lock_guard<std::mutex> lock(kept.mutex);
     const Made& made = kept.made[ranks];
     index = FirstOf(made);

@@ -64,12 +64,12 @@ MPI_Comm Shrink(MPI_Comm comm) {
   return made;
 }
 
-bool AgreeOn(MPI_Comm comm, bool value) {
-  int all = value;
+int AgreeOn(MPI_Comm comm, int bits) {
+  int all = bits;
   // It returns an error where a rank has failed; the value is agreed on anyway.
   MPIX_Comm_failure_ack(comm);
   const int code = MPIX_Comm_agree(comm, &all);
-  return code == MPI_SUCCESS && all != 0;
+  return code == MPI_SUCCESS ? all : 0;
 }
 
 #else
@@ -81,7 +81,7 @@ void AcknowledgeFailures(MPI_Comm) {}
 void Revoke(MPI_Comm) {}
 bool IsRevoked(MPI_Comm) { return false; }
 MPI_Comm Shrink(MPI_Comm) { return MPI_COMM_NULL; }
-bool AgreeOn(MPI_Comm, bool) { return false; }
+int AgreeOn(MPI_Comm, int) { return 0; }
 
 #endif
 

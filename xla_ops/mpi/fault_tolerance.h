@@ -28,9 +28,9 @@ bool IsRevoked(MPI_Comm comm);
 // Collective over the ranks that are left: a communicator of them, in their
 // order; MPI_COMM_NULL if that fails.
 MPI_Comm Shrink(MPI_Comm comm);
-// Collective over the ranks that are left: whether all of them bring `value`,
-// with one answer for all.
-bool AgreeOn(MPI_Comm comm, bool value);
+// Collective over the ranks that are left: the bits that all of them bring,
+// with one answer for all; 0 if a rank has failed that was there before.
+int AgreeOn(MPI_Comm comm, int bits);
 
 }  // namespace jfog::mpi
 

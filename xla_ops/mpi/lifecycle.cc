@@ -329,6 +329,8 @@ void ShrinkJob() {
   if (made == MPI_COMM_NULL) {
     throw std::runtime_error("jfog: MPIX_Comm_shrink failed");
   }
+  // From here on all ranks that are left have it, and it may be revoked.
+  AgreeOn(made, 0);
   BeginStart(made);
 }
 
@@ -370,8 +372,10 @@ void LookAtStart() {
 bool AgreeOnSurvivors(bool is_made) {
   Process& process = ThisProcess();
   const MPI_Comm parent = StartComm();
-  if (!is_made) RevokeStart();
-  const bool agreed = AgreeOn(parent, is_made);
+  StartStep step = AgreeInStart(is_made, true);
+  // A spare waits for the steps of the ranks of the world.
+  while (step == StartStep::kMade) step = AgreeInStart(true, true);
+  const bool agreed = step == StartStep::kEnded;
   if (agreed) {
     process.job = parent;
     process.world = process.next_world;
