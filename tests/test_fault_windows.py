@@ -174,8 +174,6 @@ def test_windows_go_on_without_a_rank(local_size, length, tmp_path):
 @needs_mpi
 @pytest.mark.parametrize("local_size", ["", "1"], ids=["shared", "messages"])
 def test_each_rank_learns_by_windows_alone(local_size, tmp_path):
-  ended = launched(
-    ERROR, 5, local_size, tmp_path, length=3, on_missing="error"
-  )
+  ended = launched(ERROR, 5, local_size, tmp_path, length=3, on_missing="error")
   assert sorted(each[0] for each in ended) == [0, 2, 3, 4], ended
   assert all(each[1] == 4 for each in ended), ended

@@ -24,75 +24,96 @@ UNCLEAN = ("malformed", "AssertionError", "does not match", "INTERNAL")
 
 
 @dataclasses.dataclass
-class Plan:
-  """A job: its ranks, what they do, and what befalls whom when."""
+class Phase:
+  """Some steps of one kind, and what befalls whom in them."""
 
-  ranks: int
+  operation: str
   graph: str
   length: int
-  steps: int
+  faults: list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Plan:
+  """A job: its ranks, and what they go through."""
+
+  ranks: int
   on_missing: str
-  operation: str
   local_size: int | None
   timeout: float
-  faults: list
+  steps: int  # of each phase
+  phases: list[Phase]
 
   @classmethod
   def of_seed(cls, seed):
-    """A random plan, of 3 to 5 ranks, of which at least one stays."""
+    """A random plan, of 3 to 6 ranks, of which at least one stays."""
     random = np.random.RandomState(seed)
-    on_missing = ("reweight", "error")[seed % 2]
-    ranks = int(random.randint(3, 6))
-    operations = ["average", "windows"]
-    if on_missing == "error":
-      operations += ["allreduce"] + ["hierarchical"] * (ranks == 4)
-    operation = str(random.choice(operations))
-    local_size = [None, 1][random.randint(2)]
-    if operation == "hierarchical":
-      local_size = 2
-    counts = {"one": 1, "two": 2, "half": ranks // 2, "all but one": ranks - 1}
-    who = random.choice(list(counts), p=[0.4, 0.3, 0.2, 0.1])
-    victims = random.choice(ranks, counts[who], replace=False)
-    at_once = random.rand() < 0.4
-    first = int(random.randint(1, 25))
+    plan = cls(
+      ranks=int(random.randint(3, 7)),
+      on_missing=("reweight", "error")[seed % 2],
+      local_size=None,
+      timeout=100.0,
+      steps=30,
+      phases=[],
+    )
+    divisors = [d for d in (1, 2, 3) if plan.ranks % d == 0]
+    if random.rand() < 0.5:
+      plan.local_size = int(random.choice(divisors))
+    turn, there = random.rand(), list(range(plan.ranks))
+    while len(there) > 1 and len(plan.phases) < 4:
+      phase = plan._draw_phase(random, there)
+      plan.phases.append(phase)
+      if turn < 0.04:  # one that stands for longer than the timeout
+        plan.timeout = 3.0
+        phase.faults = [{**phase.faults[0], "what": "stop", "pause": 7.0}]
+        break
+      if turn < 0.08 and os.geteuid() == 0:
+        phase.faults[0].update(what="fill")
+        turn = 1.0
+      for fault in phase.faults:
+        if fault["what"] == "kill":
+          there.remove(fault["rank"])
+    return plan
+
+  def _draw_phase(self, random, there):
+    operations = ["average", "average", "windows"]
+    if self.on_missing == "error":
+      operations += ["allreduce", "hierarchical"]
+    counts = [1, 2, len(there) // 2, len(there) - 1]
+    count = min(
+      int(random.choice(counts, p=[0.6, 0.2, 0.15, 0.05])), len(there) - 1
+    )
+    at_once, first = random.rand() < 0.4, int(random.randint(1, 20))
     faults: list[dict[str, Any]] = []
-    for each in victims:
+    for rank in random.choice(there, count, replace=False):
       when = str(random.choice(["step", "any"]))
-      if on_missing == "error" and faults and random.rand() < 0.4:
-        when = "recovery"
       delay = None if when == "step" else float(random.rand() * 0.02)
-      if when == "recovery":
-        delay = float(random.rand() * 0.3)
-      step = first if at_once else int(random.randint(1, 25))
+      if self.on_missing == "error" and faults and random.rand() < 0.4:
+        when, delay = "recovery", float(random.rand() * 0.3)
+      step = first if at_once else int(random.randint(1, 20))
       faults.append(
         {
           "what": "kill",
-          "rank": int(each),
+          "rank": int(rank),
           "step": step,
           "when": when,
           "delay": delay,
         }
       )
-    timeout, turn = 100.0, random.rand()
-    if turn < 0.15:  # short of the timeout: all goes on right
-      faults[0].update(what="stop", pause=float(0.05 + random.rand() * 0.4))
-    elif turn < 0.18:  # longer than it: an error
-      timeout = 3.0
-      faults = [{**faults[0], "what": "stop", "pause": 7.0}]
-    elif turn < 0.22 and os.geteuid() == 0:
-      faults[0].update(what="fill")
-    graphs = ["ring", "exponential", "one_peer_exponential"]
-    return cls(
-      ranks,
-      str(random.choice(graphs)),
-      int(random.choice(program.LENGTHS)),
-      40,
-      on_missing,
-      operation,
-      local_size,
-      timeout,
-      faults,
+      if random.rand() < 0.15:  # short of the timeout: all goes on right
+        pause = float(0.05 + random.rand() * 0.4)
+        faults[-1].update(what="stop", pause=pause)
+    return Phase(
+      operation=str(random.choice(operations)),
+      graph=str(random.choice(["ring", "exponential", "one_peer_exponential"])),
+      length=int(random.choice(program.LENGTHS)),
+      faults=faults,
     )
+
+  @property
+  def faults(self):
+    """Those of all phases."""
+    return [fault for phase in self.phases for fault in phase.faults]
 
   @property
   def killed(self):
@@ -150,28 +171,32 @@ def run(plan):
         assert text in done.stderr, said
     for text in UNCLEAN:
       assert text not in said, said
-    if plan.operation == "windows":
-      return done
-    logs = [
-      np.load(pathlib.Path(folder) / f"{rank}.npy")
-      for rank in range(plan.ranks)
-    ]
-  if plan.on_missing == "reweight":
-    for rank in range(plan.ranks):
-      for step in range(plan.steps):
-        if logs[rank][step + 1, 0] == step + 1:
-          check_average(plan, logs, rank, step)
-  else:
-    ranks = {tuple(launched) for _, launched, _ in ended}
-    assert len(ranks) == 1 or plan.may_fail, said
-    last = [logs[rank][plan.steps, 2:] for rank in sorted(left)]
-    assert all(np.isfinite(x).all() for x in last), said
+    check_logs(plan, pathlib.Path(folder), left, said)
   return done
 
 
-def check_average(plan, logs, rank, step):
+def check_logs(plan, folder, left, said):
+  """Checks what the ranks have written down."""
+  for k, phase in enumerate(plan.phases):
+    if phase.operation == "windows":
+      continue
+    logs = [np.full((plan.steps + 1, 2), np.nan)] * plan.ranks
+    for rank in range(plan.ranks):
+      if (path := folder / f"{k}-{rank}.npy").exists():
+        logs[rank] = np.load(path)
+    if plan.on_missing == "error":  # some may go on in a later phase
+      continue
+    for rank in left:
+      assert np.isfinite(logs[rank][plan.steps]).all(), said
+    for rank in range(plan.ranks):
+      for step in range(plan.steps):
+        if logs[rank][step + 1, 0] == step + 1:
+          check_average(plan, phase, logs, rank, step)
+
+
+def check_average(plan, phase, logs, rank, step):
   """Compares one average with those of all neighbors that can have been there."""
-  matrix = program.graph_of(plan.graph, plan.ranks)[step].mixing_matrix
+  matrix = program.graph_of(phase.graph, plan.ranks)[step].mixing_matrix
   own = logs[rank][step, 2:].astype(np.float64)
   got = logs[rank][step + 1, 2:]
   # In difference form the missing weight goes to the own value by itself.
@@ -191,7 +216,7 @@ def check_average(plan, logs, rank, step):
       np.zeros_like(sums),
     )
     wrong = np.minimum(wrong, np.abs(total - got))
-  assert wrong.max() < 1e-5, (plan, rank, step, wrong.max())
+  assert wrong.max() < 1e-5, (plan, phase, rank, step, wrong.max())
 
 
 def nothing_is_left(stdout):

@@ -85,46 +85,87 @@ def segments():
   return sorted(set(re.findall(r"/dev/shm/\S+", maps)))
 
 
-class Faults:
-  """What is to befall this rank."""
+class Job:
+  """What this rank is in: the plan, the world, and what is still to befall it."""
 
-  def __init__(self, plan, rank):
-    self._left = [f for f in plan["faults"] if f["rank"] == rank]
+  def __init__(self, folder, plan):
+    self.folder, self.plan = folder, plan
+    self.world: Any = jfog.init(
+      on_missing=plan["on_missing"],
+      timeout=plan["timeout"],
+      local_size=plan["local_size"],
+    )
+    self.me = self.world.rank
+    self.phase, self.step = 0, 0
+    self._faults = [
+      (k, fault)
+      for k, phase in enumerate(plan["phases"])
+      for fault in phase["faults"]
+      if fault["rank"] == self.me
+    ]
+    self.windows = None
 
-  def at(self, step):
-    """Those of a step."""
-    self._take(lambda fault: fault["step"] == step)
+  @property
+  def current(self):
+    """The phase."""
+    return self.plan["phases"][self.phase]
 
-  def in_recovery(self):
-    """Those of a recovery."""
-    self._take(lambda fault: fault["when"] == "recovery", most=1)
+  def befall(self):
+    """Lets the faults of this step happen."""
+    for each in list(self._faults):
+      k, fault = each
+      if (k, fault["step"]) == (self.phase, self.step):
+        if fault["when"] != "recovery":
+          self._faults.remove(each)
+          befall(fault)
 
-  def _take(self, wanted, most=None):
-    for fault in [f for f in self._left if wanted(f)][:most]:
-      if fault["when"] == "recovery" and most is None:
-        continue
-      self._left.remove(fault)
-      befall(fault)
+  def recover(self):
+    """Makes the world anew, and agrees on the phase and the step."""
+    for each in list(self._faults):
+      if each[1]["when"] == "recovery" and each[0] <= self.phase:
+        self._faults.remove(each)
+        befall(each[1])
+    steps = self.plan["steps"] + 1
+    while True:
+      self.world = jfog.recover()
+      try:
+        place = jnp.int32(self.phase * steps + self.step)
+        place = int(jfog.allreduce(place, "max"))
+        self.open_windows()
+        break
+      except jax.errors.JaxRuntimeError as error:
+        if not jfog.is_rank_failure(error):
+          raise
+    self.phase, self.step = divmod(place, steps)
+
+  def open_windows(self):
+    """The windows of all phases, since a later one may come without some rank."""
+    for phase in self.plan["phases"]:
+      if phase["operation"] == "windows":
+        self.windows = Windows(self.world, self.me, phase["length"])
+        return
+
+  def run(self):
+    """Goes through all phases."""
+    self.open_windows()
+    while self.phase < len(self.plan["phases"]):
+      run = windows if self.current["operation"] == "windows" else average
+      try:
+        run(self)
+        self.phase, self.step = self.phase + 1, 0
+      except jax.errors.JaxRuntimeError as error:
+        goes_on = self.plan["on_missing"] == "reweight"
+        if goes_on or not jfog.is_rank_failure(error):
+          raise
+        self.recover()
 
 
-def recover(step, faults):
-  """Makes the world anew, and agrees on the step."""
-  faults.in_recovery()
-  while True:
-    world = jfog.recover()
-    try:
-      return world, int(jfog.allreduce(jnp.int32(step), "max"))
-    except jax.errors.JaxRuntimeError as error:
-      if not jfog.is_rank_failure(error):
-        raise
-
-
-def operation_of(plan, world):
+def operation_of(phase, world):
   """What each rank does in a step: `(x, step) -> x`."""
-  if plan["operation"] == "allreduce":
+  if phase["operation"] == "allreduce":
     return jax.jit(lambda x, t: jfog.allreduce(x + t, "mean"))
-  graph = graph_of(plan["graph"], world.size)
-  if plan["operation"] == "hierarchical" and jfog.is_homogeneous():
+  graph = graph_of(phase["graph"], world.size)
+  if phase["operation"] == "hierarchical" and jfog.is_homogeneous():
     machines = jfog.topology.fully_connected(jfog.machine_size())
     return jax.jit(
       lambda x, t: jfog.hierarchical_neighbor_allreduce(x + t, machines)
@@ -132,136 +173,115 @@ def operation_of(plan, world):
   return jax.jit(lambda x, t: jfog.neighbor_allreduce(x, graph, t))
 
 
-def average(folder, plan, world, faults):
+def average(job):
   """Averages step by step, and records each value."""
-  steps, length, me = plan["steps"], plan["length"], world.rank
-  path = os.path.join(folder, f"{me}.npy")
+  steps, length = job.plan["steps"], job.current["length"]
+  path = os.path.join(job.folder, f"{job.phase}-{job.me}.npy")
   shape = (steps + 1, 2 + length)
-  log = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-  log[:] = np.nan
-  x = jnp.asarray(np.random.RandomState(me).randn(length), jnp.float32)
-  operation, t = operation_of(plan, world), 0
+  if os.path.exists(path):
+    log = np.lib.format.open_memmap(path, "r+")
+  else:
+    log = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    log[:] = np.nan
+  x = jnp.asarray(np.random.RandomState(job.me).randn(length), jnp.float32)
+  if job.step and log[job.step - 1, 0] == job.step - 1:
+    x = jnp.asarray(log[job.step - 1, 2:])  # goes on from its own value
+  operation = operation_of(job.current, job.world)
   operation.lower(x, 0).compile()
-  jfog.barrier()
-  while True:
-    try:
-      while t < steps:
-        faults.at(t)
-        # The mark of a step goes last.
-        log[t, 2:], log[t, 1] = np.asarray(x), world.size
-        log[t, 0] = t
-        x = operation(x, t).block_until_ready()
-        t += 1
-      break
-    except jax.errors.JaxRuntimeError as error:
-      if not jfog.is_rank_failure(error) or plan["on_missing"] == "reweight":
-        raise
-      world, t = recover(t, faults)
-      operation = operation_of(plan, world)
-  log[t, 2:], log[t, 1] = np.asarray(x), world.size
-  log[t, 0] = t
-  if plan["on_missing"] == "error":
-    check_new_world(plan, world, me, t)
-  return world
+
+  def record():
+    # The mark of a step goes last.
+    log[job.step, 2:], log[job.step, 1] = np.asarray(x), job.world.size
+    log[job.step, 0] = job.step
+
+  while job.step < steps:
+    job.befall()
+    record()
+    x = operation(x, job.step).block_until_ready()
+    job.step += 1
+  record()
+  if job.plan["on_missing"] == "error":
+    check_new_world(job)
 
 
-def check_new_world(plan, world, me, step):
-  """The last world averages on its own graph."""
-  graph = graph_of(plan["graph"], world.size)
-  row = graph[step].mixing_matrix[world.rank]
+def check_new_world(job):
+  """The world of now averages on its own graph."""
+  world = job.world
+  graph = graph_of(job.current["graph"], world.size)
+  row = graph[job.step].mixing_matrix[world.rank]
   launched = list(world.launched_ranks or range(world.size))
-  try:
-    y = jfog.neighbor_allreduce(
-      jnp.full(plan["length"], float(me), jnp.float32), graph, step
-    )
-    expected = row @ np.array(launched, float)
-    np.testing.assert_allclose(np.asarray(y), expected, rtol=1e-5)
-  except jax.errors.JaxRuntimeError as error:  # killed after the last step
-    if not jfog.is_rank_failure(error):
-      raise
+  y = jfog.neighbor_allreduce(
+    jnp.full(job.current["length"], float(job.me)), graph, job.step
+  )
+  expected = row @ np.array(launched, float)
+  np.testing.assert_allclose(np.asarray(y), expected, rtol=1e-5)
 
 
-def windows(folder, plan, world, faults):
-  """Puts, gets, accumulates and updates at its own pace.
+class Windows:
+  """A step on windows, and their values."""
 
-  All elements of a value are equal and between the least and the greatest at the
-  start: a torn one shows, and so does a weight that is lost or counted twice.
-  """
-  length, me, size = plan["length"], world.rank, world.size
-
-  def uniform(x, what):
-    x = np.asarray(x)
-    within = -1e-5 <= x[0] <= size - 1 + 1e-5
-    assert np.all(x == x[0]) and within, (what, x[0], x)
-
-  def begin(world):
+  def __init__(self, world, me, length):
     graph = jfog.topology.ring(world.size)
-    x = jnp.full(length, float(me), jnp.float32)
-    win = jfog.win_create(x, graph)
-    mass = jfog.win_create(x, graph, zero_init=True, associated_p=True)
-    share = 1 / (1 + max(map(len, map(graph.out_neighbors, range(world.size)))))
+    self.x = self.biased = jnp.full(length, float(me), jnp.float32)
+    self.win = jfog.win_create(self.x, graph)
+    self.mass = jfog.win_create(
+      self.x, graph, zero_init=True, associated_p=True
+    )
+    ends = graph.out_neighbors(world.rank)
+    share = 1 / (
+      1 + max(len(graph.out_neighbors(r)) for r in range(world.size))
+    )
 
     def step(win, mass, x, biased):
       win = jfog.win_put(win, x)
       x, win = jfog.win_update(win, x)
       y, win = jfog.win_update(jfog.win_get(win), x, expose=False)
-      # A part for each out-neighbor, and the rest, also that of the missing.
+      # A part for each out-neighbor; the rest stays, and that of the missing.
       lost = jfog.win_missing(mass)
-      out = jnp.zeros(world.size, bool)
-      out = out.at[jnp.array(graph.out_neighbors(world.rank), int)].set(True)
-      kept = 1 - share * jnp.sum(out & ~lost)
+      kept = 1 - share * sum(jnp.where(lost[r], 0, 1) for r in ends)
       mass = jfog.win_accumulate(mass, biased, dst_weights=share)
       biased, mass = jfog.win_update(
         mass, biased, self_weight=kept, src_weights=1, reset=True
       )
       return win, mass, x, y, biased, jfog.win_associated_p(mass)
 
-    jfog.barrier()
-    return jax.jit(step), win, mass, x, x
+    self._step = jax.jit(step)
+    self._most = max(world.launched_ranks or range(world.size))
 
-  t, held = 0, begin(world)
-  while True:
-    try:
-      step, win, mass, x, biased = held
-      while t < plan["steps"]:
-        faults.at(t)
-        win, mass, x, y, biased, p = step(win, mass, x, biased)
-        uniform(x, "update")
-        uniform(y, "get")
-        uniform(biased / p, "push-sum")
-        if t % 5 == me % 5:
-          with jfog.win_mutex(win):
-            jax.block_until_ready(jfog.win_put(win, x))
-        t += 1
-      break
-    except jax.errors.JaxRuntimeError as error:
-      if not jfog.is_rank_failure(error) or plan["on_missing"] == "reweight":
-        raise
-      while True:
-        world, t = recover(t, faults)
-        try:
-          held = begin(world)
-          break
-        except jax.errors.JaxRuntimeError as again:
-          if not jfog.is_rank_failure(again):
-            raise
-  return world
+  def step(self, locks):
+    """Puts, gets, accumulates and updates at its own pace.
+
+    All elements of a value are equal and between the least and the greatest at the
+    start: a torn one shows, and so does a weight that is lost or counted twice.
+    """
+    self.win, self.mass, self.x, y, self.biased, p = self._step(
+      self.win, self.mass, self.x, self.biased
+    )
+    for what, x in (("put", self.x), ("get", y), ("sum", self.biased / p)):
+      x = np.asarray(x)
+      within = -1e-4 <= x[0] <= self._most + 1e-4
+      assert np.all(x == x[0]) and within, (what, np.unique(x)[:5], p)
+    if locks:
+      with jfog.win_mutex(self.win):
+        self.win = jax.block_until_ready(jfog.win_put(self.win, self.x))
+
+
+def windows(job):
+  """Steps on windows."""
+  while job.step < job.plan["steps"]:
+    job.befall()
+    job.windows.step(locks=job.step % 5 == job.me % 5)
+    job.step += 1
 
 
 def main(folder, plan):
   """Runs the plan of a job on this rank."""
-  world: Any = jfog.init(
-    on_missing=plan["on_missing"],
-    timeout=plan["timeout"],
-    local_size=plan["local_size"],
-  )
-  me = world.rank
+  job = Job(folder, plan)
   print("STARTED", os.getpid(), *segments(), flush=True)
-  run = windows if plan["operation"] == "windows" else average
-  world = run(folder, plan, world, Faults(plan, me))
+  job.run()
   counted = jfog.diagnostics.counters()["missing"]
-  launched = list(world.launched_ranks or range(world.size))
-  print("DONE", json.dumps([me, launched, counted]), flush=True)
+  launched = list(job.world.launched_ranks or range(job.world.size))
+  print("DONE", json.dumps([job.me, launched, counted]), flush=True)
 
 
 if __name__ == "__main__":

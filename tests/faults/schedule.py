@@ -93,7 +93,10 @@ def simulated():
 def meet(folder, name, ranks, me):
   """Waits until these ranks have come here."""
   pathlib.Path(folder, f"{name}-{me}").touch()
+  end = time.monotonic() + 60
   while not all(os.path.exists(f"{folder}/{name}-{r}") for r in ranks):
+    if time.monotonic() > end:
+      raise RuntimeError(f"not all of {ranks} have come to {name}")
     time.sleep(0.005)
 
 

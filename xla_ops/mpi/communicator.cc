@@ -200,8 +200,8 @@ std::string Communicator::ReceiveControlMessage(MPI_Message matched,
   MPI_Get_count(&found, MPI_BYTE, &bytes);
   // Of the length that came: a longer message could overwrite what follows.
   Buffer received(static_cast<std::size_t>(std::max(bytes, 1)));
-  const int code = MPI_Mrecv(received.get(), bytes, MPI_BYTE, &matched,
-                             MPI_STATUS_IGNORE);
+  const int code =
+      MPI_Mrecv(received.get(), bytes, MPI_BYTE, &matched, MPI_STATUS_IGNORE);
   if (code != MPI_SUCCESS) return ErrorText(code);
   duplicates_->CountControlReceived(found.MPI_SOURCE);
   return Read(received.get(), static_cast<std::size_t>(bytes), size_, message);

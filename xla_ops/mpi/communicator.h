@@ -219,7 +219,7 @@ class Communicator {
   std::atomic<bool> reweights_{false};
   std::atomic<bool> any_gone_{false};
   std::atomic<Clock::rep> looked_at_{0};  // the last look for failed ranks
-  std::vector<std::atomic<bool>> gone_;             // by rank
+  std::vector<std::atomic<bool>> gone_;   // by rank
   std::vector<std::atomic<std::int64_t>> missing_;  // averages, by rank
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};

@@ -21,10 +21,9 @@ bool IsFaultTolerant() {
 
 bool IsRankFailure(int code, const std::vector<MPI_Status>& statuses) {
   if (code != MPI_ERR_IN_STATUS) return IsRankFailure(code);
-  return std::any_of(statuses.begin(), statuses.end(),
-                     [](const MPI_Status& status) {
-                       return IsRankFailure(status.MPI_ERROR);
-                     });
+  return std::any_of(
+      statuses.begin(), statuses.end(),
+      [](const MPI_Status& status) { return IsRankFailure(status.MPI_ERROR); });
 }
 
 #if defined(OMPI_HAVE_MPI_EXT_FTMPI)

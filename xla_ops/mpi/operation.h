@@ -191,6 +191,8 @@ class Operation {
 
  private:
   ffi::Error MpiFailure(int code, const std::string& what);
+  // Whether an MPI return code comes from the failure of a rank.
+  bool IsOfFailure(int code);
   // Looks for ranks that have failed.
   ffi::Error FindGone(bool* moved);
   ffi::Error FailWithout(const std::vector<int>& gone);

@@ -167,10 +167,10 @@ void Combine(const Window& window, const Payload& leaves,
   }
 }
 
-// The records of the sources that have not failed; the others go to `gone`. Their
-// weights go from `weights` to the own value, as in jfog.topology.without; in a
-// collect, where slots hold sums, they add nothing. Called under the locks: what
-// a rank was writing at its end is left out.
+// The records of the sources that have not failed; the others go to `gone`.
+// Their weights go from `weights` to the own value, as in
+// jfog.topology.without; in a collect, where slots hold sums, they add nothing.
+// Called under the locks: what a rank was writing at its end is left out.
 std::vector<int> TakeGone(const Window& window, const std::vector<int>& records,
                           const std::vector<int>& sources, bool collects,
                           std::vector<double>* weights,
@@ -242,8 +242,8 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
       window->comm()->any_gone()
           ? TakeGone(*window, records, ranks, reset != 0, &row, &gone)
           : records;
-  ffi::Error error = gone.empty() ? ffi::Error::Success()
-                                  : window->LeaveOut(title(), gone);
+  ffi::Error error =
+      gone.empty() ? ffi::Error::Success() : window->LeaveOut(title(), gone);
   if (error.success()) {
     // In difference form what is left out would count as the own value.
     const bool in_difference = difference != 0 && (gone.empty() || reset == 0);

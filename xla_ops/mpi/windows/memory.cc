@@ -40,8 +40,7 @@ bool TicketLock::Acquire(std::int32_t rank,
   return true;
 }
 
-void LockLook::Free(TicketLock& lock,
-                    const std::function<bool(int)>& is_gone) {
+void LockLook::Free(TicketLock& lock, const std::function<bool(int)>& is_gone) {
   const std::int32_t holder = lock.holder();
   if (holder != TicketLock::kNobody) {
     since_.reset();

@@ -132,11 +132,11 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   const std::size_t first = number * messages_;
   comm().duplicates().CountSent(rank);
   // The receive goes first, so that the reply finds it posted.
-  JFOG_RETURN_IF_ERROR(Started(
-      MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
-                remote.tag, comm().control_comm(),
-                Slot(first + kReply, kAnyLength)),
-      "in MPI_Irecv", first + kReply));
+  JFOG_RETURN_IF_ERROR(
+      Started(MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
+                        remote.tag, comm().control_comm(),
+                        Slot(first + kReply, kAnyLength)),
+              "in MPI_Irecv", first + kReply));
   JFOG_RETURN_IF_ERROR(Started(
       MPI_Isend(remote.request.get(), static_cast<int>(bytes), MPI_BYTE, rank,
                 kRequestTag, comm().control_comm(), Slot(first + kRequest)),
@@ -150,12 +150,11 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
     const std::size_t piece =
         std::min(PieceBytes(request.bytes), request.bytes - at);
     comm().duplicates().CountSent(rank);
-    JFOG_RETURN_IF_ERROR(
-        Started(MPI_Isend(value_.staging.get() + at,
-                          static_cast<int>(piece / kLineBytes), Line(), rank,
-                          kRequestPayloadTag, comm().control_comm(),
-                          Slot(slot)),
-                "in MPI_Isend", slot));
+    JFOG_RETURN_IF_ERROR(Started(
+        MPI_Isend(value_.staging.get() + at,
+                  static_cast<int>(piece / kLineBytes), Line(), rank,
+                  kRequestPayloadTag, comm().control_comm(), Slot(slot)),
+        "in MPI_Isend", slot));
     ++slot;
   }
   return ffi::Error::Success();

@@ -77,8 +77,8 @@ class Window {
                      const std::function<std::string()>& title);
   // Frees a lock that is waited for from ranks that have failed.
   void FreeFromGone(TicketLock& lock, LockLook* look) const;
-  // Goes on without ranks that have failed, and counts them, if the communicator
-  // reweights; otherwise fails it.
+  // Goes on without ranks that have failed, and counts them, if the
+  // communicator reweights; otherwise fails it.
   ffi::Error LeaveOut(const std::string& title, const std::vector<int>& gone);
 
   // The operations in flight on this rank, which `Free` waits for.
