@@ -66,7 +66,7 @@ win = jfog.win_put(win, x)
 meet("put")
 y, win = jfog.win_update(win, x)
 np.testing.assert_allclose(y, truth, rtol=1e-6)
-# What was exposed is got: the result above, of those that are left.
+# The exposed value is got: the result above, of those that are left.
 meet("update")
 y, win = jfog.win_update(jfog.win_get(win), x, expose=False)
 others = {r: matrix[me, r] for r in graph.in_neighbors(me) if r != LOST}

@@ -25,7 +25,7 @@ UNCLEAN = ("malformed", "AssertionError", "does not match", "INTERNAL")
 
 @dataclasses.dataclass
 class Phase:
-  """Some steps of one kind, and what befalls whom in them."""
+  """Some steps of one kind, and the faults in them."""
 
   operation: str
   graph: str

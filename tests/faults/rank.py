@@ -86,7 +86,7 @@ def segments():
 
 
 class Job:
-  """What this rank is in: the plan, the world, and what is still to befall it."""
+  """The place of this rank: plan, world, phase, step, and faults to come."""
 
   def __init__(self, folder, plan):
     self.folder, self.plan = folder, plan
@@ -112,12 +112,12 @@ class Job:
 
   def befall(self):
     """Lets the faults of this step happen."""
+    here = (self.phase, self.step)
     for each in list(self._faults):
       k, fault = each
-      if (k, fault["step"]) == (self.phase, self.step):
-        if fault["when"] != "recovery":
-          self._faults.remove(each)
-          befall(fault)
+      if (k, fault["step"]) == here and fault["when"] != "recovery":
+        self._faults.remove(each)
+        befall(fault)
 
   def recover(self):
     """Makes the world anew, and agrees on the phase and the step."""
@@ -161,7 +161,7 @@ class Job:
 
 
 def operation_of(phase, world):
-  """What each rank does in a step: `(x, step) -> x`."""
+  """The function of a step, `(x, step) -> x`."""
   if phase["operation"] == "allreduce":
     return jax.jit(lambda x, t: jfog.allreduce(x + t, "mean"))
   graph = graph_of(phase["graph"], world.size)

@@ -28,7 +28,7 @@ KILLS = ({6: (2,)}, {4: (0, 5)})
 
 
 def alive():
-  """Who is there, by graph, step and rank."""
+  """The ranks that are there, by graph, step and rank."""
   there = np.ones((len(GRAPHS), STEPS, SIZE), bool)
   for g, kills in enumerate(KILLS):
     for step, ranks in kills.items():
@@ -101,7 +101,7 @@ def meet(folder, name, ranks, me):
 
 
 def log_of(folder, g, rank, mode="r"):
-  """What a rank has after each step with a graph."""
+  """The values of a rank after each step with a graph."""
   shape = (STEPS, sum(int(np.prod(shape)) for shape in SHAPES.values()))
   path = pathlib.Path(folder) / f"{g}-{rank}.npy"
   if mode == "r":

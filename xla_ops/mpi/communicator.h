@@ -128,7 +128,7 @@ class Communicator {
     return any_gone() && gone_[rank].load(std::memory_order_acquire);
   }
   std::vector<int> Gone() const;
-  // Counts an average that went on without a neighbor.
+  // Counts an operation that went on without a rank.
   void CountMissing(int rank) {
     missing_[rank].fetch_add(1, std::memory_order_relaxed);
   }
@@ -220,7 +220,7 @@ class Communicator {
   std::atomic<bool> any_gone_{false};
   std::atomic<Clock::rep> looked_at_{0};  // the last look for failed ranks
   std::vector<std::atomic<bool>> gone_;   // by rank
-  std::vector<std::atomic<std::int64_t>> missing_;  // averages, by rank
+  std::vector<std::atomic<std::int64_t>> missing_;  // operations, by rank
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};
