@@ -19,7 +19,8 @@ def inject(seed):
     check.run(plan)
     wrong = ""
   except (AssertionError, subprocess.TimeoutExpired) as error:
-    wrong = repr(error)[:3000].replace("\\n", "\n")
+    text = f"{type(error).__name__}: {error}"
+    wrong = text if len(text) < 6000 else f"{text[:3000]}\n...\n{text[-3000:]}"
   took = f"{time.monotonic() - begin:.1f} s"
   print(seed, "WRONG" if wrong else "right", took, plan, flush=True)
   if wrong:
