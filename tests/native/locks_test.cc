@@ -18,7 +18,7 @@ TEST_CASE("a ticket lock excludes threads from each other") {
   bool overlapped = false;
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
-    threads.emplace_back([&] {
+    threads.emplace_back([&, t] {
       for (int i = 0; i < 2000; ++i) {
         if (!lock.Acquire(t, [] { return true; })) std::abort();
         overlapped |= inside.fetch_add(1) != 0;
@@ -89,7 +89,7 @@ TEST_CASE("a lock excludes threads while tickets are passed") {
   });
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
-    threads.emplace_back([&] {
+    threads.emplace_back([&, t] {
       for (int i = 0; i < 1000; ++i) {
         if (!lock.Acquire(t, [] { return true; })) std::abort();
         overlapped |= inside.fetch_add(1) != 0;
