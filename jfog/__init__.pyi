@@ -44,6 +44,7 @@ from .primitives import win_create as win_create
 from .primitives import win_free as win_free
 from .primitives import win_get as win_get
 from .primitives import win_get_start as win_get_start
+from .primitives import win_missing as win_missing
 from .primitives import win_mutex as win_mutex
 from .primitives import win_put as win_put
 from .primitives import win_put_start as win_put_start

@@ -18,7 +18,7 @@ from jfog import launch, runtime, topology
 needs_mpi = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
 )
-SEEDS = {"reweight": (4,), "error": (5,)}  # two of three, and one of five die
+SEEDS = (4, 5)
 SIZE = 5
 GRAPHS = [
   topology.ring(SIZE),
@@ -170,17 +170,16 @@ def launched(program, ranks, *options):
 
 
 @needs_mpi
-@pytest.mark.parametrize("on_missing", SEEDS)
-def test_random_kills(on_missing):
-  for seed in SEEDS[on_missing]:
-    check.run(check.Plan.of_seed(seed, on_missing))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_faults(seed):
+  check.run(check.Plan.of_seed(seed))
 
 
 @needs_mpi
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_many_random_kills(seed):
-  check.run(check.Plan.of_seed(seed, ("reweight", "error")[seed % 2]))
+def test_many_random_faults(seed):
+  check.run(check.Plan.of_seed(seed))
 
 
 @needs_mpi

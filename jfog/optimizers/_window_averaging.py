@@ -16,6 +16,7 @@ from jfog.primitives import (
   win_associated_p,
   win_create,
   win_get,
+  win_missing,
   win_put,
   win_update,
 )
@@ -337,6 +338,11 @@ def window_push_sum(
       # The column of A sums to 1. With `kept` in place of `own`, all others shrink
       # by one factor, and the sum stays 1.
       weights = weights * ((1 - kept) / (1 - own))
+    # The part of a rank that has failed stays here: sent, it would be lost, and
+    # the weight of this rank sink to zero.
+    missing = win_missing(window)
+    kept = kept + jnp.sum(jnp.where(missing, weights, 0))
+    weights = jnp.where(missing, 0, weights)
     # Values and weights (the associated p) are scaled and added together, so
     # mass moves between ranks and slots without loss.
     window = win_accumulate(window, biased, dst_weights=weights)

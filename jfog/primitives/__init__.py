@@ -55,6 +55,7 @@ from jfog.primitives.windows import win_create as win_create
 from jfog.primitives.windows import win_free as win_free
 from jfog.primitives.windows import win_get as win_get
 from jfog.primitives.windows import win_get_start as win_get_start
+from jfog.primitives.windows import win_missing as win_missing
 from jfog.primitives.windows import win_mutex as win_mutex
 from jfog.primitives.windows import win_put as win_put
 from jfog.primitives.windows import win_put_start as win_put_start

@@ -12,7 +12,8 @@ from jfog.runtime._process_communicator import ProcessCommunicator
 
 # Operations that other ranks need not call.
 _OF_ONE_RANK = ("win_put", "win_accumulate", "win_get", "win_update")
-_OF_ONE_RANK += ("win_version", "win_associated_p", "wait", "poll")
+_OF_ONE_RANK += ("win_missing", "win_version", "win_associated_p")
+_OF_ONE_RANK += ("wait", "poll")
 # Parameters that have to be equal on all ranks, where an operation has them.
 _COMPARED = ("graph", "weighting", "op", "static_root", "axis_sizes")
 _MOST_OPERATIONS = 8  # that a text lists

@@ -84,8 +84,9 @@ def init(
     on_missing: what becomes of operations that wait for a rank that has failed, in
       a job of `jfog run --fault-tolerant`: `"error"`, the default, or
       `"reweight"`, with which `jfog.neighbor_allreduce` goes on without its
-      neighbor, whose weight goes to the own value. Any other operation that needs
-      the rank is an error (`UNAVAILABLE`) either way. `jfog.recover` keeps it.
+      neighbor, whose weight goes to the own value, and windows without its slots.
+      Any other operation that needs the rank is an error (`UNAVAILABLE`) either
+      way. `jfog.recover` keeps it.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.

@@ -18,9 +18,9 @@ TEST_CASE("a ticket lock excludes threads from each other") {
   bool overlapped = false;
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
-    threads.emplace_back([&] {
+    threads.emplace_back([&, t] {
       for (int i = 0; i < 2000; ++i) {
-        if (!lock.Acquire([] { return true; })) std::abort();
+        if (!lock.Acquire(t, [] { return true; })) std::abort();
         overlapped |= inside.fetch_add(1) != 0;
         ++count;
         inside.fetch_sub(1);
@@ -37,16 +37,77 @@ TEST_CASE("tickets are served in their order") {
   TicketLock lock;
   const std::uint32_t first = lock.TakeTicket();
   const std::uint32_t second = lock.TakeTicket();
-  CHECK(lock.IsTurn(first));
-  CHECK_FALSE(lock.IsTurn(second));
+  CHECK_FALSE(lock.TryEnter(second, 1));
+  CHECK(lock.TryEnter(first, 0));
+  CHECK(lock.holder() == 0);
+  CHECK_FALSE(lock.TryEnter(second, 1));
   lock.Release();
-  CHECK(lock.IsTurn(second));
+  CHECK(lock.TryEnter(second, 1));
+}
+
+TEST_CASE("a lock outlives a process that has ended as its holder") {
+  TicketLock lock;
+  CHECK(lock.Acquire(7, [] { return true; }));
+  LockLook look;
+  const std::uint32_t ticket = lock.TakeTicket();
+  look.Free(lock, [](int) { return false; });
+  CHECK_FALSE(lock.TryEnter(ticket, 1));
+  look.Free(lock, [](int rank) { return rank == 7; });
+  CHECK(lock.TryEnter(ticket, 1));
+  // Its holder is another one now.
+  lock.ReleaseFor(7);
+  CHECK(lock.holder() == 1);
+}
+
+TEST_CASE("the ticket of a process that has ended in the queue is passed") {
+  TicketLock lock;
+  const std::uint32_t ended = lock.TakeTicket();
+  LockLook look;
+  const auto may_wait = [&] {
+    look.Free(lock, [](int) { return false; });
+    return true;
+  };
+  CHECK(lock.Acquire(1, may_wait));
+  // It has not ended after all, and enters when the lock is free.
+  CHECK_FALSE(lock.TryEnter(ended, 0));
+  lock.Release();
+  CHECK(lock.TryEnter(ended, 0));
+  lock.Release();
+  const std::uint32_t next = lock.TakeTicket();
+  const std::uint32_t last = lock.TakeTicket();
+  CHECK_FALSE(lock.TryEnter(last, 1));
+  CHECK(lock.TryEnter(next, 1));
+}
+
+TEST_CASE("a lock excludes threads while tickets are passed") {
+  TicketLock lock;
+  std::atomic<int> inside{0};
+  bool overlapped = false;
+  std::atomic<bool> done{false};
+  std::thread passes([&] {
+    while (!done.load()) lock.Pass(lock.serving());
+  });
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 1000; ++i) {
+        if (!lock.Acquire(t, [] { return true; })) std::abort();
+        overlapped |= inside.fetch_add(1) != 0;
+        inside.fetch_sub(1);
+        lock.Release();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  done.store(true);
+  passes.join();
+  CHECK_FALSE(overlapped);
 }
 
 TEST_CASE("a caller that may not wait gets no lock") {
   TicketLock lock;
-  CHECK(lock.Acquire([] { return true; }));
-  CHECK_FALSE(lock.Acquire([] { return false; }));
+  CHECK(lock.Acquire(0, [] { return true; }));
+  CHECK_FALSE(lock.Acquire(1, [] { return false; }));
 }
 
 TEST_CASE("records of a window do not overlap") {

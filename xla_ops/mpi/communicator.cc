@@ -14,6 +14,8 @@ namespace jfog::mpi {
 namespace {
 
 constexpr int kControlTag = 3;
+// Interval of looks for failed ranks.
+constexpr std::chrono::milliseconds kLookEvery{1};
 
 int SizeOfComm(MPI_Comm comm) {
   int size = 0;
@@ -191,14 +193,15 @@ void Communicator::FailMalformed(int source, const std::string& wrong) {
                   ControlMessage::kMalformed);
 }
 
-std::string Communicator::ReceiveControlMessage(const MPI_Status& found,
+std::string Communicator::ReceiveControlMessage(MPI_Message matched,
+                                                const MPI_Status& found,
                                                 ControlMessage* message) {
   int bytes = 0;
   MPI_Get_count(&found, MPI_BYTE, &bytes);
   // Of the length that came: a longer message could overwrite what follows.
   Buffer received(static_cast<std::size_t>(std::max(bytes, 1)));
-  const int code = MPI_Recv(received.get(), bytes, MPI_BYTE, found.MPI_SOURCE,
-                            kControlTag, control_comm(), MPI_STATUS_IGNORE);
+  const int code =
+      MPI_Mrecv(received.get(), bytes, MPI_BYTE, &matched, MPI_STATUS_IGNORE);
   if (code != MPI_SUCCESS) return ErrorText(code);
   duplicates_->CountControlReceived(found.MPI_SOURCE);
   return Read(received.get(), static_cast<std::size_t>(bytes), size_, message);
@@ -217,14 +220,17 @@ void Communicator::ReadControlMessages() {
     for (;;) {
       int found = 0;
       MPI_Status status;
-      const int code = MPI_Iprobe(MPI_ANY_SOURCE, kControlTag, control_comm(),
-                                  &found, &status);
+      MPI_Message matched = MPI_MESSAGE_NULL;
+      // Matched, since a plain receive refuses what a rank sent before its end.
+      const int code = MPI_Improbe(MPI_ANY_SOURCE, kControlTag, control_comm(),
+                                   &found, &matched, &status);
       // An unacknowledged failure is an error of each probe from any source.
       if (IsRankFailure(code)) AcknowledgeFailures(control_comm());
       if (code != MPI_SUCCESS || !found) break;
       ControlMessage message;
       const int source = status.MPI_SOURCE;
-      const std::string wrong = ReceiveControlMessage(status, &message);
+      const std::string wrong =
+          ReceiveControlMessage(matched, status, &message);
       if (!wrong.empty()) {
         malformed.emplace(source, "control message with " + wrong);
         continue;
@@ -388,6 +394,16 @@ void Communicator::FindGone() {
              (gone.empty() ? "" : ", because of " + RankList(gone)) +
              "; call it on this rank, too");
   }
+}
+
+void Communicator::LookForGone() {
+  if (!is_fault_tolerant_) return;
+  const Clock::rep now = Clock::now().time_since_epoch().count();
+  Clock::rep last = looked_at_.load(std::memory_order_relaxed);
+  if (Clock::duration(now - last) < kLookEvery) return;
+  if (!looked_at_.compare_exchange_strong(last, now)) return;
+  ReadControlMessages();  // lets MPI take note of what has happened
+  FindGone();
 }
 
 void Communicator::MarkGone(int rank) {

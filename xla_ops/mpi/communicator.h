@@ -119,13 +119,16 @@ class Communicator {
   // Looks for ranks that have failed since the last look, and fails if another
   // rank has left this communicator for a recovery. Never waits.
   void FindGone();
+  // The same with control messages, for operations that wait for no message: at
+  // most once in a millisecond, and only in a fault-tolerant job.
+  void LookForGone();
   void MarkGone(int rank);
   bool any_gone() const { return any_gone_.load(std::memory_order_acquire); }
   bool IsGone(int rank) const {
     return any_gone() && gone_[rank].load(std::memory_order_acquire);
   }
   std::vector<int> Gone() const;
-  // Counts an average that went on without a neighbor.
+  // Counts an operation that went on without a rank.
   void CountMissing(int rank) {
     missing_[rank].fetch_add(1, std::memory_order_relaxed);
   }
@@ -195,7 +198,8 @@ class Communicator {
 
   void SendControlMessage(int peer, const ControlMessage& message);
   // Receives a message that a probe has found; returns what is wrong with it.
-  std::string ReceiveControlMessage(const MPI_Status& found,
+  std::string ReceiveControlMessage(MPI_Message matched,
+                                    const MPI_Status& found,
                                     ControlMessage* message);
   // The answer to a query; nullopt if this rank has not come to the operation.
   std::optional<ControlMessage> Answer(int rank, const ControlMessage& query);
@@ -214,8 +218,9 @@ class Communicator {
   const bool is_fault_tolerant_;
   std::atomic<bool> reweights_{false};
   std::atomic<bool> any_gone_{false};
-  std::vector<std::atomic<bool>> gone_;             // by rank
-  std::vector<std::atomic<std::int64_t>> missing_;  // averages, by rank
+  std::atomic<Clock::rep> looked_at_{0};  // the last look for failed ranks
+  std::vector<std::atomic<bool>> gone_;   // by rank
+  std::vector<std::atomic<std::int64_t>> missing_;  // operations, by rank
   std::atomic<std::uint64_t> sequence_{0};
   std::atomic<std::uint64_t> tickets_{0};
   std::atomic<std::uint64_t> turn_{0};

@@ -30,10 +30,9 @@ class GraphAgreement : public Operation {
   ffi::Error Post() override {
     numbers()[0] = graph_;
     numbers()[1] = ~graph_;
-    JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(MPI_IN_PLACE, numbers(), 2,
-                                            MPI_UINT64_T, MPI_MAX,
-                                            comm().control_comm(), Slot(0)));
-    return ffi::Error::Success();
+    return Started(MPI_Iallreduce(MPI_IN_PLACE, numbers(), 2, MPI_UINT64_T,
+                                  MPI_MAX, comm().control_comm(), Slot(0)),
+                   "in MPI_Iallreduce", 0);
   }
 
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
@@ -45,10 +44,10 @@ class GraphAgreement : public Operation {
       // All ranks see the mismatch, so all enter the gather that names a rank.
       comparing_ = true;
       *own() = graph_;
-      JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(own(), 1, MPI_UINT64_T, all(), 1,
-                                              MPI_UINT64_T,
-                                              comm().control_comm(), Slot(0)));
-      return ffi::Error::Success();
+      return Started(
+          MPI_Iallgather(own(), 1, MPI_UINT64_T, all(), 1, MPI_UINT64_T,
+                         comm().control_comm(), Slot(0)),
+          "in MPI_Iallgather", 0);
     }
     for (int rank = 0; rank < comm().size(); ++rank) {
       if (all()[rank] == graph_) continue;

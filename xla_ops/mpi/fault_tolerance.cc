@@ -1,6 +1,7 @@
 // Ranks that fail, by ULFM, the extension of Open MPI for fault tolerance.
 #include "mpi/fault_tolerance.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,6 +17,13 @@ bool IsFaultTolerant() {
     return text != nullptr && std::strcmp(text, "1") == 0;
   }();
   return is_requested && HasFaultTolerance();
+}
+
+bool IsRankFailure(int code, const std::vector<MPI_Status>& statuses) {
+  if (code != MPI_ERR_IN_STATUS) return IsRankFailure(code);
+  return std::any_of(
+      statuses.begin(), statuses.end(),
+      [](const MPI_Status& status) { return IsRankFailure(status.MPI_ERROR); });
 }
 
 #if defined(OMPI_HAVE_MPI_EXT_FTMPI)

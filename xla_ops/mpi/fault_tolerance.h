@@ -17,6 +17,8 @@ bool IsFaultTolerant();
 // Whether an MPI return code is that of a failed rank or a revoked
 // communicator.
 bool IsRankFailure(int code);
+// The same of a call for several requests, with their statuses.
+bool IsRankFailure(int code, const std::vector<MPI_Status>& statuses);
 // The ranks of a communicator that this process knows to have failed. Local.
 std::vector<int> FailedRanks(MPI_Comm comm);
 // Lets receives and probes from any source succeed again after a failure.

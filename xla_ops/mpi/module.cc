@@ -162,6 +162,7 @@ PYBIND11_MODULE(_mpi, m) {
     targets["jfog_mpi_win_accumulate"] = Capsule(WinAccumulate);
     targets["jfog_mpi_win_get"] = Capsule(WinGet);
     targets["jfog_mpi_win_update"] = Capsule(WinUpdate);
+    targets["jfog_mpi_win_missing"] = Capsule(WinMissing);
     targets["jfog_mpi_win_version"] = Capsule(WinVersion);
     targets["jfog_mpi_win_associated_p"] = Capsule(WinAssociatedP);
     targets["jfog_mpi_win_free"] = Capsule(WinFree);

@@ -177,7 +177,7 @@ ffi::Error Operation::Poll(bool* moved) {
       --pending_;
       is_open_[indices_[i]] = 0;
       *moved = true;
-      if (code == MPI_ERR_IN_STATUS && IsRankFailure(statuses_[i].MPI_ERROR)) {
+      if (code == MPI_ERR_IN_STATUS && IsOfFailure(statuses_[i].MPI_ERROR)) {
         JFOG_RETURN_IF_ERROR(RequestFailed(indices_[i]));
         continue;
       }
@@ -262,9 +262,15 @@ ffi::Error Operation::RequestFailed(std::size_t) {
   return FailWithout({});
 }
 
+bool Operation::IsOfFailure(int code) {
+  if (code != MPI_SUCCESS) comm_->FindGone();
+  // Nonblocking collectives of Open MPI end with an internal code, below 0.
+  return IsRankFailure(code) || (code < 0 && comm_->any_gone());
+}
+
 ffi::Error Operation::Started(int code, const char* what, std::size_t slot) {
   if (code == MPI_SUCCESS) return ffi::Error::Success();
-  if (!IsRankFailure(code)) return MpiFailure(code, what);
+  if (!IsOfFailure(code)) return MpiFailure(code, what);
   --pending_;
   is_open_[slot] = 0;
   requests_[slot] = MPI_REQUEST_NULL;
@@ -289,12 +295,7 @@ ffi::Error Operation::FindGone(bool* moved) {
 }
 
 ffi::Error Operation::MpiFailure(int code, const std::string& what) {
-  if (comm_->is_fault_tolerant()) {
-    comm_->FindGone();
-    // A round of a collective that begins after the failure ends with a code
-    // that names no class.
-    if (IsRankFailure(code) || comm_->any_gone()) return FailWithout({});
-  }
+  if (IsOfFailure(code)) return FailWithout({});
   return Fail(ffi::ErrorCode::kInternal,
               "failed " + what + ": " + ErrorText(code));
 }

@@ -126,6 +126,9 @@ class Operation {
   ffi::Error Receive(void* bytes, std::size_t count, int rank, int tag,
                      std::size_t slot, bool has_header = false);
 
+  // Takes the code of the start of a message.
+  ffi::Error Started(int code, const char* what, std::size_t slot);
+
   // The slot for a request, which the caller starts at once: of a receive of
   // `bytes` bytes, or of something else.
   MPI_Request* Slot(std::size_t slot, std::size_t bytes = kNoReceive) {
@@ -188,8 +191,8 @@ class Operation {
 
  private:
   ffi::Error MpiFailure(int code, const std::string& what);
-  // Takes the code of the start of a message.
-  ffi::Error Started(int code, const char* what, std::size_t slot);
+  // Whether an MPI return code comes from the failure of a rank.
+  bool IsOfFailure(int code);
   // Looks for ranks that have failed.
   ffi::Error FindGone(bool* moved);
   ffi::Error FailWithout(const std::vector<int>& gone);

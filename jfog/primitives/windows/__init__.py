@@ -18,5 +18,6 @@ from jfog.primitives.windows._interface import (
   win_update_then_collect as win_update_then_collect,
 )
 from jfog.primitives.windows._interface import win_version as win_version
+from jfog.primitives.windows._missing import win_missing as win_missing
 from jfog.primitives.windows._mutex import win_mutex as win_mutex
 from jfog.primitives.windows._window import Window as Window

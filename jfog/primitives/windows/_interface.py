@@ -155,7 +155,8 @@ def win_put(win: Window, x: Any, *, dst_weights: Any = None) -> Window:
       window was freed.
     jax.errors.JaxRuntimeError: on MPI, if a copy of it was freed here or the
       window on a rank that is put to (`FAILED_PRECONDITION`), that has ended
-      (`ABORTED`), or does not answer in time (`DEADLINE_EXCEEDED`).
+      (`ABORTED`, or `UNAVAILABLE` in a fault-tolerant job, see `on_missing` of
+      `jfog.init`), or does not answer in time (`DEADLINE_EXCEEDED`).
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -371,7 +372,7 @@ def win_update(
     ValueError: if `x` has another structure, other shapes or dtypes than the
       window, or for a weight of a rank that is not an in-neighbor.
     jax.errors.JaxRuntimeError: on MPI, if the window was freed
-      (`FAILED_PRECONDITION`).
+      (`FAILED_PRECONDITION`) or a rank whose slot is read has failed (`UNAVAILABLE`).
 
   Example:
     >>> import jax.numpy as jnp, jfog

@@ -109,6 +109,12 @@ win_get_p = _define("win_get")
 win_update_p = _define(
   "win_update", abstract_eval=_update_abstract_eval, in_place=True
 )
+win_missing_p = _define(
+  "win_missing",
+  abstract_eval=lambda number, fixed, comm: [
+    jax.core.ShapedArray((comm.size,), jnp.bool_)
+  ],
+)
 win_version_p = _define(
   "win_version",
   abstract_eval=lambda number, fixed, comm: [

@@ -167,6 +167,30 @@ void Combine(const Window& window, const Payload& leaves,
   }
 }
 
+// The records of the sources that have not failed; the others go to `gone`.
+// Their weights go from `weights` to the own value, as in
+// jfog.topology.without; in a collect, where slots hold sums, they add nothing.
+// Called under the locks: what a rank was writing at its end is left out.
+std::vector<int> TakeGone(const Window& window, const std::vector<int>& records,
+                          const std::vector<int>& sources, bool collects,
+                          std::vector<double>* weights,
+                          std::vector<int>* gone) {
+  std::vector<int> read;
+  std::vector<double> kept = {(*weights)[0]};
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    const double weight = (*weights)[1 + i];
+    if (window.comm()->IsGone(sources[i])) {
+      gone->push_back(sources[i]);
+      if (!collects) kept[0] += weight;
+    } else {
+      read.push_back(records[i]);
+      kept.push_back(weight);
+    }
+  }
+  *weights = std::move(kept);
+  return read;
+}
+
 Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
                          ffi::AnyBuffer weights, ffi::RemainingArgs args,
                          ffi::Result<ffi::Token>, ffi::RemainingRets results,
@@ -188,6 +212,8 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
   auto result = results.get<HandleBuffer>(leaves.size());
   if (!result) return result.error();
   JFOG_RETURN_IF_ERROR(window->BindPayload(&leaves, kUpdate));
+  window->comm()->LookForGone();
+  JFOG_RETURN_IF_ERROR(window->comm()->Refusal());
   alignas(8) std::byte p[8];
   if (window->has_p()) leaves[leaves.size() - 1].output = p;
 
@@ -200,25 +226,38 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
   trace.Begin(kUpdate, window->global_id(), leaves.bytes,
               window->comm()->number());
   std::int64_t since = trace.Now();
-  std::vector<int> records;
-  for (int source : ranks) records.push_back(window->RecordOf(source));
   // Holding all locks for the whole sum makes the update atomic: data and p of
   // a put are both in it, or both not. In-neighbors hold one lock each, so the
   // order in which these are taken does not matter.
-  for (int record : records) {
+  std::vector<int> records;
+  for (int source : ranks) {
+    const int record = window->RecordOf(source);
     JFOG_RETURN_IF_ERROR(window->Acquire(own.record(record).lock, rank, title));
+    records.push_back(record);
   }
   trace.RecordSince(since, "lock");
   since = trace.Now();
-  Combine(*window, leaves, records, row, difference != 0);
-  trace.RecordSince(since, "sum");
-  for (int record : records) {
-    if (reset != 0) {
-      std::memset(own.payload(record), 0, window->layout().payload_bytes);
+  std::vector<int> gone;
+  const std::vector<int> read =
+      window->comm()->any_gone()
+          ? TakeGone(*window, records, ranks, reset != 0, &row, &gone)
+          : records;
+  ffi::Error error =
+      gone.empty() ? ffi::Error::Success() : window->LeaveOut(title(), gone);
+  if (error.success()) {
+    // In difference form what is left out would count as the own value.
+    const bool in_difference = difference != 0 && (gone.empty() || reset == 0);
+    Combine(*window, leaves, read, row, in_difference);
+    for (int record : read) {
+      if (reset != 0) {
+        std::memset(own.payload(record), 0, window->layout().payload_bytes);
+      }
+      own.record(record).version.store(0, std::memory_order_relaxed);
     }
-    own.record(record).version.store(0, std::memory_order_relaxed);
-    own.record(record).lock.Release();
   }
+  trace.RecordSince(since, "sum");
+  for (int record : records) own.record(record).lock.Release();
+  JFOG_RETURN_IF_ERROR(std::move(error));
 
   if (expose != 0) {
     WindowMemory::Record& exposed = own.record(0);
@@ -231,6 +270,20 @@ Completion WinUpdateImpl(ffi::Token, HandleBuffer handle,
   }
   trace.Record(TimelineEvent::kEnd);
   WriteHandle(*window, (*result)->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error WinMissingImpl(ffi::Token, HandleBuffer handle,
+                          ffi::Result<ffi::Token>,
+                          ffi::Result<ffi::BufferR1<ffi::PRED>> missing,
+                          std::int64_t, std::int64_t) {
+  auto window = FindWindow(handle.typed_data(), "win_missing");
+  if (!window) return window.error();
+  Communicator& comm = *(*window)->comm();
+  comm.LookForGone();
+  for (int rank = 0; rank < comm.size(); ++rank) {
+    missing->typed_data()[rank] = comm.IsGone(rank);
+  }
   return ffi::Error::Success();
 }
 
@@ -320,6 +373,15 @@ JFOG_DEFINE_HANDLER(WinUpdate, "win_update", WinUpdateImpl,
                         .Attr<std::int64_t>("difference")
                         .Attr<std::int64_t>("reset")
                         .Attr<std::int64_t>("expose"));
+
+JFOG_DEFINE_HANDLER(WinMissing, "win_missing", WinMissingImpl,
+                    ffi::Ffi::Bind()
+                        .Arg<ffi::Token>()                // order in
+                        .Arg<HandleBuffer>()              // the window
+                        .Ret<ffi::Token>()                // order out
+                        .Ret<ffi::BufferR1<ffi::PRED>>()  // by rank
+                        .Attr<std::int64_t>("context")
+                        .Attr<std::int64_t>("mode"));
 
 JFOG_DEFINE_HANDLER(WinVersion, "win_version", WinVersionImpl,
                     ffi::Ffi::Bind()

@@ -18,14 +18,17 @@ namespace {
 // core: yield the core first, then sleep.
 constexpr int kYields = 200;
 constexpr std::chrono::microseconds kMemoryNap{50};
+// A process whose turn has come enters within this time, or has ended.
+constexpr std::chrono::milliseconds kPassAfter{20};
 constexpr std::size_t kHeadBytes = AlignUp(sizeof(WindowMemory::Head));
 constexpr std::size_t kRecordBytes = AlignUp(sizeof(WindowMemory::Record));
 
 }  // namespace
 
-bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
+bool TicketLock::Acquire(std::int32_t rank,
+                         const std::function<bool()>& may_wait) {
   const std::uint32_t ticket = TakeTicket();
-  for (int polls = 0; !IsTurn(ticket); ++polls) {
+  for (int polls = 0; !TryEnter(ticket, rank); ++polls) {
     if (polls < kYields) {
       sched_yield();
     } else if (may_wait()) {
@@ -35,6 +38,23 @@ bool TicketLock::Acquire(const std::function<bool()>& may_wait) {
     }
   }
   return true;
+}
+
+void LockLook::Free(TicketLock& lock, const std::function<bool(int)>& is_gone) {
+  const std::int32_t holder = lock.holder();
+  if (holder != TicketLock::kNobody) {
+    since_.reset();
+    if (is_gone(holder)) lock.ReleaseFor(holder);
+    return;
+  }
+  const auto now = std::chrono::steady_clock::now();
+  if (!since_ || lock.serving() != serving_) {
+    serving_ = lock.serving();
+    since_ = now;
+  } else if (now - *since_ > kPassAfter) {
+    lock.Pass(serving_);
+    since_.reset();
+  }
 }
 
 std::size_t WindowMemory::Bytes(std::size_t payload_bytes, int records) {

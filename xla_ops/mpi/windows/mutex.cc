@@ -21,25 +21,35 @@ ffi::Error Lock(const std::shared_ptr<Window>& window, int rank) {
                      "win_mutex of rank " + std::to_string(rank) +
                          " inside of one that has taken it already");
   }
+  const auto title = [&window] {
+    return std::string(kWinMutex) + " on rank " +
+           std::to_string(window->comm()->rank());
+  };
+  Communicator& comm = *window->comm();
+  comm.LookForGone();
+  if (comm.IsGone(rank)) return window->LeaveOut(title(), {rank});
   if (const WindowMemory& there = window->part(rank)) {
-    const auto title = [&window] {
-      return std::string(kWinMutex) + " on rank " +
-             std::to_string(window->comm()->rank());
-    };
-    JFOG_RETURN_IF_ERROR(window->Acquire(there.head().mutex, rank, title));
+    ffi::Error error = window->Acquire(there.head().mutex, rank, title);
+    if (error.failure() && comm.IsGone(rank)) {
+      return window->LeaveOut(title(), {rank});
+    }
+    JFOG_RETURN_IF_ERROR(std::move(error));
   } else {
     JFOG_RETURN_IF_ERROR(RequestMutex(window, WindowRequest::kLock, rank));
+    if (comm.IsGone(rank)) return ffi::Error::Success();
   }
   window->SetHolder(rank);
   return ffi::Error::Success();
 }
 
 ffi::Error Unlock(const std::shared_ptr<Window>& window, int rank) {
-  window->ClearHolder(rank);
+  // The mutex of a rank that has failed was not locked, or is left as it is.
+  if (!window->ClearHolder(rank)) return ffi::Error::Success();
   if (const WindowMemory& there = window->part(rank)) {
     there.head().mutex.Release();
     return ffi::Error::Success();
   }
+  if (window->comm()->IsGone(rank)) return ffi::Error::Success();
   return RequestMutex(window, WindowRequest::kUnlock, rank);
 }
 

@@ -65,15 +65,19 @@ class WindowService {
     WindowRequest request;
     std::shared_ptr<Window> window;
     std::uint32_t ticket;
+    LockLook look = {};
   };
 
   bool ReadRequests() {
     bool any = false;
     for (;;) {
       int found = 0;
+      MPI_Message matched = MPI_MESSAGE_NULL;
       MPI_Status status;
-      const int probed = MPI_Iprobe(MPI_ANY_SOURCE, kRequestTag,
-                                    comm_->control_comm(), &found, &status);
+      // Matched, since a plain receive refuses what a rank sent before its end.
+      const int probed =
+          MPI_Improbe(MPI_ANY_SOURCE, kRequestTag, comm_->control_comm(),
+                      &found, &matched, &status);
       // An unacknowledged failure is an error of each probe from any source.
       if (IsRankFailure(probed)) AcknowledgeFailures(comm_->control_comm());
       if (probed != MPI_SUCCESS || !found) return any;
@@ -81,10 +85,10 @@ class WindowService {
       int bytes = 0;
       MPI_Get_count(&status, MPI_BYTE, &bytes);
       Buffer message(static_cast<std::size_t>(bytes));
-      const int code =
-          MPI_Recv(message.get(), bytes, MPI_BYTE, status.MPI_SOURCE,
-                   kRequestTag, comm_->control_comm(), MPI_STATUS_IGNORE);
+      const int code = MPI_Mrecv(message.get(), bytes, MPI_BYTE, &matched,
+                                 MPI_STATUS_IGNORE);
       comm_->duplicates().CountReceived(status.MPI_SOURCE);
+      if (IsRankFailure(code)) continue;
       if (code != MPI_SUCCESS) {
         Refuse(status.MPI_SOURCE, ErrorText(code));
         return any;
@@ -177,7 +181,11 @@ class WindowService {
                       first.receives.data(), &done, first.statuses.data());
       if (code != MPI_SUCCESS) {
         first.message.Leak();
-        Refuse(source, ErrorText(code));
+        if (!IsRankFailure(code, first.statuses)) {
+          Refuse(source, ErrorText(code));
+        }
+      } else if (!done && comm_->IsGone(source)) {
+        first.message.Leak();  // what is missing does not come
       } else if (!done) {
         return true;
       } else if (const std::string wrong = CheckPieces(first); !wrong.empty()) {
@@ -261,10 +269,13 @@ class WindowService {
   // Replies to the remote rank whose ticket is next, if any. Remote ranks and
   // ranks that share the memory draw tickets from the same lock.
   void GrantMutexes() {
-    waiting_.remove_if([this](const Waiting& waiting) {
+    if (!waiting_.empty()) comm_->LookForGone();
+    waiting_.remove_if([this](Waiting& waiting) {
+      // The ticket of a rank that has failed is passed by those behind it.
+      if (comm_->IsGone(waiting.source)) return true;
       TicketLock& mutex = waiting.window->own().head().mutex;
-      if (!mutex.IsTurn(waiting.ticket)) return false;
-      mutex.SetHolder(waiting.source);
+      waiting.window->FreeFromGone(mutex, &waiting.look);
+      if (!mutex.TryEnter(waiting.ticket, waiting.source)) return false;
       held_.emplace(waiting.source, waiting.request.window);
       Reply(waiting.source, waiting.request, WindowMemory::kOpen);
       return true;

@@ -24,7 +24,13 @@ WindowTransfer::WindowTransfer(std::shared_ptr<Window> window, const char* name,
 }
 
 ffi::Error WindowTransfer::Post() {
+  comm().LookForGone();
+  JFOG_RETURN_IF_ERROR(comm().Refusal());
   for (std::size_t i = 0; i < peers_.size(); ++i) {
+    if (comm().IsGone(peers_[i])) {
+      JFOG_RETURN_IF_ERROR(LeaveOut(peers_[i]));
+      continue;
+    }
     if (!window_->part(peers_[i])) {
       RemoteTransfer& remote = remote_transfers_.emplace_back();
       remote.peer = i;
@@ -35,6 +41,10 @@ ffi::Error WindowTransfer::Post() {
     const std::int64_t since = trace().Now();
     ffi::Error error = TransferShared(i);
     if (error.success()) RecordTransfer(since, peers_[i]);
+    if (error.failure() && comm().IsGone(peers_[i])) {
+      JFOG_RETURN_IF_ERROR(LeaveOut(peers_[i]));
+      continue;
+    }
     if (outcome_.success()) outcome_ = std::move(error);
   }
   if (remote_transfers_.empty()) return ffi::Error::Success();
@@ -122,13 +132,16 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
   const std::size_t first = number * messages_;
   comm().duplicates().CountSent(rank);
   // The receive goes first, so that the reply finds it posted.
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
-      remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank, remote.tag,
-      comm().control_comm(), Slot(first + kReply, kAnyLength)));
-  JFOG_MPI_RETURN_IF_ERROR(
+  JFOG_RETURN_IF_ERROR(
+      Started(MPI_Irecv(remote.reply.get(), sizeof(WindowReply), MPI_BYTE, rank,
+                        remote.tag, comm().control_comm(),
+                        Slot(first + kReply, kAnyLength)),
+              "in MPI_Irecv", first + kReply));
+  JFOG_RETURN_IF_ERROR(Started(
       MPI_Isend(remote.request.get(), static_cast<int>(bytes), MPI_BYTE, rank,
-                kRequestTag, comm().control_comm(), Slot(first + kRequest)));
-  if (!has_payload()) return ffi::Error::Success();
+                kRequestTag, comm().control_comm(), Slot(first + kRequest)),
+      "in MPI_Isend", first + kRequest));
+  if (!has_payload() || remote.answered) return ffi::Error::Success();
   comm().CountSent(rank, value_.bytes);
   if (is_short) return ffi::Error::Success();
   std::size_t slot = first + kPayload;
@@ -137,9 +150,12 @@ ffi::Error WindowTransfer::SendRequest(std::size_t number) {
     const std::size_t piece =
         std::min(PieceBytes(request.bytes), request.bytes - at);
     comm().duplicates().CountSent(rank);
-    JFOG_MPI_RETURN_IF_ERROR(MPI_Isend(
-        value_.staging.get() + at, static_cast<int>(piece / kLineBytes), Line(),
-        rank, kRequestPayloadTag, comm().control_comm(), Slot(slot++)));
+    JFOG_RETURN_IF_ERROR(Started(
+        MPI_Isend(value_.staging.get() + at,
+                  static_cast<int>(piece / kLineBytes), Line(), rank,
+                  kRequestPayloadTag, comm().control_comm(), Slot(slot)),
+        "in MPI_Isend", slot));
+    ++slot;
   }
   return ffi::Error::Success();
 }
@@ -159,13 +175,15 @@ ffi::Error WindowTransfer::Completed(std::size_t slot) {
         // buffer of the payload's length, is not posted before.
         const std::size_t bytes = window_->layout().payload_bytes;
         remote.value = Buffer(bytes);
-        JFOG_MPI_RETURN_IF_ERROR(MPI_Irecv(
-            remote.value.get(), static_cast<int>(bytes / kLineBytes), Line(),
-            rank, ReplyPayloadTag(remote.tag), comm().control_comm(),
-            Slot(slot - kReply + kValue, bytes)));
-        return ffi::Error::Success();
+        const std::size_t value = slot - kReply + kValue;
+        return Started(
+            MPI_Irecv(remote.value.get(), static_cast<int>(bytes / kLineBytes),
+                      Line(), rank, ReplyPayloadTag(remote.tag),
+                      comm().control_comm(), Slot(value, bytes)),
+            "in MPI_Irecv", value);
       }
       Answered(remote);
+      if (error.failure() && comm().IsGone(rank)) return LeaveOut(rank);
       if (error.success()) RecordTransfer(remote.since, rank);
       if (outcome_.success()) outcome_ = std::move(error);
       return ffi::Error::Success();
@@ -215,6 +233,12 @@ ffi::Error WindowTransfer::CheckState(int rank, WindowMemory::State state) {
                            ", which has freed the window; call jfog.barrier "
                            "before jfog.win_free");
     case WindowMemory::kEnded:
+      if (comm().is_fault_tolerant()) {
+        // It has ended its program, or has called jfog.recover.
+        comm().FindGone();
+        JFOG_RETURN_IF_ERROR(comm().Refusal());
+        comm().MarkGone(rank);
+      }
       return MakeError(ffi::ErrorCode::kAborted,
                        Title() + " accesses the window of rank " +
                            std::to_string(rank) +
@@ -223,6 +247,27 @@ ffi::Error WindowTransfer::CheckState(int rank, WindowMemory::State state) {
     default:
       return CheckMessage(rank, CheckWindowState(state));
   }
+}
+
+ffi::Error WindowTransfer::LeaveOut(int rank) {
+  return window_->LeaveOut(Title(), {rank});
+}
+
+// Nothing to do: MPI ends the messages with a rank that has failed.
+ffi::Error WindowTransfer::GoOnWithout(const std::vector<int>& gone) {
+  if (comm().reweights()) return ffi::Error::Success();
+  return window_->LeaveOut(Title(), gone);
+}
+
+ffi::Error WindowTransfer::RequestFailed(std::size_t slot) {
+  RemoteTransfer& remote = remote_transfers_[slot / messages_];
+  comm().FindGone();  // fails if it is a recovery that has ended the message
+  JFOG_RETURN_IF_ERROR(comm().Refusal());
+  if (remote.answered) return ffi::Error::Success();
+  const int rank = peers_[remote.peer];
+  comm().MarkGone(rank);
+  Answered(remote);
+  return LeaveOut(rank);
 }
 
 ffi::Error WindowTransfer::Drained(bool* ended) {

@@ -42,6 +42,8 @@ class WindowTransfer : public Operation {
   ffi::Error Drained(bool* ended) override;
   std::vector<int> Missing() const override;
   void Leak() override;
+  ffi::Error GoOnWithout(const std::vector<int>& gone) override;
+  ffi::Error RequestFailed(std::size_t slot) override;
   void Ended() override { window_->EndOperation(); }
   bool is_ordered() const override { return false; }
 
@@ -53,6 +55,8 @@ class WindowTransfer : public Operation {
   // Writes a value from a peer to its slot here.
   ffi::Error WriteSlot(int rank, double weight, const std::byte* value);
   ffi::Error CheckState(int rank, WindowMemory::State state);
+  // Goes on without a rank that has failed, or fails.
+  ffi::Error LeaveOut(int rank);
   bool has_payload() const {
     return kind_ == WindowRequest::kPut || kind_ == WindowRequest::kAccumulate;
   }

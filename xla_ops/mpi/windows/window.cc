@@ -192,25 +192,49 @@ int Window::RecordAt(int destination) const {
 ffi::Error Window::Acquire(TicketLock& lock, int rank,
                            const std::function<std::string()>& title) {
   std::optional<WaitTime> wait;  // a long one
+  LockLook look;
   const auto may_wait = [&] {
     if (!wait) wait.emplace();
+    comm_->LookForGone();
+    if (comm_->IsGone(rank)) return false;
+    FreeFromGone(lock, &look);
     return !comm_->failed() && Seconds(wait->Look()) < comm_->timeout();
   };
-  if (lock.Acquire(may_wait)) {
-    lock.SetHolder(comm_->rank());
-    return ffi::Error::Success();
-  }
+  if (lock.Acquire(comm_->rank(), may_wait)) return ffi::Error::Success();
   JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  if (comm_->IsGone(rank)) {
+    // The caller looks for this reason, and leaves the rank out.
+    return MakeError(ffi::ErrorCode::kUnavailable, title());
+  }
   const std::int32_t holder = lock.holder();
   comm_->Fail(
       ffi::ErrorCode::kDeadlineExceeded,
       title() + " waited for a lock of the window of rank " +
           std::to_string(rank) + " that " +
-          (holder == TicketLock::kUnknown ? std::string("another rank")
-                                          : "rank " + std::to_string(holder)) +
+          (holder == TicketLock::kNobody ? std::string("another rank")
+                                         : "rank " + std::to_string(holder)) +
           " holds; has it died, or does it keep a win_mutex? (the "
           "limit is jfog.init(timeout=...))");
   return comm_->Refusal();
+}
+
+void Window::FreeFromGone(TicketLock& lock, LockLook* look) const {
+  if (!comm_->any_gone()) return;
+  look->Free(lock, [this](int rank) { return comm_->IsGone(rank); });
+}
+
+ffi::Error Window::LeaveOut(const std::string& title,
+                            const std::vector<int>& gone) {
+  JFOG_RETURN_IF_ERROR(comm_->Refusal());
+  if (!comm_->reweights()) {
+    comm_->Fail(ffi::ErrorCode::kUnavailable,
+                title + " accesses the windows of " + RankList(gone) +
+                    ", which has ended; jfog.recover() goes on with the "
+                    "others");
+    return comm_->Refusal();
+  }
+  for (int rank : gone) comm_->CountMissing(rank);
+  return ffi::Error::Success();
 }
 
 bool Window::IsHeldByThisThread(int rank) {
@@ -225,9 +249,9 @@ void Window::SetHolder(int rank) {
   holders_[rank] = std::this_thread::get_id();
 }
 
-void Window::ClearHolder(int rank) {
+bool Window::ClearHolder(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
-  holders_.erase(rank);
+  return holders_.erase(rank) > 0;
 }
 
 ffi::Error Window::Free() {

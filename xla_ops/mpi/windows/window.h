@@ -71,9 +71,15 @@ class Window {
   int RecordAt(int destination) const;
 
   // Acquires a lock in the memory of `rank`. Fails the communicator after its
-  // timeout, with the title of the operation.
+  // timeout, with the title of the operation. If the rank has failed, which the
+  // communicator then knows, that is an error that fails nothing.
   ffi::Error Acquire(TicketLock& lock, int rank,
                      const std::function<std::string()>& title);
+  // Frees a lock that is waited for from ranks that have failed.
+  void FreeFromGone(TicketLock& lock, LockLook* look) const;
+  // Goes on without ranks that have failed, and counts them, if the
+  // communicator reweights; otherwise fails it.
+  ffi::Error LeaveOut(const std::string& title, const std::vector<int>& gone);
 
   // The operations in flight on this rank, which `Free` waits for.
   void BeginOperation() { active_.fetch_add(1, std::memory_order_relaxed); }
@@ -82,7 +88,7 @@ class Window {
   // The threads of this process that hold the mutex of a rank.
   bool IsHeldByThisThread(int rank);
   void SetHolder(int rank);
-  void ClearHolder(int rank);
+  bool ClearHolder(int rank);  // whether one held it
 
   // Collective: waits for all ranks, and releases the memory.
   ffi::Error Free();
