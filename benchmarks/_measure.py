@@ -218,11 +218,13 @@ def _version(name):
 
 
 def _shown():
-  """The arguments of the command, without the output folder."""
-  words = [w for w in sys.argv[1:] if not w.startswith("--out=")]
-  if "--out" in words:
-    at = words.index("--out")
-    del words[at : at + 2]
+  """The arguments of the command, without folders, which results do not depend on."""
+  words = sys.argv[1:]
+  for name in ("--out", "--folder"):
+    words = [w for w in words if not w.startswith(f"{name}=")]
+    if name in words:
+      at = words.index(name)
+      words = words[:at] + words[at + 2 :]
   return words
 
 

@@ -67,7 +67,10 @@ def _make_formulas_literal(app, what, name, obj, options, lines):
 
 
 def _link_to_sources(app, docname, content):
-  """Turns links to files outside of docs/ into links to the repository."""
+  """Turns links to files outside of docs/ into links to the repository.
+
+  Pictures stay: Sphinx copies those of benchmarks/results.
+  """
   folder = posixpath.dirname(f"docs/{docname}")
 
   def link(match):
@@ -79,7 +82,7 @@ def _link_to_sources(app, docname, content):
     return f"[{text}]({SOURCES}/{path}{'#' + anchor if anchor else ''})"
 
   content[0] = re.sub(
-    r"\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", link, content[0]
+    r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", link, content[0]
   )
 
 

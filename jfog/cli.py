@@ -5,7 +5,7 @@ import os
 import sys
 
 from jfog import _doctor, launch
-from jfog.bench import command
+from jfog.bench import command, train
 
 # Modules that import JAX are imported where they are used, so `jfog --help` is quick.
 
@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   command.add_arguments(bench)
   bench.set_defaults(action=command.main)
+  training = bench.add_subparsers(metavar="train").add_parser(
+    "train", help="measure a training with synthetic data instead"
+  )
+  train.add_arguments(training)
+  training.set_defaults(action=train.main)
   timeline = commands.add_parser(
     "timeline", help="merge the parts of a timeline, and profiles into it"
   )

@@ -40,7 +40,9 @@ LAYERS = {
   },
 }
 LAYERS["lab"] = {"runtime", "topology", "_validation"}
-LAYERS["bench"] = {"launch", "primitives", "runtime", "topology"}
+LAYERS["bench"] = {
+  *("launch", "optimizers", "primitives", "runtime", "topology"),
+}
 LAYERS["_graph_report"] = {"topology"}
 LAYERS["_doctor"] = {"launch", "runtime"}
 LAYERS["cli"] = set(LAYERS)

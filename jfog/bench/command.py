@@ -4,13 +4,10 @@ import argparse
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
-from jfog import launch
+from jfog.bench import machine
 
 _SIZES = (8, 4 * 2**10, 32 * 2**10, 256 * 2**10, 2**20, 4 * 2**20)
 _QUICK = (8, 32 * 2**10, 2**20)
@@ -101,7 +98,7 @@ def main(options: argparse.Namespace) -> int:
       results += [{"ranks": ranks, **each} for each in found]
   print("\n".join(_report(results)))
   if options.json:
-    text = json.dumps({**_machine(), "results": results}, indent=1)
+    text = json.dumps({**machine.facts(), "results": results}, indent=1)
     pathlib.Path(options.json).write_text(text + "\n")
   if options.plot:
     _draw(results, options.plot)
@@ -153,23 +150,12 @@ def _job(
     environ["OMPI_MCA_mpi_yield_when_idle"] = "1"
   if local_size is not None:
     environ["JFOG_LOCAL_SIZE"] = str(local_size)
-  with tempfile.TemporaryDirectory() as folder:
-    result = pathlib.Path(folder) / "result.json"
-    job = {
-      "cases": cases,
-      "rounds": 3 if options.quick else 9,
-      "target": 0.01 if options.quick else 0.03,
-      "result": str(result),
-    }
-    words = ["--no-tag-output", "-np", str(ranks)]
-    words += ["--timeout", f"{_DEADLINE:g}", sys.executable, "-m", "jfog.bench"]
-    command = launch.command_line([*words, json.dumps(job)])
-    code = subprocess.run(
-      command, env=environ, stdin=subprocess.DEVNULL, check=False
-    ).returncode
-    if code or not result.exists():
-      raise RuntimeError(f"the job of {ranks} ranks ended with code {code}")
-    return json.loads(result.read_text())
+  job = {
+    "cases": cases,
+    "rounds": 3 if options.quick else 9,
+    "target": 0.01 if options.quick else 0.03,
+  }
+  return machine.run_job(ranks, job, environ, _DEADLINE)
 
 
 def _report(results: list[dict[str, Any]]) -> list[str]:
@@ -195,29 +181,16 @@ def _report(results: list[dict[str, Any]]) -> list[str]:
         ),
       ]
     )
-  machine = _machine()
+  facts = machine.facts()
   columns = ["operation", "ranks", "array", "time", "GB/s"]
   return [
-    f"{machine['cores']} cores, jfog {machine['jfog']}, jax {machine['jax']}, "
-    f"{machine['mpi']}",
+    f"{facts['cores']} cores, jfog {facts['jfog']}, jax {facts['jax']}, "
+    f"{facts['mpi']}",
     "time: of one step in a jitted scan, median; GB/s: the array by it;",
     "raw MPI, copy: their time by jfog's, median [quartiles], above 1 jfog is faster",
     "",
     *measure.table([*columns, "raw MPI", "copy"], rows),
   ]
-
-
-def _machine() -> dict[str, Any]:
-  """Cores and versions."""
-  import importlib.metadata
-
-  return {
-    "cores": len(os.sched_getaffinity(0)),
-    "python": platform.python_version(),
-    "jfog": importlib.metadata.version("jfog"),
-    "jax": importlib.metadata.version("jax"),
-    "mpi": launch.installed_mpi().library,
-  }
 
 
 def _require_matplotlib() -> None:
