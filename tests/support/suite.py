@@ -184,6 +184,11 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   "test_an_operation_without_memory_is_an_error_on_all_ranks": (
     *("broadcast", "allgather"),
   ),
+  "test_a_run_equals_its_simulation": ("[]",),
+  "test_windows_go_on_without_a_rank": ("shared-3", "messages-40000"),
+  "test_each_rank_learns_by_windows_alone": ("messages",),
+  "test_a_join_while_another_rank_dies": ("later0", "later2"),
+  "test_averages_go_on_until_a_spare_is_wanted": (),
 }
 
 
