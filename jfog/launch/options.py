@@ -117,8 +117,8 @@ def parse(arguments: list[str]):
     type=int,
     default=0,
     metavar="N",
-    help="start N more processes, which wait in jfog.init to take the place of ranks "
-    "that fail; with --fault-tolerant",
+    help="with --fault-tolerant: start N more processes, which wait in jfog.init to "
+    "take the place of ranks that fail",
   )
   parser.add_argument(
     "--tag-output",
