@@ -62,7 +62,8 @@ TEST_CASE("events are whole, in order, and either read or counted as lost") {
   EndTimeline();
   read();
   CHECK(events.size() + lost == 3 * kWriters * kOperations);
-  CHECK(events.size() >= 64 * kWriters);
+  // A full ring gives all but one, whose place the next event may be taking.
+  CHECK(events.size() >= 63 * kWriters);
   const std::vector<std::string> names = TimelineNames();
   std::map<std::uint64_t, std::uint64_t> last;  // operations, by thread
   bool whole = true;
