@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import jobs
 
 import jfog
 from jfog import topology
@@ -269,3 +270,30 @@ def test_a_new_communicator_has_empty_mailboxes(world):
   for k in range(2 * SLOTS):
     y = jfog.neighbor_allreduce(jnp.full(3, float(jfog.rank() + k)), ring)
     close(y, (ring.mixing_matrix @ np.arange(n))[jfog.rank()] + k)
+
+
+CHUNKS = """
+import jax, jax.numpy as jnp, numpy as np, jfog
+world = jfog.init(local_size=2)
+n, machines = world.size, world.machine_size
+x = np.random.RandomState(3).randn(n, 1_200_011).astype(np.float32)
+own = jnp.asarray(x[world.rank])
+for graph in (jfog.topology.ring(n), jfog.topology.ring(n, "right")):
+  y = jfog.neighbor_allreduce(own, graph)
+  truth = graph.mixing_matrix[world.rank] @ x.astype(np.float64)
+  np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-6)
+ring = jfog.topology.ring(machines)
+y = jfog.hierarchical_neighbor_allreduce(own, ring)
+means = x.astype(np.float64).reshape(machines, 2, -1).mean(axis=1)
+truth = ring.mixing_matrix[world.rank // 2] @ means
+np.testing.assert_allclose(y, truth, rtol=1e-5, atol=1e-6)
+print("RIGHT", flush=True)
+"""
+
+
+@pytest.mark.parametrize("chunks", ["3", "64"])
+def test_more_chunks_in_flight(chunks):
+  code, out, err = jobs.run_program(
+    CHUNKS, 4, deadline=240, environment={"JFOG_CHUNKS_IN_FLIGHT": chunks}
+  )
+  assert (code, out.count("RIGHT")) == (0, 4), err

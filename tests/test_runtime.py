@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 import jfog
 import jfog.runtime
 from jfog import topology
-from jfog.runtime import _extensions
+from jfog.runtime import _bootstrap, _extensions
 
 
 @pytest.fixture(autouse=True)
@@ -434,3 +434,11 @@ def test_a_world_of_an_mpi4py_communicator(place):
   assert got == place.size - 1
   jfog.shutdown()
   jfog.init(timeout=60)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1025", "many", "-4"])
+def test_bad_numbers_of_chunks_name_the_value(text):
+  with pytest.raises(ValueError, match=f"JFOG_CHUNKS_IN_FLIGHT='{text}'"):
+    _bootstrap._check_chunks({"JFOG_CHUNKS_IN_FLIGHT": text})
+  for good in ({}, {"JFOG_CHUNKS_IN_FLIGHT": "64"}):
+    _bootstrap._check_chunks(good)

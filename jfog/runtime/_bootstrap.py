@@ -93,6 +93,7 @@ def open_processes(
     timeout: seconds, of every operation.
   """
   _compat.requested_order()  # refuses a bad JFOG_ORDER before MPI starts
+  _check_chunks(os.environ)
   spares = _spares(os.environ, launched)
   if spares and (backend == "nccl" or comm is not None):
     raise ValueError(
@@ -159,6 +160,20 @@ def open_processes(
       local_size or 0,
     )
   return world
+
+
+def _check_chunks(environ: Mapping[str, str]) -> None:
+  """Checks the number of chunks in flight, which the native core reads.
+
+  Raises:
+    ValueError: if JFOG_CHUNKS_IN_FLIGHT is not a number from 2 to 1024.
+  """
+  text = environ.get("JFOG_CHUNKS_IN_FLIGHT", "2")
+  if not text.isdigit() or not 2 <= int(text) <= 1024:
+    raise ValueError(
+      f"JFOG_CHUNKS_IN_FLIGHT={text!r} must be a number from 2 to 1024; 64 fill a "
+      f"link of 1 Gbit/s and 20 ms."
+    )
 
 
 def _spares(environ: Mapping[str, str], launched: int | None) -> int:

@@ -100,11 +100,8 @@ class Exchange : public Operation {
   ffi::Error Stalled() override;
 
  private:
-  // Pairs of buffers, and so chunks in flight. Between machines they are as
-  // many as a link holds: the next chunk is sent when one has arrived, so fewer
-  // than rate times delay leave the link idle (4 MB: 1 Gbit/s and 30 ms).
+  // Pairs of buffers, and so chunks in flight, on one machine.
   static constexpr std::size_t kNearPairs = 2;
-  static constexpr std::size_t kFarPairs = 64;
 
   // The buffers of one chunk, to all destinations and from all sources.
   struct BufferPair {

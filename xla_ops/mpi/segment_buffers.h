@@ -24,10 +24,9 @@ struct EdgeCounts {
 // buffers that segment s - num_in_flight() used before.
 class SegmentBuffers {
  public:
-  // Segments in flight on one machine. Between machines they are so many that
-  // the ranks of a machine have kFarChunks in flight, as in exchange.h.
+  // Segments in flight; more of them between machines where the ranks of a
+  // machine together have fewer chunks in flight than an exchange would.
   static constexpr std::size_t kNear = 4;
-  static constexpr std::size_t kFarChunks = 64;
   // Bytes for the header of a rank, and for the input of a short operation or
   // the claim of the channel of results that follows the header.
   static constexpr std::size_t kHeaderBytes = kEnvelope;
