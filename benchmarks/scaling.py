@@ -90,7 +90,7 @@ def run(ranks, link, job):
 
 
 def chunks_in_flight(link):
-  """What fills the link, one half more than rate times delay: docs/running.md."""
+  """Chunks that fill a link, one half more than rate times delay."""
   rate, _, delay = link.partition(",")
   in_flight = 1.5 * float(rate) * 1e6 * float(delay or 0) / 1000
   return min(max(2, int(np.ceil(in_flight / 61440))), 1024)
