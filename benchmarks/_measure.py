@@ -169,6 +169,19 @@ def start_mpi():
 # Output files.
 
 
+def graphs_of(ranks):
+  """The graphs that studies on virtual ranks compare, by name."""
+  from jfog import topology
+
+  return {
+    "one-peer exponential": topology.one_peer_exponential(ranks),
+    "exponential": topology.exponential(ranks),
+    "base-2 graph": topology.base_k(ranks, 1),
+    "grid": topology.mesh_grid_2d(ranks),
+    "ring": topology.ring(ranks),
+  }
+
+
 def header(title, compared, script, notes=()):
   """The lines over a table: what, against what, with which versions, where."""
   from jfog import launch

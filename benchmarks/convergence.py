@@ -67,7 +67,7 @@ def methods(ranks, steps, with_algorithms):
   """The optimizers by name, and the graph from which their bytes follow."""
   rate = optax.exponential_decay(LEARNING_RATE, steps // 6, 0.5, staircase=True)
   sgd, optimizers = optax.sgd(rate), jfog.optimizers
-  graphs = graphs_of(ranks)
+  graphs = _measure.graphs_of(ranks)
   found = {
     name: (optimizers.adapt_then_combine(sgd, graph), graph, 1)
     for name, graph in graphs.items()
@@ -89,18 +89,6 @@ def methods(ranks, steps, with_algorithms):
       LOCAL: (optimizers.local_sgd(sgd, every=8), None, 1 / 8),
     }
   return found
-
-
-def graphs_of(ranks):
-  """The graphs that are compared."""
-  topology = jfog.topology
-  return {
-    "one-peer exponential": topology.one_peer_exponential(ranks),
-    "exponential": topology.exponential(ranks),
-    "base-2 graph": topology.base_k(ranks, 1),
-    "grid": topology.mesh_grid_2d(ranks),
-    "ring": topology.ring(ranks),
-  }
 
 
 def models_sent(ranks, graph, factor):
@@ -244,7 +232,7 @@ def consensus(ranks, rounds):
   """Distances to the mean in plain averaging of random values, by graph."""
   x = np.random.RandomState(0).standard_normal((ranks, 16))
   mean, found = x.mean(axis=0), {}
-  for name, graph in graphs_of(ranks).items():
+  for name, graph in _measure.graphs_of(ranks).items():
     y, distances = x, [1.0]
     for t in range(rounds):
       y = graph.rounds[t % len(graph.rounds)].mixing_matrix @ y
@@ -293,7 +281,7 @@ def draw(curves, options):
   for row, (ranks, by_spread) in zip(axes, curves.items(), strict=True):
     colors = {}
     for panel, (label, found) in zip(row, by_spread.items(), strict=False):
-      for i, name in enumerate([*graphs_of(ranks), ALLREDUCE]):
+      for i, name in enumerate([*_measure.graphs_of(ranks), ALLREDUCE]):
         colors[name] = "black" if name == ALLREDUCE else f"C{i}"
         curve = found[name]
         at = RECORD * np.arange(1, len(curve) + 1)

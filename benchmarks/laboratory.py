@@ -35,8 +35,8 @@ def main():
   parser.add_argument(
     "--graphs",
     nargs="+",
-    choices=list(graphs_of(4)),
-    default=list(graphs_of(4)),
+    choices=list(_measure.graphs_of(4)),
+    default=list(_measure.graphs_of(4)),
   )
   parser.add_argument(
     "--memory", type=int, default=2**30, help="bytes of a block of points"
@@ -62,7 +62,7 @@ def main():
 
   graphs = {
     name: graph
-    for name, graph in graphs_of(options.ranks).items()
+    for name, graph in _measure.graphs_of(options.ranks).items()
     if name in options.graphs
   }
   seconds, tables = {}, {}
@@ -83,18 +83,6 @@ def main():
     for parameters in LOOP_PARAMETERS
   }
   report(seconds, tables, loops, options)
-
-
-def graphs_of(ranks):
-  """The graphs of the sweep."""
-  topology = jfog.topology
-  return {
-    "one-peer exponential": topology.one_peer_exponential(ranks),
-    "exponential": topology.exponential(ranks),
-    "base-2 graph": topology.base_k(ranks, 1),
-    "grid": topology.mesh_grid_2d(ranks),
-    "ring": topology.ring(ranks),
-  }
 
 
 def loss(weights, rows, classes):

@@ -23,6 +23,10 @@ DEADLINE = 300.0  # seconds; each takes about ten when all is quiet
 needs_mpi = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
 )
+needs_ulfm = pytest.mark.skipif(
+  "Open MPI v5" not in runtime.build().MPI_LIBRARY,
+  reason="a job outlives its ranks with Open MPI 5",
+)
 simulated_and_on_mpi = pytest.mark.parametrize(
   "ranks", [0, pytest.param(2, marks=needs_mpi)], ids=["simulate", "mpi-2"]
 )
@@ -370,10 +374,7 @@ def test_graph_gallery_on_mpi(tmp_path):
 
 
 @needs_mpi
-@pytest.mark.skipif(
-  "Open MPI v5" not in runtime.build().MPI_LIBRARY,
-  reason="a job outlives its ranks with Open MPI 5",
-)
+@needs_ulfm
 def test_a_training_survives(tmp_path):
   text = run(
     "survive.py",
@@ -390,10 +391,7 @@ def test_a_training_survives(tmp_path):
 
 
 @needs_mpi
-@pytest.mark.skipif(
-  "Open MPI v5" not in runtime.build().MPI_LIBRARY,
-  reason="a job outlives its ranks with Open MPI 5",
-)
+@needs_ulfm
 def test_a_killed_rank_comes_back(tmp_path):
   text = run(
     "survive.py",

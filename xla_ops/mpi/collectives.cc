@@ -32,8 +32,8 @@ void Copy(void* to, const void* from, std::size_t bytes) {
 // A longer vector, of not too many ranks, is reduced in two steps, in which
 // each rank reduces one part of it. All messages of a step are in flight at
 // once, and each rank sends 2 (n - 1) / n of the vector, the least that is
-// possible. MPI libraries take trees for an MPI_Iallreduce in place, or for few
-// ranks, which send all of it log2(n) times, one after another.
+// possible. Open MPI 5 takes a tree for an MPI_Iallreduce in place or of fewer
+// than 4 ranks, which sends all of it up to 2 log2(n) times, one after another.
 constexpr std::size_t kPartsFrom = 64 << 10;  // bytes
 constexpr int kPartsUpTo = 32;                // ranks
 

@@ -24,8 +24,8 @@ struct EdgeCounts {
 // buffers that segment s - num_in_flight() used before.
 class SegmentBuffers {
  public:
-  // Segments in flight; more of them between machines where the ranks of a
-  // machine together have fewer chunks in flight than an exchange would.
+  // Segments in flight, at least. Between machines they are so many that the
+  // ranks of a machine have ChunksInFlight() chunks in flight, together.
   static constexpr std::size_t kNear = 4;
   // Bytes for the header of a rank, and for the input of a short operation or
   // the claim of the channel of results that follows the header.
