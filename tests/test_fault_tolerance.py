@@ -184,7 +184,7 @@ def test_many_random_faults(seed):
 
 @needs_mpi
 def test_the_programs_of_the_page():
-  reweight, recover, join = programs("failures.md")
+  reweight, recover, stuck, join = programs("failures.md")
   code, out, err = launched(reweight, 3)
   assert code == 0, err
   assert out == "{1: 70}\n"
@@ -192,6 +192,9 @@ def test_the_programs_of_the_page():
   assert code == 0, err
   assert sorted(out.splitlines()) == ["0 of 2 (0, 2)", "1 of 2 (0, 2)"]
   assert "rank 1 failed (exit code 1); the others go on" in err
+  code, out, err = launched(stuck, 3)
+  assert code == 0, err
+  assert sorted(out.splitlines()) == ["0 (1,)", "2 (1,)"]
   code, out, err = launched(join, 3, "--spares", "2")
   assert code == 0, err
   lines = [f"{rank} of 3 (1,)" for rank in range(3)]
@@ -275,3 +278,62 @@ for call in (jfog.recover, lambda: jfog.init(on_missing="reweight")):
   code, out, err = jobs.run_program(program, 1, deadline=check.DEADLINE)
   assert code == 0, err
   assert out.count("start it with `jfog run --fault-tolerant`") == 2, out
+
+
+PROGRAMS = """
+import hashlib, os, signal
+import jax, jax.numpy as jnp, jfog
+world = jfog.init(local_size={local_size})
+x = jnp.ones(3)
+
+def digest():
+  graph = jfog.topology.ring(world.size)
+  def step(x):
+    x = jfog.neighbor_allreduce(jfog.allreduce(x), graph)
+    return jfog.allreduce(x, comm=world.local)
+  text = jax.jit(step).lower(x).as_text()
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+if not world.launched_ranks:
+  print("FIRST", world.rank, world.size, digest(), flush=True)
+  jfog.barrier()
+  old = world
+  if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  try:
+    while True:
+      jfog.allreduce(x).block_until_ready()
+  except jax.errors.JaxRuntimeError as error:
+    world = jfog.recover()
+  if world.size != old.size:
+    try:
+      jfog.barrier(comm=old)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      assert "jfog" in str(error), error
+    else:
+      raise AssertionError("the old world is in use")
+print("LATER", world.rank, world.size, digest(), flush=True)
+jfog.barrier()
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("local_size", [None, 2])
+def test_a_world_whose_ranks_are_replaced_has_the_same_programs(local_size):
+  program = PROGRAMS.format(local_size=local_size)
+  code, out, err = launched(program, 4, "--spares", "1")
+  assert code == 0, (out, err)
+  first, later = (
+    dict(re.findall(rf"{when} (\d 4) (\w+)", out))
+    for when in ("FIRST", "LATER")
+  )
+  assert len(first) == len(later) == 4, out
+  assert first == later
+
+
+@needs_mpi
+@pytest.mark.full
+def test_a_smaller_world_refuses_communicators_of_the_larger_one():
+  code, out, err = launched(PROGRAMS.format(local_size=None), 4)
+  assert code == 0, (out, err)
+  assert len(re.findall(r"LATER \d 3", out)) == 3, out

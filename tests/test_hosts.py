@@ -158,3 +158,52 @@ print(f"mean {mean} after {time.perf_counter() - begin:.6f} s", flush=True)
   assert code == 0, out + err
   found = re.findall(r"mean 1\.5 after ([\d.]+) s", out)
   assert len(found) == 4 and min(map(float, found)) > 0.03, out
+
+
+FAULT = """
+import os, signal, time
+import jax, jax.numpy as jnp, jfog
+HOW = {how!r}
+world = jfog.init(on_missing="reweight", hang_timeout=2.0)
+graph = jfog.topology.ring(world.size)
+x = jnp.full(3, float(world.rank))
+begin = time.monotonic()
+for step in range(80):
+  if step == 40 and world.rank == 3:
+    if HOW == "sleep":
+      time.sleep(600)
+    if HOW == "daemon":
+      process = os.getpid()
+      while open(f"/proc/{{process}}/comm").read() != "prted\\n":
+        process = int(open(f"/proc/{{process}}/stat").read().split()[3])
+      os.kill(process, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGSTOP if HOW == "stop" else signal.SIGKILL)
+  time.sleep(0.005)
+  x = jax.block_until_ready(jfog.neighbor_allreduce(x, graph))
+# Ranks 0 and 1 are on the other host; rank 1 waits for no message of rank 3.
+while not jfog.missing_ranks():
+  time.sleep(0.01)
+print("LEFT", world.rank, jfog.missing_ranks(), flush=True)
+time.sleep(1.0)  # until all have come here
+world = jfog.recover()
+print("NEW", world.rank, float(jfog.allreduce(jnp.float32(1), "sum")), flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "sleep"])
+def test_averages_go_on_without_a_rank_of_the_second_host(tmp_path, how):
+  words = ("--fault-tolerant", "--no-tag-output", sys.executable, "-c")
+  code, out, err = run_on_hosts(tmp_path, *words, FAULT.format(how=how))
+  assert code == 0, out + err
+  lines = [f"LEFT {rank} (3,)" for rank in range(3)]
+  lines += [f"NEW {rank} 3.0" for rank in range(3)]
+  assert sorted(out.splitlines()) == lines, err
+  assert ("rank 3 is stuck, and is ended" in err) == (how != "kill")
+
+
+def test_the_loss_of_a_host_is_one_line(tmp_path):
+  words = ("--fault-tolerant", sys.executable, "-c")
+  code, out, err = run_on_hosts(tmp_path, *words, FAULT.format(how="daemon"))
+  assert code != 0, out + err
+  assert "PRTE has lost" not in out + err
+  assert "jfog run: Open MPI's daemon on machine1 has ended" in err

@@ -16,6 +16,8 @@ from . import options as _options
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_FOLDER)
 _EAGER_LIMIT = 64 * 1024  # bytes that shared memory sends without a handshake
+# The folder of programs that JAX has compiled.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 _GRACE = 5.0  # seconds mpirun has to end after a failure or a signal
 _SI_KERNEL = 0x80  # the sender of a signal that came from the terminal's keys
 
@@ -172,6 +174,13 @@ def job_environment(
     # By TCP every rank would listen on all interfaces.
     added["OMPI_MCA_btl"] = "^tcp"
     added["PRTE_MCA_oob_tcp_disable_ipv6_family"] = "1"
+  keeps_programs = one_host and environ.get("JFOG_FAULT_TOLERANT") == "1"
+  if keeps_programs and run_dir and _CACHE not in environ:
+    # After a recovery, and in the place of a lost rank, a rank compiles the same
+    # programs again.
+    added[_CACHE] = os.path.join(run_dir, "programs")
+    added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    added["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   # The user's environment has precedence over the additions.
   return {**added, **environ, "JFOG_RUN_DIR": run_dir}
 
@@ -339,6 +348,14 @@ def _run_job(
     processes.say(f"\njfog run: {problem}\n")
     return 1
   code = processes.shell_code(code)
+  dropped = about_hosts.dropped + banners.dropped
+  if host := report.lost_host(dropped.decode(errors="replace")):
+    processes.say(
+      f"\njfog run: Open MPI's daemon on {host} has ended, or the connection to it is "
+      f"lost, and with it Open MPI ends the whole job; start it again from a "
+      f"checkpoint\n"
+    )
+    return code or 1
   if ranks and stops is None:
     failed = {record["rank"] for record in report.records(run_dir)}
     # An idle spare has done nothing, and its end says nothing about the job.
@@ -348,7 +365,6 @@ def _run_job(
       _goes_on(run_dir, survived)
       return 0
     code = code or 1  # mpirun has nothing against ranks that fail
-  dropped = about_hosts.dropped + banners.dropped
   return _report(code, run_dir, dropped) if code else 0
 
 

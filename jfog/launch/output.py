@@ -15,7 +15,7 @@ _HOLD = 15.0  # seconds that a traceback is kept back
 _RULE = re.compile(rb"^-{60}(?:-{14})?\n", re.M)
 _RULE_HOLD = 0.5  # seconds from the first rule to the second, and for a line
 # How Open MPI 5 and 4 begin their texts about a rank that has failed, and about a
-# host on which no daemon starts.
+# host on which no daemon starts or whose daemon is lost.
 _ABOUT_FAILURES = (
   b"prterun detected that one or more processes exited",
   b"prterun has exited due to process rank",
@@ -25,6 +25,7 @@ _ABOUT_FAILURES = (
   b"mpirun noticed that process rank",
   b"Primary job  terminated normally, but",
   b"A daemon failed to report back",
+  b"PRTE has lost communication with a remote daemon",
   b"ORTE was unable to reliably start one or more daemons",
 )
 # The text of Open MPI 5 about a rank whose connection to a failed one has closed.

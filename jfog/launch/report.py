@@ -174,6 +174,12 @@ def unreachable(banner: str) -> str:
   return found[1]
 
 
+def lost_host(banner: str) -> str:
+  """The host whose daemon is lost, by Open MPI's text; "" if none."""
+  found = re.search(r"^ *Remote daemon: .* on node (\S+)", banner, re.M)
+  return found[1] if found else ""
+
+
 def has_records(run_dir: str) -> bool:
   """Whether some rank has failed."""
   return any(name.endswith(".json") for name in os.listdir(run_dir))

@@ -14,7 +14,10 @@ from jfog.runtime import (
   _role,
 )
 from jfog.runtime._communicator import Single
-from jfog.runtime._process_communicator import ProcessCommunicator
+from jfog.runtime._process_communicator import (
+  ProcessCommunicator,
+  numbered_by_layout,
+)
 from jfog.runtime._start import Start
 
 _UNIQUE_ID = 128  # bytes of an ncclUniqueId
@@ -153,6 +156,8 @@ def open_processes(
         )
       machine_of = tuple(r // local_size for r in range(size))
     world = with_parts(native, start, context, rank, size, machine_of, device)
+    if os.environ.get("JFOG_FAULT_TOLERANT") == "1" and device is None:
+      world = numbered_by_layout(world)
     machine = leaders[rank] if local_size is None else machine_of[rank]
     _role.begin(
       _role.Role(_rank_process.rank(), rank, machine, True),

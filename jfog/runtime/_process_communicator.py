@@ -1,6 +1,7 @@
 """Communicators of processes: the ranks of an MPI job, and their counters."""
 
 import dataclasses
+import hashlib
 
 from jfog.runtime import _extensions
 from jfog.runtime._communicator import Communicator, Single
@@ -109,6 +110,32 @@ class ProcessCommunicator(Communicator):
         f"{name}: the machines hold different numbers of ranks, {counts}; "
         f"start as many ranks on every machine, or set local_size in jfog.init."
       )
+
+
+def numbered_by_layout(world: ProcessCommunicator) -> ProcessCommunicator:
+  """The world, its native communicators numbered by what programs see of them.
+
+  Programs hold the number as a constant. A recovered world of the same size, in
+  which the machines and this rank are the same, so has the same programs, and
+  JAX finds them in its persistent cache. A communicator of an earlier world that
+  is still passed either stands for the new one, or its number is not found.
+  """
+
+  def renumbered(comm: ProcessCommunicator, name: str) -> ProcessCommunicator:
+    layout = repr((name, comm.size, comm.rank, comm.machine_of)).encode()
+    digest = hashlib.blake2b(layout, digest_size=7).digest()
+    number = 1 << 60 | int.from_bytes(digest)  # above those that are counted up
+    _extensions.mpi().renumber(comm.context, number)
+    return dataclasses.replace(comm, context=number)
+
+  local, machines = world.local_part, world.machines_part
+  if isinstance(local, ProcessCommunicator):
+    local = renumbered(local, "local")
+  if isinstance(machines, ProcessCommunicator):
+    machines = renumbered(machines, "machines")
+  return dataclasses.replace(
+    renumbered(world, "world"), local_part=local, machines_part=machines
+  )
 
 
 def counters(comm: ProcessCommunicator) -> list[list[int]]:

@@ -135,9 +135,8 @@ def recover(size: int | None = None) -> Communicator:
     native.close(part.context)
   native.reset_program_device()
   jax.clear_caches()
-  made = _regroup.regroup(world.timeout, size or _role.launched()).world
-  assert made is not None  # a rank of a world keeps its place
-  if _world.goes_on():
-    _bootstrap.let_go_on(made)
-  _world.replace(made)
-  return made
+  made = _regroup.regroup(world.timeout, size or _role.launched())
+  assert made.world is not None  # a rank of a world keeps its place
+  _world.prepare(made.world, made.processes)
+  _world.replace(made.world)
+  return made.world

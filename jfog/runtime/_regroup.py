@@ -5,8 +5,17 @@ import dataclasses
 import time
 from typing import Any
 
-from jfog.runtime import _bootstrap, _extensions, _rank_process, _role
-from jfog.runtime._process_communicator import ProcessCommunicator
+from jfog.runtime import (
+  _bootstrap,
+  _extensions,
+  _hangs,
+  _rank_process,
+  _role,
+)
+from jfog.runtime._process_communicator import (
+  ProcessCommunicator,
+  numbered_by_layout,
+)
 from jfog.runtime._start import Start
 
 _NAP = 0.05  # seconds between two looks of a spare
@@ -19,6 +28,7 @@ class Regrouped:
   role: _role.Role
   members: set[int]  # the ranks of the world, as they are numbered in the job
   world: ProcessCommunicator | None = None  # None on a spare
+  processes: tuple[_hangs.Process, ...] = ()  # of the ranks of the world
 
 
 def regroup(timeout: float, wanted: int) -> Regrouped:
@@ -31,11 +41,13 @@ def regroup(timeout: float, wanted: int) -> Regrouped:
   native = _extensions.mpi()
   made = _Regroup(timeout, None).call(_until_agreed, native, timeout, wanted)
   _role.change(made.role)
+  if made.world is not None:
+    made.world = numbered_by_layout(made.world)
   return made
 
 
-def stand_by(timeout: float) -> ProcessCommunicator:
-  """Waits, as a spare, for a place in a world; returns that world.
+def stand_by(timeout: float) -> Regrouped:
+  """Waits, as a spare, for a place in a world; returns what it is then.
 
   Raises:
     SystemExit: with code 0, when all ranks of the world have ended.
@@ -50,7 +62,7 @@ def stand_by(timeout: float) -> ProcessCommunicator:
       members = made.members
       if made.world is not None:
         _rank_process.mark("joined")
-        return made.world
+        return made
     elif members <= set(failed):
       raise SystemExit(0)
     time.sleep(_NAP)
@@ -94,7 +106,10 @@ def _until_agreed(native: Any, timeout: float, wanted: int) -> Regrouped:
 
 
 def _attempt(native: Any, timeout: float, wanted: int) -> Regrouped:
-  own = dataclasses.replace(_role.role(), wanted=wanted)
+  process, host = _hangs.this_process()
+  own = dataclasses.replace(
+    _role.role(), wanted=wanted, process=process, host=host
+  )
   texts = native.gather_in_start(own.packed())
   roles = _role.next_roles(
     [_role.Role.unpacked(text) for text in texts], _role.local_size()
@@ -107,6 +122,7 @@ def _attempt(native: Any, timeout: float, wanted: int) -> Regrouped:
   members = sorted(
     (role for role in roles if role.place >= 0), key=lambda role: role.place
   )
+  made.processes = tuple((role.process, role.host) for role in members)
   machines = sorted({role.machine for role in members})
   made.world = _bootstrap.with_parts(
     native,

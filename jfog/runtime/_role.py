@@ -5,7 +5,7 @@ import itertools
 import struct
 from collections.abc import Sequence
 
-_FORMAT = struct.Struct("<5q")
+_FORMAT = struct.Struct("<7q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Role:
   machine: int
   has_state: bool  # False from the time it comes in until share_state has ended
   wanted: int = 0  # ranks of the next world, if there are spares enough
+  # Its process, and a hash of where that number is valid.
+  process: int = 0
+  host: int = 0
 
   def packed(self) -> bytes:
     """The role as bytes, of one length for all."""
@@ -30,8 +33,8 @@ class Role:
   @classmethod
   def unpacked(cls, text: bytes) -> "Role":
     """The role of these bytes."""
-    number, place, machine, has_state, wanted = _FORMAT.unpack(text)
-    return cls(number, place, machine, bool(has_state), wanted)
+    number, place, machine, has_state, *others = _FORMAT.unpack(text)
+    return cls(number, place, machine, bool(has_state), *others)
 
 
 def next_roles(roles: Sequence[Role], local_size: int) -> list[Role]:

@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jfog.runtime import (
   _describe,
   _exit,
   _extensions,
+  _hangs,
   _rank_process,
   _recording,
   _regroup,
@@ -49,6 +50,7 @@ def init(
   timeout: float = DEFAULT_TIMEOUT,
   check_programs: bool | None = None,
   on_missing: str | None = None,
+  hang_timeout: float | None = None,
 ) -> Communicator:
   """Makes the world communicator, and returns it.
 
@@ -87,6 +89,15 @@ def init(
       neighbor, whose weight goes to the own value, and windows without its slots.
       Any other operation that needs the rank is an error (`UNAVAILABLE`) either
       way. `jfog.recover` keeps it.
+    hang_timeout: seconds, in a job of `jfog run --fault-tolerant`, and less than
+      `timeout`. A rank is stuck, and its process is ended, if another one has waited
+      for it in an operation for longer than this and than
+      `median + 20 * deviation` of the last 256 times from one operation to the next,
+      and it waits in no operation itself. It then is a failed rank, as
+      `on_missing` and `jfog.recover` take it. Nothing is ended before 16 operations
+      have been done. Make it longer than any pause of one rank, such as the writing
+      of a checkpoint. By default off, or the environment variable
+      `JFOG_HANG_TIMEOUT`.
 
   Returns:
     The world, an `ProcessCommunicator` or a world of one.
@@ -115,6 +126,7 @@ def init(
   arguments["timeout"] = timeout
   arguments["check_programs"] = check_programs
   arguments["on_missing"] = on_missing
+  arguments["hang_timeout"] = hang_timeout
   if isinstance(_world, ProcessCommunicator) and _rank_process.is_fork():
     if backend != "single":
       _rank_process.refuse_fork()
@@ -140,7 +152,13 @@ def init(
   local_size = _check_arguments(backend, local_size, timeout)
   _check_on_missing(on_missing)
   if timeout is DEFAULT_TIMEOUT:
-    timeout = arguments["timeout"] = _default_timeout(os.environ)
+    timeout = arguments["timeout"] = (
+      _seconds(os.environ, "JFOG_TIMEOUT") or DEFAULT_TIMEOUT
+    )
+  if hang_timeout is None:
+    hang_timeout = _seconds(os.environ, "JFOG_HANG_TIMEOUT")
+    arguments["hang_timeout"] = hang_timeout
+  _check_hang_timeout(hang_timeout, timeout)
   if check_programs is None:
     check_programs = _is_on(os.environ, "JFOG_CHECK_PROGRAMS")
     arguments["check_programs"] = check_programs
@@ -159,21 +177,30 @@ def init(
     reweights = on_missing == "reweight"
     if reweights:
       _bootstrap.require_fault_tolerance("on_missing='reweight'")
+    if hang_timeout is not None:
+      _bootstrap.require_fault_tolerance("hang_timeout")
     world = _bootstrap.open_processes(
       backend, comm, launched, local_size, float(timeout)
     )
     is_spare = world is None
+    processes = None
     if world is None:
-      world = _regroup.stand_by(float(timeout))
+      made = _regroup.stand_by(float(timeout))
+      world, processes = made.world, made.processes
+      assert world is not None
       # All ranks begin these together, in the first world.
       check_programs = has_summary = False
-    if reweights and world.backend == "nccl":
-      raise ValueError(
-        "on_missing='reweight' is for backend='mpi': NCCL cannot go on without a "
-        "rank; leave it out."
-      )
-    if reweights:
-      _bootstrap.let_go_on(world)
+    for name, is_on in (
+      ("on_missing='reweight'", reweights),
+      ("hang_timeout", hang_timeout is not None),
+    ):
+      if is_on and world.backend == "nccl":
+        raise ValueError(
+          f"{name} is for backend='mpi': NCCL cannot go on without a rank; leave "
+          f"it out."
+        )
+    _arguments = arguments
+    prepare(world, processes)
   else:
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
@@ -369,9 +396,21 @@ def machine_size() -> int:
   return resolve().machine_size
 
 
-def goes_on() -> bool:
-  """Whether the world was made with on_missing="reweight"."""
-  return _arguments.get("on_missing") == "reweight"
+def prepare(
+  made: ProcessCommunicator, processes: Sequence[_hangs.Process] | None
+) -> None:
+  """Sets what the arguments of `init` say about failures in a new world.
+
+  Args:
+    made: the new world.
+    processes: of its ranks; None to gather them, which is collective.
+  """
+  if _arguments.get("on_missing") == "reweight":
+    _bootstrap.let_go_on(made)
+  hang_timeout = _arguments.get("hang_timeout")
+  if hang_timeout is not None:
+    processes = processes or _hangs.gathered(made)
+    _hangs.find_hangs(made, float(hang_timeout), processes)
 
 
 def replace(made: Communicator) -> None:
@@ -387,21 +426,37 @@ def _check_on_missing(on_missing: Any) -> None:
     )
 
 
-def _default_timeout(environ: Mapping[str, str]) -> float:
-  """The timeout where the program passes none."""
-  text = environ.get("JFOG_TIMEOUT")
-  if not text:
-    return DEFAULT_TIMEOUT
-  try:
-    timeout = float(text)
-  except ValueError:
-    timeout = 0.0
-  if not timeout > 0:
-    raise ValueError(
-      f"JFOG_TIMEOUT={text!r} must be a positive number of seconds; correct it, or "
-      f"unset it for {DEFAULT_TIMEOUT:g}."
+def _check_hang_timeout(hang_timeout: Any, timeout: float) -> None:
+  if hang_timeout is None:
+    return
+  if not isinstance(hang_timeout, (int, float)) or isinstance(
+    hang_timeout, bool
+  ):
+    raise TypeError(
+      f"hang_timeout={hang_timeout!r} must be a number of seconds."
     )
-  return timeout
+  if not 0 < hang_timeout < timeout:
+    raise ValueError(
+      f"hang_timeout={hang_timeout} must be positive and less than timeout={timeout}, "
+      f"after which an operation fails in any case."
+    )
+
+
+def _seconds(environ: Mapping[str, str], name: str) -> float | None:
+  """The value of a variable in seconds; None if it is unset."""
+  text = environ.get(name)
+  if not text:
+    return None
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = 0.0
+  if not seconds > 0:
+    raise ValueError(
+      f"{name}={text!r} must be a positive number of seconds; correct it, or "
+      f"unset it for the default."
+    )
+  return seconds
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

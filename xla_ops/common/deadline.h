@@ -22,10 +22,18 @@ constexpr std::chrono::seconds kPause{1};
 // without a look is left out: a process that is suspended does not wait.
 class WaitTime {
  public:
+  WaitTime() { ++waits_; }
+  ~WaitTime() { --waits_; }
+  WaitTime(const WaitTime&) = delete;
+  WaitTime& operator=(const WaitTime&) = delete;
+
+  // Whether this process waits so anywhere.
+  static bool Any() { return waits_ > 0; }
   // The time up to this look.
   Clock::duration Look();
 
  private:
+  inline static std::atomic<int> waits_{0};
   Clock::time_point looked_at_ = Clock::now();
   Clock::duration waited_{0};
 };

@@ -28,6 +28,16 @@ class Registry {
     std::lock_guard<std::mutex> lock(mutex_);
     objects_[number] = std::move(object);
   }
+  // Gives an object another number, in place of what has that one.
+  void Move(Number from, Number to) {
+    std::shared_ptr<T> replaced;  // destroyed after the lock is dropped
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = objects_.find(from);
+    if (from == to || found == objects_.end()) return;
+    replaced = std::move(objects_[to]);
+    objects_[to] = std::move(found->second);
+    objects_.erase(found);
+  }
   // Null if there is none.
   std::shared_ptr<T> Find(Number number) { return Find(&number); }
   // A number in a buffer of XLA is read and written under the lock: XLA passes

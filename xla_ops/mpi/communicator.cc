@@ -1,7 +1,11 @@
 // Communicators of this process: who is there, what failed, what was counted.
 #include "mpi/communicator.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -82,7 +86,8 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
       is_fault_tolerant_(IsFaultTolerant()),
       gone_(SizeOfComm(parent)),
       missing_(gone_.size()),
-      traffic_(SizeOfComm(parent)) {
+      traffic_(SizeOfComm(parent)),
+      hangs_(SizeOfComm(parent)) {
   MPI_Comm_rank(parent, &rank_);
   size_ = SizeOfComm(parent);
   last_messages_.resize(size_);
@@ -271,6 +276,17 @@ void Communicator::ReadControlMessages() {
           if (posted_.size() >= kPosted) posted_.erase(posted_.begin());
           posted_[{message.header.sequence, source}] = message.header;
           break;
+        case ControlMessage::kDoYouWait:
+          questions_.push_back(source);
+          break;
+        case ControlMessage::kWaits:
+          hangs_.CountAnswer(source);
+          break;
+        case ControlMessage::kStuck:
+          if (!hangs_.is_on()) break;
+          if (message.rank == rank_) kill(getpid(), SIGKILL);
+          hangs_.EndProcess(message.rank);
+          break;
         default:
           answers_[{source, message.header.sequence}] = message;
       }
@@ -372,6 +388,42 @@ std::optional<Header> Communicator::TakePosted(int rank,
   return header;
 }
 
+void Communicator::AskWhetherWaiting(int rank) {
+  ControlMessage message;
+  message.kind = ControlMessage::kDoYouWait;
+  hangs_.CountQuestion(rank);
+  SendControlMessage(rank, message);
+}
+
+bool Communicator::HasQuestions() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !questions_.empty();
+}
+
+void Communicator::AnswerQuestions(bool is_waiting) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ControlMessage message;
+  message.kind = ControlMessage::kWaits;
+  for (int rank : questions_) {
+    if (is_waiting) SendControlMessage(rank, message);
+  }
+  questions_.clear();
+}
+
+void Communicator::EndStuck(int rank, const std::string& reason) {
+  if (!hangs_.TakeVerdict(rank)) return;
+  std::fprintf(stderr, "jfog: rank %d is stuck, and is ended: %s\n", rank,
+               reason.c_str());
+  std::fflush(stderr);
+  ControlMessage message;
+  message.kind = ControlMessage::kStuck;
+  message.rank = rank;
+  for (int peer = 0; peer < size_; ++peer) {
+    if (peer != rank_) SendControlMessage(peer, message);
+  }
+  hangs_.EndProcess(rank);
+}
+
 std::optional<Header> Communicator::LastControlMessage(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
   return last_messages_[rank];
@@ -409,6 +461,7 @@ void Communicator::LookForGone() {
 void Communicator::MarkGone(int rank) {
   if (gone_[rank].exchange(true, std::memory_order_acq_rel)) return;
   any_gone_.store(true, std::memory_order_release);
+  hangs_.SkipTime();
   if (channels_ != nullptr) channels_->Forget(RankInRoot(rank));
 }
 

@@ -22,6 +22,7 @@
 #include "common/status.h"
 #include "common/traffic_counters.h"
 #include "mpi/duplicates.h"
+#include "mpi/hang_detector.h"
 #include "mpi/header_log.h"
 #include "mpi/mailboxes.h"
 #include "mpi/messages.h"
@@ -138,6 +139,16 @@ class Communicator {
   void ResetMissing() {
     for (auto& count : missing_) count.store(0, std::memory_order_relaxed);
   }
+
+  HangDetector& hangs() { return hangs_; }
+  // Asks a rank whether it waits in an operation.
+  void AskWhetherWaiting(int rank);
+  // Answers those who have asked; this rank waits. Or leaves their questions.
+  void AnswerQuestions(bool is_waiting);
+  bool HasQuestions();
+  // Has the process of a stuck rank ended, and prints why; the first time.
+  void EndStuck(int rank, const std::string& reason);
+
   // Fails this rank and, as soon as they wait for it, the others.
   void FailAll(const Header& header, ffi::ErrorCode code,
                const std::string& text);
@@ -230,6 +241,7 @@ class Communicator {
   RequestNumbers requests_;
   FirstFailure failure_;
   TrafficCounters traffic_;
+  HangDetector hangs_;
 
   std::mutex mutex_;  // guards all below
   std::vector<std::optional<Header>> last_messages_;
@@ -238,6 +250,7 @@ class Communicator {
   std::map<std::pair<std::vector<int>, std::vector<int>>, Known> patterns_;
   std::vector<Past> past_;  // by sequence, modulo its length
   std::vector<std::pair<int, ControlMessage>> queries_;
+  std::vector<int> questions_;  // the ranks that have asked whether this waits
   std::map<std::pair<int, std::uint64_t>, ControlMessage> answers_;
   // Headers that ranks have sent on a question; the last ones.
   static constexpr std::size_t kPosted = 4096;

@@ -300,6 +300,13 @@ void SetReweights(std::int64_t context, bool reweights) {
   Get(context)->SetReweights(reweights);
 }
 
+void FindHangs(std::int64_t context, double shortest,
+               const std::vector<int>& processes) {
+  const std::shared_ptr<Communicator> comm = Get(context);
+  comm->hangs().Begin(shortest, processes);
+  Engine::Get().Watch(comm);
+}
+
 void Interrupt(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Get(context);
   comm->Fail(ffi::ErrorCode::kUnavailable,
@@ -384,6 +391,10 @@ bool AgreeOnSurvivors(bool is_made) {
   }
   EndStart();
   return agreed;
+}
+
+void Renumber(std::int64_t context, std::int64_t number) {
+  Communicators().Move(context, number);
 }
 
 int Close(std::int64_t context) {

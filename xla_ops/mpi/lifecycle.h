@@ -42,6 +42,10 @@ std::vector<int> Missing(std::int64_t context);
 // Whether averages with neighbors go on without those that have failed.
 void SetReweights(std::int64_t context, bool reweights);
 
+// Finds and ends stuck ranks from now on, see HangDetector.
+void FindHangs(std::int64_t context, double shortest,
+               const std::vector<int>& processes);
+
 // The way to a world of the ranks that are left. A rank interrupts its
 // communicators, which fails them on the others as well, and calls the spares.
 // Then, until they agree: all shrink the job, gather who they are, open the
@@ -66,6 +70,9 @@ struct SpareState {
   std::vector<int> failed;
 };
 SpareState LookAsSpare();
+
+// Gives a communicator another context.
+void Renumber(std::int64_t context, std::int64_t number);
 
 // Ends the use of a communicator on this rank; returns how many of its
 // operations were started and not waited on.

@@ -64,6 +64,9 @@ struct ControlMessage {
     kNoMemory,   // the writer has failed in it, mostly for lack of memory
     kAsk,        // for the header of the writer's operation of this number
     kPosted,     // that header
+    kDoYouWait,  // whether the reader waits in an operation
+    kWaits,      // the writer does
+    kStuck,      // `rank` is stuck and to be ended
     kKinds
   };
   Header header;

@@ -72,11 +72,14 @@ PYBIND11_MODULE(_mpi, m) {
         return AsBytes(texts);
       },
       py::arg("context"), py::arg("text"), py::arg("patient") = false);
+  m.def("renumber", &Renumber, py::arg("context"), py::arg("number"));
   m.def("close", &Close, py::arg("context"));
   m.def("has_fault_tolerance", &HasFaultTolerance);
   m.def("missing", &Missing, py::arg("context"));
   m.def("set_reweights", &SetReweights, py::arg("context"),
         py::arg("reweights"));
+  m.def("find_hangs", &FindHangs, py::arg("context"), py::arg("shortest"),
+        py::arg("processes"));
   m.def("interrupt", &Interrupt, py::arg("context"), NoGil());
   m.def("call_spares", &CallSpares, NoGil());
   m.def("look_as_spare", [] {

@@ -53,6 +53,12 @@ class Operation {
 
   // Starts the clock of the deadline: a caller waits from now on.
   void Await();
+  // Whether one does.
+  bool is_awaited() const {
+    return awaited_since_.load(std::memory_order_relaxed) != 0 && !finished();
+  }
+  // Whether threads wait in operations that they complete by themselves.
+  static bool AnyBlocked();
   // Ends the operation if there is a reason to: a failed communicator, a peer
   // that has left or runs another operation, or the deadline.
   void CheckStall(Clock::time_point now);
@@ -215,6 +221,8 @@ class Operation {
   // out: a process that is suspended does not wait.
   Clock::duration CountWait(Clock::time_point now);
   ffi::Error FindStall(Clock::duration waited);
+  // Looks for stuck ranks among those that are waited for.
+  void FindHangs(const std::vector<int>& missing, Clock::duration waited);
   // The texts after a wait: the place of the call, and operations in which
   // the missing ranks have announced to wait themselves.
   std::string Details(const std::vector<int>& missing) const;
@@ -249,7 +257,9 @@ class Operation {
   // The wait at the last look by which no missing rank had left.
   std::optional<Clock::duration> left_at_;
   Clock::duration asked_at_{0};  // the wait at the last question
-  std::vector<int> posted_;      // the ranks that are in it, too
+  // The wait at the last question whether ranks wait as well.
+  Clock::duration asked_waiting_at_{0};
+  std::vector<int> posted_;  // the ranks that are in it, too
   Deadline deadline_;
 };
 

@@ -143,6 +143,7 @@ void Engine::LookAfter() {
       try {
         if (serve == nullptr) {
           comm->ReadControlMessages();
+          if (comm->HasQuestions()) comm->AnswerQuestions(IsWaiting());
         } else {
           busy = serve() || busy;
         }
@@ -164,6 +165,14 @@ void Engine::LookAfter() {
   }
   watching_ = false;
   changed_.notify_all();
+}
+
+bool Engine::IsWaiting() {
+  if (WaitTime::Any() || Operation::AnyBlocked()) return true;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::any_of(open_.begin(), open_.end(), [](const auto& entry) {
+    return entry.first->is_awaited();
+  });
 }
 
 std::string Engine::State() {

@@ -41,6 +41,8 @@ class Engine {
   void Serve(const std::shared_ptr<Communicator>& comm,
              std::function<bool()> serve);
 
+  // Whether some caller waits in an operation.
+  bool IsWaiting();
   // Lines about the operations in flight, for the user.
   std::string State();
 
