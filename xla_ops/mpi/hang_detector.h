@@ -32,14 +32,14 @@ class HangDetector {
   HangDetector(const HangDetector&) = delete;
   HangDetector& operator=(const HangDetector&) = delete;
 
-  // Turns it on. A wait of less than `shortest` seconds is no hang. `processes`
+  // Turns it on. A hang lasts for at least `shortest` seconds. `processes`
   // has the process of each rank, 0 for those that this one cannot end.
   void Begin(double shortest, const std::vector<int>& processes);
   bool is_on() const { return is_on_.load(std::memory_order_acquire); }
 
   // An operation has ended that all ranks come to.
   void CountEnd();
-  // The time up to the next end is no usual one: a rank has failed.
+  // Leaves out the time up to the next end: a rank has failed meanwhile.
   void SkipTime();
   // Nullopt before enough operations have ended to know.
   std::optional<Pace> FindPace();
