@@ -41,9 +41,8 @@ void HangDetector::Begin(double shortest, const std::vector<int>& processes) {
   is_on_.store(true, std::memory_order_release);
 }
 
-void HangDetector::CountEnd() {
+void HangDetector::CountEnd(Clock::time_point now) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const Clock::time_point now = Clock::now();
   if (ended_at_) {
     const double time = Seconds(now - *ended_at_);
     if (times_.size() < kTimes) {

@@ -38,7 +38,7 @@ class HangDetector {
   bool is_on() const { return is_on_.load(std::memory_order_acquire); }
 
   // An operation has ended that all ranks come to.
-  void CountEnd();
+  void CountEnd(Clock::time_point now);
   // Leaves out the time up to the next end: a rank has failed meanwhile.
   void SkipTime();
   // Nullopt before enough operations have ended to know.

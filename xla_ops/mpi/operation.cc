@@ -231,7 +231,9 @@ void Operation::End(ffi::Error error) {
     Leak();
   }
   error_ = std::move(error);
-  if (comm_->hangs().is_on() && is_ordered()) comm_->hangs().CountEnd();
+  if (comm_->hangs().is_on() && is_ordered()) {
+    comm_->hangs().CountEnd(Clock::now());
+  }
   trace_.Record(TimelineEvent::kEnd, -1, error_.failure());
   Ended();
   finished_.store(true, std::memory_order_release);
