@@ -11,15 +11,8 @@ from support import emulated, mpi_headers
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Units under test, beside all of xla_ops/common.
 UNITS = (
-  *(
-    "payload",
-    "segments",
-    "buffer_pool",
-    "messages",
-    "timeline",
-    "hang_detector",
-  ),
-  *("windows/memory", "windows/requests"),
+  *("payload", "segments", "buffer_pool", "messages", "timeline"),
+  *("hang_detector", "windows/memory", "windows/requests"),
 )
 HEADER = "doctest/doctest.h"
 
