@@ -84,7 +84,10 @@ def test_averages_go_on_without_a_stuck_rank(how, size):
   ends, err = run(5, how=how, stuck=2, size=size)
   # Those that wait for the neighbors of the stuck rank are not taken for stuck.
   assert ends == [(rank, 5, [2]) for rank in (0, 1, 3, 4)], err
-  assert "rank 2 is stuck, and is ended: neighbor_allreduce #" in err
+  assert (
+    "rank 2 seems stuck, and is ended unless it answers: neighbor_allreduce #"
+    in err
+  )
   assert "while it waits in no operation" in err
 
 
@@ -141,7 +144,7 @@ print("LEFT", world.rank, jfog.recover().size, flush=True)
   )
   assert code == 0, (out, err)
   assert sorted(out.splitlines()) == [f"LEFT {rank} 3" for rank in range(3)]
-  assert err.count("is stuck, and is ended") >= 1
+  assert err.count("seems stuck") >= 1
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def _run_job(
     if (
       stops is None
       and report.has_records(run_dir)
-      and not (ranks and _goes_on(run_dir, survived))
+      and not (ranks and _goes_on(run_dir, survived, one_host))
     ):
       stops = _stops(now + _GRACE)
     if stops is None and (problem := marks.lost(run_dir)):
@@ -362,7 +362,7 @@ def _run_job(
     idle = marks.ranks_with(run_dir, "spare")
     idle -= marks.ranks_with(run_dir, "joined")
     if set(range(ranks)) - failed - idle:
-      _goes_on(run_dir, survived)
+      _goes_on(run_dir, survived, one_host)
       return 0
     code = code or 1  # mpirun has nothing against ranks that fail
   return _report(code, run_dir, dropped) if code else 0
@@ -391,15 +391,16 @@ def _is_fault_tolerant(mpi: Mpi) -> bool:
   return mpi.family == "openmpi" and bool(version) and int(version[1]) >= 5
 
 
-def _goes_on(run_dir: str, reported: set[int]) -> bool:
+def _goes_on(run_dir: str, reported: set[int], one_host: bool) -> bool:
   """Whether the others can go on; names each failed rank once.
 
   They cannot if a rank fails before its jfog.init has returned: all ranks of a job
-  are in its first world.
+  are in its first world. On several hosts ranks leave no marks; there the others'
+  jfog.init ends by its timeout.
   """
   ready = marks.ranks_with(run_dir, "ready")
   for record in report.records(run_dir):
-    if record["rank"] not in ready:
+    if one_host and record["rank"] not in ready:
       return False
     if record["rank"] not in reported:
       reported.add(record["rank"])

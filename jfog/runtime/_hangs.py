@@ -20,10 +20,13 @@ def this_process() -> Process:
   try:
     with open("/proc/sys/kernel/random/boot_id") as file:
       boot = file.read()
-    namespace = os.stat("/proc/self/ns/pid").st_ino
+    # With another network a rank may be cut off, and is not stuck for that.
+    spaces = [
+      os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net")
+    ]
   except OSError:  # not Linux: no other process ends this one
     return 0, 0
-  digest = hashlib.blake2b(f"{boot} {namespace}".encode(), digest_size=7)
+  digest = hashlib.blake2b(f"{boot} {spaces}".encode(), digest_size=7)
   return os.getpid(), int.from_bytes(digest.digest())
 
 

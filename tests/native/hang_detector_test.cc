@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <vector>
 
 namespace jfog::mpi {
 namespace {
@@ -83,7 +84,22 @@ TEST_CASE("questions, answers and verdicts") {
   CHECK(run.hangs.Unanswered(2) == 0);
   CHECK(run.hangs.TakeVerdict(1));
   CHECK_FALSE(run.hangs.TakeVerdict(1));
+  run.hangs.CountAnswer(1);
+  CHECK(run.hangs.TakeVerdict(1));
   CHECK(run.hangs.TakeVerdict(2));
+}
+
+TEST_CASE("an answer ends a suspicion") {
+  Run run(2.0);
+  CHECK_FALSE(run.hangs.has_suspects());
+  run.hangs.Suspect(2, true);
+  run.hangs.Suspect(2, true);
+  CHECK(run.hangs.has_suspects());
+  CHECK(run.hangs.Suspects() == std::vector<int>{2});
+  CHECK(run.hangs.ConfirmAfter() == doctest::Approx(0.5));
+  CHECK_FALSE(run.hangs.Reaches(2));
+  run.hangs.CountAnswer(2);
+  CHECK_FALSE(run.hangs.has_suspects());
 }
 
 TEST_CASE("a process that is known is killed") {

@@ -1,9 +1,6 @@
 // Communicators of this process: who is there, what failed, what was counted.
 #include "mpi/communicator.h"
 
-#include <signal.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -277,15 +274,13 @@ void Communicator::ReadControlMessages() {
           posted_[{message.header.sequence, source}] = message.header;
           break;
         case ControlMessage::kDoYouWait:
-          questions_.push_back(source);
+          questions_.emplace(source, HangDetector::Ends());
           break;
         case ControlMessage::kWaits:
           hangs_.CountAnswer(source);
           break;
         case ControlMessage::kStuck:
-          if (!hangs_.is_on()) break;
-          if (message.rank == rank_) kill(getpid(), SIGKILL);
-          hangs_.EndProcess(message.rank);
+          if (hangs_.is_on()) hangs_.Suspect(message.rank, true);
           break;
         default:
           answers_[{source, message.header.sequence}] = message;
@@ -392,7 +387,9 @@ void Communicator::AskWhetherWaiting(int rank) {
   ControlMessage message;
   message.kind = ControlMessage::kDoYouWait;
   hangs_.CountQuestion(rank);
-  SendControlMessage(rank, message);
+  if (rank != rank_) return SendControlMessage(rank, message);
+  std::lock_guard<std::mutex> lock(mutex_);
+  questions_.emplace(rank, HangDetector::Ends());
 }
 
 bool Communicator::HasQuestions() {
@@ -404,16 +401,28 @@ void Communicator::AnswerQuestions(bool is_waiting) {
   std::lock_guard<std::mutex> lock(mutex_);
   ControlMessage message;
   message.kind = ControlMessage::kWaits;
-  for (int rank : questions_) {
-    if (is_waiting) SendControlMessage(rank, message);
+  const std::uint64_t ends = HangDetector::Ends();
+  for (auto question = questions_.begin(); question != questions_.end();) {
+    const auto [rank, ends_then] = *question;
+    if (!is_waiting && ends == ends_then) {
+      ++question;
+      continue;
+    }
+    if (rank == rank_) {
+      hangs_.CountAnswer(rank);
+    } else {
+      SendControlMessage(rank, message);
+    }
+    question = questions_.erase(question);
   }
-  questions_.clear();
 }
 
 void Communicator::EndStuck(int rank, const std::string& reason) {
   if (!hangs_.TakeVerdict(rank)) return;
-  std::fprintf(stderr, "jfog: rank %d is stuck, and is ended: %s\n", rank,
-               reason.c_str());
+  std::fprintf(stderr,
+               "jfog: rank %d seems stuck, and is ended unless it "
+               "answers: %s\n",
+               rank, reason.c_str());
   std::fflush(stderr);
   ControlMessage message;
   message.kind = ControlMessage::kStuck;
@@ -422,6 +431,22 @@ void Communicator::EndStuck(int rank, const std::string& reason) {
     if (peer != rank_) SendControlMessage(peer, message);
   }
   hangs_.EndProcess(rank);
+}
+
+// The rank that says so may be behind a link that was cut, with its questions,
+// and each side of the cut takes the other one for stuck. So all that can end a
+// suspect ask it again; also it itself.
+void Communicator::CheckSuspects() {
+  for (int rank : hangs_.Suspects()) {
+    if (!hangs_.Reaches(rank) || IsGone(rank)) {
+      hangs_.Suspect(rank, false);
+    } else if (hangs_.Unanswered(rank) == 0) {
+      AskWhetherWaiting(rank);
+    } else if (hangs_.Unanswered(rank) > hangs_.ConfirmAfter()) {
+      hangs_.EndProcess(rank);
+      hangs_.Suspect(rank, false);
+    }
+  }
 }
 
 std::optional<Header> Communicator::LastControlMessage(int rank) {

@@ -141,13 +141,16 @@ class Communicator {
   }
 
   HangDetector& hangs() { return hangs_; }
-  // Asks a rank whether it waits in an operation.
+  // Asks a rank, perhaps this one, whether it waits in an operation.
   void AskWhetherWaiting(int rank);
-  // Answers those who have asked; this rank waits. Or leaves their questions.
+  // Answers those who have asked, if this rank waits or an operation has ended
+  // since; otherwise leaves their questions for later.
   void AnswerQuestions(bool is_waiting);
   bool HasQuestions();
   // Has the process of a stuck rank ended, and prints why; the first time.
   void EndStuck(int rank, const std::string& reason);
+  // Asks ranks that others take for stuck, and ends those that do not answer.
+  void CheckSuspects();
 
   // Fails this rank and, as soon as they wait for it, the others.
   void FailAll(const Header& header, ffi::ErrorCode code,
@@ -250,7 +253,9 @@ class Communicator {
   std::map<std::pair<std::vector<int>, std::vector<int>>, Known> patterns_;
   std::vector<Past> past_;  // by sequence, modulo its length
   std::vector<std::pair<int, ControlMessage>> queries_;
-  std::vector<int> questions_;  // the ranks that have asked whether this waits
+  // The ranks that have asked whether this one waits, and the operations that
+  // had ended then.
+  std::map<int, std::uint64_t> questions_;
   std::map<std::pair<int, std::uint64_t>, ControlMessage> answers_;
   // Headers that ranks have sent on a question; the last ones.
   static constexpr std::size_t kPosted = 4096;

@@ -19,12 +19,13 @@ constexpr std::size_t kFewest = 16;
 // A pause that comes once in `kTimes` operations makes the deviation a 16th of
 // it. This many deviations are longer than the pause.
 constexpr double kDeviations = 20;
+constexpr double kConfirm = 0.25;
 
 }  // namespace
 
 HangDetector::~HangDetector() {
   for (const Rank& rank : ranks_) {
-    if (rank.process >= 0) close(rank.process);
+    if (rank.descriptor >= 0) close(rank.descriptor);
   }
 }
 
@@ -32,9 +33,10 @@ void HangDetector::Begin(double shortest, const std::vector<int>& processes) {
   std::lock_guard<std::mutex> lock(mutex_);
   shortest_ = shortest;
   for (std::size_t i = 0; i < ranks_.size() && i < processes.size(); ++i) {
-    if (processes[i] <= 0 || ranks_[i].process >= 0) continue;
+    if (processes[i] <= 0 || ranks_[i].process > 0) continue;
+    ranks_[i].process = processes[i];
 #ifdef SYS_pidfd_open
-    ranks_[i].process =
+    ranks_[i].descriptor =
         static_cast<int>(syscall(SYS_pidfd_open, processes[i], 0));
 #endif
   }
@@ -42,6 +44,7 @@ void HangDetector::Begin(double shortest, const std::vector<int>& processes) {
 }
 
 void HangDetector::CountEnd(Clock::time_point now) {
+  ends_.fetch_add(1, std::memory_order_relaxed);
   std::lock_guard<std::mutex> lock(mutex_);
   if (ended_at_) {
     const double time = Seconds(now - *ended_at_);
@@ -83,8 +86,12 @@ void HangDetector::CountQuestion(int rank) {
 }
 
 void HangDetector::CountAnswer(int rank) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ranks_[rank].asked_at.reset();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ranks_[rank].asked_at.reset();
+    ranks_[rank].is_ended = false;
+  }
+  Suspect(rank, false);
 }
 
 void HangDetector::ForgetQuestions() {
@@ -103,13 +110,43 @@ bool HangDetector::TakeVerdict(int rank) {
   return !std::exchange(ranks_[rank].is_ended, true);
 }
 
+void HangDetector::Suspect(int rank, bool is_suspect) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ranks_[rank].is_suspect == is_suspect) return;
+  ranks_[rank].is_suspect = is_suspect;
+  suspects_ += is_suspect ? 1 : -1;
+  ranks_[rank].asked_at.reset();
+}
+
+std::vector<int> HangDetector::Suspects() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<int> suspects;
+  for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
+    if (ranks_[rank].is_suspect) suspects.push_back(static_cast<int>(rank));
+  }
+  return suspects;
+}
+
+bool HangDetector::Reaches(int rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return ranks_[rank].process > 0;
+}
+
+double HangDetector::ConfirmAfter() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return shortest_ * kConfirm;
+}
+
 void HangDetector::EndProcess(int rank) {
   std::lock_guard<std::mutex> lock(mutex_);
+  const Rank& ended = ranks_[rank];
 #ifdef SYS_pidfd_send_signal
-  if (ranks_[rank].process >= 0) {
-    syscall(SYS_pidfd_send_signal, ranks_[rank].process, SIGKILL, nullptr, 0);
+  if (ended.descriptor >= 0) {
+    syscall(SYS_pidfd_send_signal, ended.descriptor, SIGKILL, nullptr, 0);
+    return;
   }
 #endif
+  if (ended.process > 0) kill(ended.process, SIGKILL);
 }
 
 }  // namespace jfog::mpi

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -39,6 +40,8 @@ class HangDetector {
 
   // An operation has ended that all ranks come to.
   void CountEnd(Clock::time_point now);
+  // Those that have ended in this process, on all communicators.
+  static std::uint64_t Ends() { return ends_.load(std::memory_order_relaxed); }
   // Leaves out the time up to the next end: a rank has failed meanwhile.
   void SkipTime();
   // Nullopt before enough operations have ended to know.
@@ -52,8 +55,20 @@ class HangDetector {
   // Seconds since the first question that is not answered; 0 if there is none.
   double Unanswered(int rank);
 
-  // Whether this rank is the first one to ask for the end of that one, here.
+  // True for the first verdict of this rank that another one is stuck, and for
+  // the first one after an answer.
   bool TakeVerdict(int rank);
+
+  // Another rank says that this one is stuck; or no longer.
+  void Suspect(int rank, bool is_suspect);
+  bool has_suspects() const {
+    return suspects_.load(std::memory_order_relaxed) > 0;
+  }
+  std::vector<int> Suspects();
+  // Whether this rank can end the process of that one.
+  bool Reaches(int rank);
+  // Seconds without an answer by which a suspect is stuck for this rank, too.
+  double ConfirmAfter();
   // Kills the process of a rank, if it can be reached from this one.
   void EndProcess(int rank);
 
@@ -61,10 +76,15 @@ class HangDetector {
   struct Rank {
     std::optional<Clock::time_point> asked_at;
     bool is_ended = false;
-    int process = -1;  // a descriptor, which outlives the process's number
+    bool is_suspect = false;
+    int process = 0;  // its number; 0 if this rank cannot end it
+    // A descriptor, which outlives the number; -1 before Linux 5.3.
+    int descriptor = -1;
   };
 
+  inline static std::atomic<std::uint64_t> ends_{0};
   std::atomic<bool> is_on_{false};
+  std::atomic<int> suspects_{0};
   std::mutex mutex_;  // guards all below
   double shortest_ = 0;
   std::vector<Rank> ranks_;

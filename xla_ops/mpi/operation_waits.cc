@@ -20,6 +20,9 @@ constexpr double kNextQuestion = 1.0 / 16;
 constexpr double kUnanswered = 1.0 / 2;
 
 std::string FormatSeconds(double seconds) {
+  if (seconds < 1) {
+    return std::to_string(static_cast<int>(1000 * seconds)) + " ms";
+  }
   return Format(std::chrono::duration_cast<Clock::duration>(
       std::chrono::duration<double>(seconds)));
 }

@@ -144,6 +144,7 @@ void Engine::LookAfter() {
         if (serve == nullptr) {
           comm->ReadControlMessages();
           if (comm->HasQuestions()) comm->AnswerQuestions(IsWaiting());
+          if (comm->hangs().has_suspects()) comm->CheckSuspects();
         } else {
           busy = serve() || busy;
         }
