@@ -332,7 +332,6 @@ def test_a_world_whose_ranks_are_replaced_has_the_same_programs(local_size):
 
 
 @needs_mpi
-@pytest.mark.full
 def test_a_smaller_world_refuses_communicators_of_the_larger_one():
   code, out, err = launched(PROGRAMS.format(local_size=None), 4)
   assert code == 0, (out, err)

@@ -78,7 +78,7 @@ def run(ranks, *options, **values):
 @needs_mpi
 @pytest.mark.parametrize(
   ("how", "size"),
-  [("stop", 3), pytest.param("spin", 40_000, marks=pytest.mark.full)],
+  [("stop", 3), ("spin", 40_000)],
 )
 def test_averages_go_on_without_a_stuck_rank(how, size):
   ends, err = run(5, how=how, stuck=2, size=size)
@@ -94,7 +94,7 @@ def test_averages_go_on_without_a_stuck_rank(how, size):
 @needs_mpi
 @pytest.mark.parametrize(
   ("stuck", "options"),
-  [(0, ()), pytest.param(1, ("--spares", "1"), marks=pytest.mark.full)],
+  [(0, ()), (1, ("--spares", "1"))],
 )
 def test_a_stuck_rank_is_recovered_from(stuck, options):
   ends, err = run(
@@ -108,7 +108,6 @@ def test_a_stuck_rank_is_recovered_from(stuck, options):
 
 
 @needs_mpi
-@pytest.mark.full
 def test_the_limit_adapts_to_pauses_of_the_run():
   # The first pause comes before there is a limit; the others are usual ones.
   ends, err = run(3, every=15, pause=1.5, steps=60, hang=0.5)
@@ -117,7 +116,6 @@ def test_the_limit_adapts_to_pauses_of_the_run():
 
 
 @needs_mpi
-@pytest.mark.full
 def test_pretended_machines_and_their_parts():
   program = """
 import os, signal, time
@@ -156,7 +154,7 @@ print("LEFT", world.rank, jfog.recover().size, flush=True)
     (True, TypeError, "must be a number of seconds"),
   ],
 )
-def test_bad_values_are_named(value, error, match):
+def test_bad_hang_timeouts_are_named(value, error, match):
   with pytest.raises(error, match=f"hang_timeout={value!r}.*{match}"):
     jfog.init(hang_timeout=value, timeout=300)
 

@@ -33,6 +33,7 @@ FULL_FILES = {
   "test_fault_schedules.py": "trainings whose ranks are killed",
   "test_fault_tolerance.py": "jobs that go on when a rank fails",
   "test_share_state.py": "jobs that ranks join",
+  "test_hangs.py": "jobs that go on when a rank is stuck",
   "test_fault_windows.py": "windows of which a rank is killed",
   "test_gpu_benchmark.py": "the models of the GPU benchmark",
   "test_gpu_check.py": "the driver of the GPU check",
@@ -46,6 +47,7 @@ FULL_FILES = {
 
 QUICK_TESTS = {
   "test_a_graph_without_ranks",
+  "test_bad_hang_timeouts_are_named",
   "test_bad_leaves_and_sizes_name_the_values",
   "test_leaves_travel_bit_for_bit",
   "test_spares_take_the_lowest_free_places",
@@ -155,6 +157,9 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
 
 # Tests of the full suite and parts of the names of their forms, as above.
 SOAK_TESTS: dict[str, tuple[str, ...]] = {
+  # One kind of hang of several.
+  "test_averages_go_on_without_a_stuck_rank": ("spin",),
+  "test_averages_go_on_without_a_rank_of_the_second_host": ("sleep",),
   # Their forms on MPI compare with the simulation.
   "test_average_consensus": (),
   "test_digits_on_virtual_ranks": (),
