@@ -16,7 +16,7 @@ from jfog.runtime import _presence
 
 
 class Message(NamedTuple):
-  """What an attack knows when it chooses one leaf of one message.
+  """Knowledge of an attack when it chooses one leaf of one message.
 
   Attributes:
     values: what all ranks hold, along axis 0; floats of at most 16 bits are
@@ -181,7 +181,7 @@ def sent(
   leaf: int,
   name: str,
 ) -> jax.Array:
-  """What all ranks send of one leaf, given what they hold.
+  """The values that all ranks send of one leaf, from those that they hold.
 
   Args:
     gathered: what they hold, along axis 0.
@@ -235,7 +235,7 @@ def sent(
 def _chosen(
   attack: Attack, message: Message, name: str, sender: jax.Array
 ) -> jax.Array:
-  """What an attack chooses, with its shape checked."""
+  """The value that an attack chooses, with its shape checked."""
   value = jnp.asarray(attack.send(message._replace(sender=sender)))
   shape = message.values.shape[1:]
   if value.shape != shape:
