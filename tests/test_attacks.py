@@ -84,8 +84,8 @@ def average(x, graph, send, present=None):
   return result
 
 
-def attackers(attack):
-  return dict.fromkeys(LIARS, attack)
+def attackers(attack) -> dict[int, attacks.Attack]:
+  return {rank: attack for rank in LIARS}
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -1,5 +1,7 @@
 """Robust averages against a loop over ranks in NumPy, in all places."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,17 @@ def test_16_bits_are_summed_in_float32(rng, dtype):
     )
 
 
+def test_many_neighbors(rng):
+  n = 20
+  x = rng.randn(n, 3)
+  found = simulated(made(irregular(n)), n)(jnp.asarray(x, jnp.float32))
+  for name in AVERAGES:
+    expected = truth(name, irregular(n), x)
+    np.testing.assert_allclose(
+      found[name], expected, rtol=1e-5, atol=1e-5, err_msg=name
+    )
+
+
 def test_complex_leaves_are_two_real_ones(rng):
   graph = irregular(5)
   x = rng.randn(5, 6)
@@ -236,6 +249,11 @@ def test_ranks_without_neighbors_keep_their_value():
     assert some[name][2] == 2 and (some[name][:2] != jnp.arange(2.0)).all()
 
 
+def wrong(value) -> Any:
+  """A value that is not of the type that a function wants."""
+  return value
+
+
 RING = topology.ring(5)
 TWO_RINGS = topology.Schedule([RING, topology.ring(5, "right")])
 
@@ -261,7 +279,7 @@ TWO_RINGS = topology.Schedule([RING, topology.ring(5, "right")])
     ),
     (lambda: optimizers.clipped(TWO_RINGS), ValueError, "in round 1"),
     (lambda: optimizers.clipped(RING, faulty=-1), ValueError, ">= 0, got -1"),
-    (lambda: optimizers.nearest_mean(RING, 0.5), TypeError, "got 0.5"),
+    (lambda: optimizers.nearest_mean(RING, wrong(0.5)), TypeError, "got 0.5"),
     (
       lambda: optimizers.clipped(RING, radius=0),
       ValueError,
@@ -276,7 +294,7 @@ TWO_RINGS = topology.Schedule([RING, topology.ring(5, "right")])
       "not row-stochastic",
     ),
     (
-      lambda: optimizers.coordinate_median(np.eye(3)),
+      lambda: optimizers.coordinate_median(wrong(np.eye(3))),
       TypeError,
       "here jfog.topology.Topology",
     ),

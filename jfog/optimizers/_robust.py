@@ -10,11 +10,12 @@ from jax import lax
 
 from jfog import _dtypes, _validation
 from jfog.optimizers import _requirements
-from jfog.optimizers._averaging import Averaging
 from jfog.primitives import neighbor_allgather
 from jfog.runtime import Communicator, resolve
 from jfog.topology import Schedule, Topology
 from jfog.topology._neighbor_table import neighbor_table
+
+_NETWORK = 16  # values that a network of comparisons sorts
 
 
 def clipped(
@@ -23,7 +24,7 @@ def clipped(
   faulty: int = 1,
   *,
   comm: Communicator | None = None,
-) -> Averaging:
+) -> Callable[..., Any]:
   """Averages with the neighbors, and clips what is far from the own value.
 
   Rank `i` computes
@@ -108,7 +109,7 @@ def trimmed_mean(
   faulty: int,
   *,
   comm: Communicator | None = None,
-) -> Averaging:
+) -> Callable[..., Any]:
   """The mean without the smallest and largest values, coordinate by coordinate.
 
   Of the `d + 1` values of a rank and its `d` in-neighbors, sorted in each coordinate,
@@ -167,7 +168,7 @@ def trimmed_mean(
 
 def coordinate_median(
   graph: Topology | Schedule, *, comm: Communicator | None = None
-) -> Averaging:
+) -> Callable[..., Any]:
   """The median over a rank and its in-neighbors, coordinate by coordinate.
 
   Of an even number of values the mean of the two middle ones. Weights of the graph
@@ -217,7 +218,7 @@ def nearest_mean(
   faulty: int,
   *,
   comm: Communicator | None = None,
-) -> Averaging:
+) -> Callable[..., Any]:
   """The mean of the values nearest to the own one.
 
   Of the `d + 1` values of a rank and its `d` in-neighbors, own included, the mean
@@ -335,7 +336,7 @@ class _Values:
       both = _real_parts(jnp.concatenate([x[None], received]))
       is_value = _along(jnp.append(True, self.present), both)
       both = jnp.where(is_value & ~jnp.isnan(both), both, jnp.inf)
-      result = fun(jnp.sort(both, axis=0))
+      result = fun(_ascending(both))
       if jnp.iscomplexobj(x):
         result = lax.complex(result[..., 0], result[..., 1])
       results.append(result)
@@ -347,7 +348,7 @@ def _averaging(
   name: str,
   combine: Callable[[_Values], list[jax.Array]],
   comm: Communicator | None,
-) -> Averaging:
+) -> Callable[..., Any]:
   """An averaging that gathers the in-neighbors' values and combines them."""
   table = neighbor_table(graph)
 
@@ -414,6 +415,19 @@ def _check(
           f"faulty or a graph with more in-neighbors."
         )
   return faulty
+
+
+def _ascending(x: jax.Array) -> jax.Array:
+  """`x` without NaN, sorted along axis 0."""
+  if len(x) > _NETWORK:
+    return jnp.sort(x, axis=0)
+  # Odd-even transposition: on CPUs a tenth of the time of XLA's sort.
+  rows = list(x)
+  for number in range(len(rows)):
+    for k in range(number % 2, len(rows) - 1, 2):
+      low, high = rows[k], rows[k + 1]
+      rows[k], rows[k + 1] = jnp.minimum(low, high), jnp.maximum(low, high)
+  return jnp.stack(rows)
 
 
 def _wide(x: jax.Array) -> jax.Array:
