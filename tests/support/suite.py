@@ -121,6 +121,21 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_every_size_in_simulation": (),
   "test_exact_diffusion_does_not_drift_in_float32": ("mesh", "mpi"),
   "test_the_exchange_goes_on_while_nobody_waits": (),
+  # Attackers and averages that withstand them
+  "test_averages_of_what_is_sent": ("alie", "inner_product", "own"),
+  "test_scales_are_traced_and_differentiated": (),
+  "test_sweeps": (),
+  "test_other_dtypes": (),
+  "test_noise_repeats_and_differs": (),
+  "test_values_are_those_of_a_loop_over_ranks": (
+    *("simulate-5", "mesh", "complete", "mpi-3-changing"),
+    "simulate-6-changing",
+  ),
+  "test_a_known_step_takes_its_round": ("mpi",),
+  "test_16_bits_are_summed_in_float32": (),
+  "test_many_neighbors": (),
+  "test_an_infinite_radius_is_plain_averaging": (),
+  "test_optimizers_take_them": (),
   # Windows: the mesh runs the same program as the simulation.
   "test_any_interleaving_is_the_models": ("simulate",),
   "test_push_sum_finds_the_average_and_loses_nothing": ("simulate",),
