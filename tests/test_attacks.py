@@ -354,6 +354,7 @@ def test_bad_attackers_name_the_values(given, error, text):
     (lambda: attacks.noise(1.0, seed=0.5), "seed=0.5 must be an integer"),
     (lambda: attacks.alie(1j), "alie: z=1j"),
     (lambda: attacks.inner_product([1.0]), "inner_product: scale"),
+    (lambda: attacks.Attack("zero", jnp.zeros(2)), "send=Array"),  # type: ignore[arg-type]
     (lambda: attacks.dissensus(True), "dissensus: scale=True"),
   ],
 )

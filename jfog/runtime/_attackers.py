@@ -49,6 +49,9 @@ class Attack:
     send: from a `Message` to the array that is sent, of the shape of one rank's
       value. It is traced, and may close over traced numbers.
 
+  Raises:
+    TypeError: if `send` is not callable.
+
   Example:
     >>> import jax.numpy as jnp, jfog
     >>> zero = jfog.attacks.Attack("zero", lambda m: jnp.zeros(m.values.shape[1:]))
@@ -60,6 +63,13 @@ class Attack:
 
   name: str
   send: Callable[[Message], Any]
+
+  def __post_init__(self) -> None:
+    if not callable(self.send):
+      raise TypeError(
+        f"Attack: send={self.send!r} is {type(self.send).__name__}; pass a function "
+        f"from a jfog.attacks.Message to the array that is sent."
+      )
 
   def __repr__(self) -> str:
     return self.name
