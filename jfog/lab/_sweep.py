@@ -112,11 +112,11 @@ def sweep(
     constants = {
       name: grid[name].values[i] for name, i in zip(static, chosen, strict=True)
     }
-    chosen_attackers = attackers
-    if isinstance(attackers, str):
-      chosen_attackers = constants.pop(attackers)
+    attacking = (
+      constants.pop(attackers) if isinstance(attackers, str) else attackers
+    )
     on_ranks = functools.partial(
-      simulate, size=size, local_size=local_size, attackers=chosen_attackers
+      simulate, size=size, local_size=local_size, attackers=attacking
     )
     fun = _on_ranks(program, constants, size, on_ranks, reduce)
     indices = list(
