@@ -1,5 +1,6 @@
 """The public names, each of which `__init__.py` imports at its first use."""
 
+from . import attacks as attacks
 from . import diagnostics as diagnostics
 from . import lab as lab
 from . import optimizers as optimizers

@@ -39,6 +39,7 @@ LAYERS = {
     *("_dtypes", "_validation"),
   },
 }
+LAYERS["attacks"] = {"runtime", "_validation"}
 LAYERS["lab"] = {"runtime", "topology", "_validation"}
 LAYERS["bench"] = {
   *("launch", "optimizers", "primitives", "runtime", "topology"),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfog import _validation
-from jfog.runtime import simulate
+from jfog.runtime import Attack, simulate
 
 Point = dict[str, Any]  # values by the name of the axis
 
@@ -37,6 +37,7 @@ def sweep(
   reduce: Callable[[jax.Array], jax.Array] | None = None,
   memory: int = 2**30,
   folder: str | os.PathLike[str] | None = None,
+  attackers: Mapping[int, Attack] | str | None = None,
 ) -> Any:
   """Runs a program on virtual ranks at every point of a grid, and tabulates it.
 
@@ -59,6 +60,8 @@ def sweep(
       in it follows from what the compiler needs for one.
     folder: keeps the results of each point in a file there. A further sweep reads
       what it finds for the same program at the same point, and runs the rest.
+    attackers: as for `jfog.simulate`; or the name of an axis whose values are such
+      dicts, and which the program does not get.
 
   Returns:
     An `xarray.Dataset` whose variables are the results, with a dimension for each
@@ -69,7 +72,8 @@ def sweep(
     ModuleNotFoundError: without xarray.
     TypeError: if the program does not return a dict of arrays by name.
     ValueError: for an axis without values, for results whose shapes differ from
-      point to point or that are named as an axis, and as `jfog.simulate` does.
+      point to point or that are named as an axis, if `attackers` is not the name
+      of an axis of dicts, and as `jfog.simulate` does.
 
   Example:
     >>> import jax, jax.numpy as jnp, jfog
@@ -97,6 +101,8 @@ def sweep(
   grid = {name: _axis(name, given) for name, given in axes.items()}
   static = [name for name, axis in grid.items() if axis.is_static]
   numeric = [name for name in grid if name not in static]
+  if isinstance(attackers, str):
+    _check_attackers(attackers, grid)
   store = _Store(pathlib.Path(folder)) if folder is not None else None
 
   results: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
@@ -106,7 +112,13 @@ def sweep(
     constants = {
       name: grid[name].values[i] for name, i in zip(static, chosen, strict=True)
     }
-    fun = _on_ranks(program, constants, size, local_size, reduce)
+    attacking = (
+      constants.pop(attackers) if isinstance(attackers, str) else attackers
+    )
+    on_ranks = functools.partial(
+      simulate, size=size, local_size=local_size, attackers=attacking
+    )
+    fun = _on_ranks(program, constants, size, on_ranks, reduce)
     indices = list(
       itertools.product(*(range(len(grid[n].labels)) for n in numeric))
     )
@@ -165,6 +177,17 @@ def _axis(name: str, given: Any) -> _Axis:
   return _Axis(labels, values, False)
 
 
+def _check_attackers(name: str, grid: Mapping[str, _Axis]) -> None:
+  if name not in grid or not all(
+    isinstance(value, Mapping) for value in grid[name].values
+  ):
+    raise ValueError(
+      f"sweep: attackers={name!r} is not an axis of dicts from ranks to attacks; "
+      f"name one, such as axes={{{name!r}: {{'none': {{}}, 'one': {{0: "
+      f"jfog.attacks.sign_flip()}}}}}}."
+    )
+
+
 def _names(values: Sequence[Any]) -> list[str]:
   """Labels of objects in a table: strings, names of functions, or their repr."""
   names = [
@@ -180,7 +203,7 @@ def _on_ranks(
   program: Callable[..., Mapping[str, Any]],
   constants: Point,
   size: int,
-  local_size: int,
+  on_ranks: Callable[..., Any],
   reduce: Callable[[jax.Array], jax.Array] | None,
 ) -> Callable[[Point], dict[str, jax.Array]]:
   """The function from a point to the reduced results of all ranks."""
@@ -197,7 +220,7 @@ def _on_ranks(
       return dict(results)
 
     # The argument only carries the axis over ranks.
-    stacked = simulate(of_rank, size, local_size=local_size)(jnp.arange(size))
+    stacked = on_ranks(of_rank)(jnp.arange(size))
     return {name: reduce(jnp.asarray(x)) for name, x in stacked.items()}
 
   return run

@@ -13,6 +13,8 @@ them:
   far, or a function `(params, step) -> params`. `topology` stays the same in
   all steps; it is a `Topology` or, where stated, a function. A function is not
   checked.
+  `clipped`, `trimmed_mean`, `coordinate_median` and `nearest_mean` make such
+  functions, for graphs on which some ranks may send anything.
 * `check=False` skips the checks of the graph, not the algorithm.
 * `comm` is the communicator; the current one by default, see `jfog.init`.
 * Parameters are float or complex. For 16-bit parameters the updates, the
@@ -72,6 +74,10 @@ from jfog.optimizers._push_sum import PushDigingState as PushDigingState
 from jfog.optimizers._push_sum import PushSumState as PushSumState
 from jfog.optimizers._push_sum import push_diging as push_diging
 from jfog.optimizers._push_sum import push_sum as push_sum
+from jfog.optimizers._robust import clipped as clipped
+from jfog.optimizers._robust import coordinate_median as coordinate_median
+from jfog.optimizers._robust import nearest_mean as nearest_mean
+from jfog.optimizers._robust import trimmed_mean as trimmed_mean
 from jfog.optimizers._window_averaging import WindowGetState as WindowGetState
 from jfog.optimizers._window_averaging import (
   WindowPushSumState as WindowPushSumState,

@@ -24,7 +24,7 @@ from jfog.primitives.nccl._neighbor_allgather import (
   NeighborAllgather,
   NeighborAllgatherTranspose,
 )
-from jfog.runtime import Axis, Communicator, resolve
+from jfog.runtime import AXIS_NAME, Axis, Communicator, resolve, sent
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
 from jfog.topology._neighbor_table import csr_attributes, neighbor_table
@@ -217,17 +217,20 @@ def _on_mesh(
   leaves = [_compat.varying(leaf, comm.axes) for leaf in leaves]
   # All rounds and ranks have results of one shape, that of the most in-neighbors.
   slots = max(len(t.in_neighbors(i)) for t in table for i in range(t.size))
-  pick = _picked if _mesh.are_virtual(comm.axes) else _permuted
+  are_virtual = _mesh.are_virtual(comm.axes)
 
   def gather(
     topology: Topology, leaves: Sequence[jax.Array]
   ) -> list[jax.Array]:
     results = []
-    for x in leaves:
+    for k, x in enumerate(leaves):
       if slots == 0:
         results.append(x[:0])
         continue
-      parts = pick(x, topology, slots, comm)
+      if are_virtual:
+        parts = _picked(x, topology, slots, comm, k)
+      else:
+        parts = _permuted(x, topology, slots, comm)
       results.append(parts.reshape(slots * len(x), *x.shape[1:]))
     return results
 
@@ -238,7 +241,7 @@ def _on_mesh(
 
 
 def _picked(
-  x: jax.Array, topology: Topology, slots: int, comm: Axis
+  x: jax.Array, topology: Topology, slots: int, comm: Axis, leaf: int
 ) -> jax.Array:
   """On virtual ranks: each picks its in-neighbors' values."""
   table = neighbor_table(topology)
@@ -246,7 +249,16 @@ def _picked(
   behind = [(0, 0), (0, slots - table.sources.shape[2])]
   sources = jnp.asarray(np.pad(table.sources[0], behind))[comm.rank]
   present = jnp.asarray(np.pad(table.present[0], behind))[comm.rank]
-  values = _mesh.gather(x, comm.axes)[sources]
+  gathered = _mesh.gather(x, comm.axes)
+  if AXIS_NAME in comm.axes:
+    gathered = sent(
+      gathered,
+      comm.rank,
+      lambda: jnp.asarray(topology.mixing_matrix)[comm.rank],
+      leaf,
+      _NAME,
+    )
+  values = gathered[sources]
   is_part = present.reshape(slots, *[1] * x.ndim)
   return jnp.where(is_part, values, jnp.zeros_like(values))
 

@@ -30,8 +30,10 @@ from jfog.runtime import (
   AXIS_NAME,
   Axis,
   Communicator,
+  has_attackers,
   present_edges,
   resolve,
+  sent,
 )
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
@@ -202,8 +204,12 @@ def mix_on_mesh(
     axes: the axes of the mesh.
     rank: this rank, traced on a mesh.
   """
-  mix_leaf = _mix_gathered if _mesh.are_virtual(axes) else _mix_permuted
-  return [mix_leaf(x, topology, row, axes, rank) for x in leaves]
+  if _mesh.are_virtual(axes):
+    return [
+      _mix_gathered(x, topology, row, axes, rank, k)
+      for k, x in enumerate(leaves)
+    ]
+  return [_mix_permuted(x, topology, row, axes, rank) for x in leaves]
 
 
 def _begin(
@@ -254,11 +260,23 @@ def _mix_gathered(
   row: jax.Array | None,
   axes: tuple[str, ...],
   rank: Any,
+  leaf: int,
 ) -> jax.Array:
   """On virtual ranks: as a matrix product, or each picks its in-neighbors."""
   gathered = _mesh.gather(x, axes)
-  present = present_edges() if AXIS_NAME in axes else None
-  if present is not None:
+  present, attacked = None, False
+  if AXIS_NAME in axes:
+    present, attacked = present_edges(), has_attackers()
+    gathered = sent(
+      gathered,
+      rank,
+      lambda: _weights_of(topology, row, rank),
+      leaf,
+      "neighbor_allreduce",
+    )
+  # The product takes its own part from the gathered values, and all differences
+  # to the first of them: both may be an attacker's.
+  if present is not None or attacked:
     return _mix_slots(x, gathered, topology, row, rank, present)
   if row is None and _dense.is_dense(topology, x.dtype):
     return _dense.mix(
@@ -269,6 +287,14 @@ def _mix_gathered(
       lambda: _mix_slots(x, gathered, topology, row, rank),
     )
   return _mix_slots(x, gathered, topology, row, rank)
+
+
+def _weights_of(
+  topology: Topology, row: jax.Array | None, rank: Any
+) -> jax.Array:
+  """A rank's weights by source; 0 where there is no edge."""
+  matrix = jnp.asarray(topology.mixing_matrix)[rank]
+  return matrix if row is None else jnp.where(matrix != 0, row, 0)
 
 
 def _mix_slots(

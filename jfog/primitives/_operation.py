@@ -12,10 +12,17 @@ from jax.extend.core import Primitive
 from jfog import _compat
 from jfog.primitives import _mesh, _places, _primitive, _pytree
 from jfog.primitives._eager import Pack, with_eager_form
-from jfog.runtime import Communicator, refuse_in_fork, refuse_with_missing
+from jfog.runtime import (
+  Communicator,
+  refuse_in_fork,
+  refuse_with_attackers,
+  refuse_with_missing,
+)
 
 # Operations that go on without ranks that are missing.
 GO_ON = ("jfog_neighbor_allreduce", "neighbor_allreduce")
+# Operations in which it is defined what an attacker sends.
+ATTACKED = (*GO_ON, "jfog_neighbor_allgather", "neighbor_allgather")
 
 
 @dataclasses.dataclass
@@ -60,8 +67,11 @@ class Operation:
       return None
     if not self.leaves:
       return []
-    if self.primitive is not None and self.primitive.name not in GO_ON:
-      refuse_with_missing(self.primitive.name)
+    name = self.primitive.name if self.primitive is not None else ""
+    if name and name not in GO_ON:
+      refuse_with_missing(name)
+    if name and name not in ATTACKED:
+      refuse_with_attackers(name)
     assert self.mesh is not None
     return _mesh.on_nonempty(self.mesh, self.leaves)
 

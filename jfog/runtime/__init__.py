@@ -1,5 +1,12 @@
 """Runtime: communicators and backends."""
 
+from jfog.runtime._attackers import Attack as Attack
+from jfog.runtime._attackers import Message as Message
+from jfog.runtime._attackers import has_attackers as has_attackers
+from jfog.runtime._attackers import (
+  refuse_with_attackers as refuse_with_attackers,
+)
+from jfog.runtime._attackers import sent as sent
 from jfog.runtime._communicator import AXIS_NAME as AXIS_NAME
 from jfog.runtime._communicator import LOCAL_AXIS_NAME as LOCAL_AXIS_NAME
 from jfog.runtime._communicator import Axis as Axis

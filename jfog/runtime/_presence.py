@@ -16,7 +16,7 @@ class _Stack(threading.local):
   """The edges that are present in the simulations that this thread traces."""
 
   def __init__(self) -> None:
-    self.present: list[jax.Array] = []
+    self.present: list[tuple[jax.Array, jax.Array]] = []  # edges, ranks
 
 
 _stack = _Stack()
@@ -24,7 +24,12 @@ _stack = _Stack()
 
 def present_edges() -> jax.Array | None:
   """The edges that are present, by `[dst, src]`; None if none is missing."""
-  return _stack.present[-1] if _stack.present else None
+  return _stack.present[-1][0] if _stack.present else None
+
+
+def alive_ranks() -> jax.Array | None:
+  """The ranks that take part; None if none is missing."""
+  return _stack.present[-1][1] if _stack.present else None
 
 
 def refuse_with_missing(name: str) -> None:
@@ -46,21 +51,32 @@ def run(fun: Callable[[], Any], size: int, alive: Any, edge_ok: Any) -> Any:
   present = _checked(edge_ok, (size, size), "edge_ok")
   ranks = _checked(alive, (size,), "alive")
   present &= ranks[:, None] & ranks[None, :]
-  # The name of a bound axis is part of the key of JAX's caches: a function that is
-  # jitted inside of `fun` is traced again, and not taken from another simulation.
-  marker = f"jfog_presence_{next(_numbers)}"
 
-  def body(_: jax.Array) -> Any:
-    with _bound(present):
+  def body() -> Any:
+    with _bound(present, ranks):
       return fun()
 
-  marked = jax.vmap(body, out_axes=None, axis_name=marker)
-  return marked(jnp.zeros(1))
+  return marked(body, new_marker("presence"))
+
+
+def new_marker(kind: str) -> str:
+  """A name for `marked` that was not used before."""
+  return f"jfog_{kind}_{next(_numbers)}"
+
+
+def marked(fun: Callable[[], Any], marker: str) -> Any:
+  """Runs `fun` inside of an axis of that name.
+
+  The name of a bound axis is part of the key of JAX's caches: a function that is
+  jitted inside of `fun` is traced again, and not taken from another simulation.
+  """
+  run = jax.vmap(lambda _: fun(), out_axes=None, axis_name=marker)
+  return run(jnp.zeros(1))
 
 
 @contextlib.contextmanager
-def _bound(present: jax.Array) -> Iterator[None]:
-  _stack.present.append(present)
+def _bound(present: jax.Array, ranks: jax.Array) -> Iterator[None]:
+  _stack.present.append((present, ranks))
   try:
     yield
   finally:

@@ -1,7 +1,7 @@
 """Ranks without MPI: `simulate` on one device and `spmd` on a mesh."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jfog import _validation
-from jfog.runtime import _presence
+from jfog.runtime import _attackers, _presence
 from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
 
 
@@ -23,6 +23,7 @@ def simulate(
   local_size: int = 1,
   alive: Any = None,
   edge_ok: Any = None,
+  attackers: Mapping[int, _attackers.Attack] | None = None,
 ) -> Callable[..., Any]:
   """Runs `fun` on `size` virtual ranks of one device, without MPI.
 
@@ -48,14 +49,20 @@ def simulate(
       results have no meaning. Any other operation inside `fun` is a `ValueError`.
     edge_ok: bools of shape `(size, size)`, the messages that arrive in this call,
       by `[dst, src]`.
+    attackers: from ranks to attacks of `jfog.attacks`. In
+      `jfog.neighbor_allreduce` and `jfog.neighbor_allgather` such a rank sends what
+      the attack chooses, and its own part in its own result stays what it holds.
+      Any other operation inside `fun` is a `ValueError`, an integer leaf a
+      `TypeError`.
 
   Returns:
     A function of the stacked arguments to the stacked results.
 
   Raises:
     ValueError: if `size` is not positive, `local_size` does not divide it, a
-      stacked argument has a length other than `size`, or `alive` or `edge_ok` has
-      another shape or dtype.
+      stacked argument has a length other than `size`, `alive` or `edge_ok` has
+      another shape or dtype, an attacking rank is out of range, or all ranks attack.
+    TypeError: if `attackers` is not a dict from ints to attacks.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -65,6 +72,9 @@ def simulate(
     >>> alive = jnp.array([True, True, True, False])
     >>> jfog.simulate(average, 4, alive=alive)(jnp.array([0.0, 3.0, 6.0, 9.0]))
     Array([1., 3., 5., 9.], dtype=float32)
+    >>> liar = {3: jfog.attacks.sign_flip()}
+    >>> jfog.simulate(average, 4, attackers=liar)(jnp.array([0.0, 3.0, 6.0, 9.0]))
+    Array([-2.,  3.,  0.,  5.], dtype=float32)
   """
   _validation.positive(size, "size")
   _validation.positive(local_size, "local_size")
@@ -73,12 +83,16 @@ def simulate(
       f"local_size={local_size} does not divide size={size}; take a divisor."
     )
   machines = size // local_size
+  attacking = _attackers.checked(attackers, size)
 
   @functools.wraps(fun)
   def simulated(*args: Any, **kwargs: Any) -> Any:
+    run = functools.partial(run_all, *args, **kwargs)
+    if attacking is not None:
+      run = functools.partial(_attackers.run, run, attacking)
     if alive is None and edge_ok is None:
-      return run_all(*args, **kwargs)
-    return _presence.run(lambda: run_all(*args, **kwargs), size, alive, edge_ok)
+      return run()
+    return _presence.run(run, size, alive, edge_ok)
 
   def run_all(*args: Any, **kwargs: Any) -> Any:
     axes = leaf_axes(in_axes, args)

@@ -11,7 +11,7 @@ from jfog.primitives import _ffi_attributes, _mesh, _weighted_sum
 from jfog.primitives.windows import _delay, _slots
 from jfog.primitives.windows._delay import Pending
 from jfog.primitives.windows._window import EdgeWeights, Spec
-from jfog.runtime import Axis, refuse_with_missing
+from jfog.runtime import Axis, refuse_with_attackers, refuse_with_missing
 from jfog.topology._edge_coloring import permutations
 
 
@@ -63,7 +63,9 @@ def send(
   accumulate: bool,
 ) -> State:
   """Puts or accumulates `leaves` into this rank's slots at its out-neighbors."""
-  refuse_with_missing("win_accumulate" if accumulate else "win_put")
+  name = "win_accumulate" if accumulate else "win_put"
+  refuse_with_missing(name)
+  refuse_with_attackers(name)
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen[:, None]
@@ -79,6 +81,7 @@ def send(
 def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
   """Copies what the in-neighbors expose into their slots."""
   refuse_with_missing("win_get")
+  refuse_with_attackers("win_get")
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
     edges &= weights.chosen
