@@ -16,8 +16,6 @@ from . import options as _options
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _PACKAGE = os.path.dirname(_FOLDER)
 _EAGER_LIMIT = 64 * 1024  # bytes that shared memory sends without a handshake
-# The folder of programs that JAX has compiled.
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
 _GRACE = 5.0  # seconds mpirun has to end after a failure or a signal
 _SI_KERNEL = 0x80  # the sender of a signal that came from the terminal's keys
 
@@ -174,13 +172,6 @@ def job_environment(
     # By TCP every rank would listen on all interfaces.
     added["OMPI_MCA_btl"] = "^tcp"
     added["PRTE_MCA_oob_tcp_disable_ipv6_family"] = "1"
-  keeps_programs = one_host and environ.get("JFOG_FAULT_TOLERANT") == "1"
-  if keeps_programs and run_dir and _CACHE not in environ:
-    # After a recovery, and in the place of a lost rank, a rank compiles the same
-    # programs again.
-    added[_CACHE] = os.path.join(run_dir, "programs")
-    added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    added["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   # The user's environment has precedence over the additions.
   return {**added, **environ, "JFOG_RUN_DIR": run_dir}
 

@@ -158,6 +158,7 @@ def open_processes(
     world = with_parts(native, start, context, rank, size, machine_of, device)
     if os.environ.get("JFOG_FAULT_TOLERANT") == "1" and device is None:
       world = numbered_by_layout(world)
+      _rank_process.keep_programs(rank)
     machine = leaders[rank] if local_size is None else machine_of[rank]
     _role.begin(
       _role.Role(_rank_process.rank(), rank, machine, True),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 # Set in this process's environment once it is the rank, for its descendants.
 _VARIABLE = "JFOG_RANK_PROCESS"
@@ -84,6 +85,27 @@ def mark(name: str, text: str = "") -> None:
         file.write(text)
     except OSError:
       pass  # the launcher has ended
+
+
+def keep_programs(place: int) -> None:
+  """Keeps the programs that are compiled from now on for as long as the job lasts.
+
+  They lie in the launcher's folder, by place: after a recovery this rank compiles
+  them again, and so does the rank that takes the place of a lost one. Two ranks never
+  write into one folder, since JAX's writes are not atomic. A cache that is configured
+  already stays.
+  """
+  folder = _folder()
+  if not folder or jax.config.jax_compilation_cache_dir:
+    return
+  options = {
+    "jax_compilation_cache_dir": os.path.join(folder, "programs", f"{place}"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # JAX has looked for one before, in vain
 
 
 def ranks_with(name: str) -> set[int] | None:

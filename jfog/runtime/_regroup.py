@@ -40,6 +40,8 @@ def regroup(timeout: float, wanted: int) -> Regrouped:
   """
   native = _extensions.mpi()
   made = _Regroup(timeout, None).call(_until_agreed, native, timeout, wanted)
+  if _role.role().place < 0 <= made.role.place:
+    _rank_process.keep_programs(made.role.place)
   _role.change(made.role)
   if made.world is not None:
     made.world = numbered_by_layout(made.world)
