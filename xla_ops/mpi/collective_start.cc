@@ -38,6 +38,7 @@ void Enter(MPI_Comm comm) {
   Started& start = TheStart();
   std::lock_guard<std::mutex> lock(start.mutex);
   if (start.first == MPI_COMM_NULL) return;
+  AddMade(comm);
   start.comms.push_back(comm);
   if (start.is_revoked) Revoke(comm);
 }
@@ -59,6 +60,7 @@ TemporaryComm::~TemporaryComm() {
   Started& start = TheStart();
   std::lock_guard<std::mutex> lock(start.mutex);
   auto& comms = start.comms;
+  RemoveMade(comm_);
   comms.erase(std::remove(comms.begin(), comms.end(), comm_), comms.end());
   // A revoked one is left as it is: other ranks may not come to free it.
   if (!start.is_revoked) MPI_Comm_free(&comm_);
@@ -95,6 +97,7 @@ MPI_Comm PartOf(MPI_Comm comm, int color, int key) {
 void BeginStart(MPI_Comm comm) {
   Started& start = TheStart();
   std::lock_guard<std::mutex> lock(start.mutex);
+  AddMade(comm);
   start.first = comm;
   start.comms = {comm};
   start.is_revoked = false;

@@ -1,7 +1,11 @@
 // Ranks that fail, by ULFM, the extension of Open MPI for fault tolerance.
 #include "mpi/fault_tolerance.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -27,6 +31,74 @@ bool IsRankFailure(int code, const std::vector<MPI_Status>& statuses) {
 }
 
 #if defined(OMPI_HAVE_MPI_EXT_FTMPI)
+
+namespace {
+
+// The communicators that are made, while a recovery makes others. Without a
+// lock: Open MPI asks for them within any of its calls.
+std::atomic<bool> makes_communicators{false};
+std::array<std::atomic<MPI_Comm>, 64> made{};
+
+bool IsMade(MPI_Comm comm) {
+  return std::any_of(made.begin(), made.end(),
+                     [comm](const auto& each) { return each.load() == comm; });
+}
+
+}  // namespace
+
+void BeginMaking(MPI_Comm comm) {
+  for (auto& each : made) each.store(MPI_COMM_NULL);
+  AddMade(comm);
+  makes_communicators.store(true);
+}
+
+void AddMade(MPI_Comm comm) {
+  for (auto& each : made) {
+    MPI_Comm none = MPI_COMM_NULL;
+    if (each.compare_exchange_strong(none, comm)) return;
+  }
+}
+
+void RemoveMade(MPI_Comm comm) {
+  for (auto& each : made) {
+    MPI_Comm expected = comm;
+    each.compare_exchange_strong(expected, MPI_COMM_NULL);
+  }
+}
+
+void EndMaking() { makes_communicators.store(false); }
+
+// Two functions of Open MPI 5.0 end the process where a rank fails while others
+// make a communicator. The definitions here come first for libmpi where libmpi
+// is loaded because this module needs it; they call Open MPI's own ones
+// otherwise.
+extern "C" {
+
+// Called for each communicator of a rank that has failed, with `collectives` to
+// end these alone. Of a communicator that is being made the table of
+// collectives is not there yet, and is read.
+__attribute__((visibility("default"))) bool ompi_comm_revoke_local(
+    MPI_Comm comm, bool collectives) {
+  static const auto revoke = reinterpret_cast<bool (*)(MPI_Comm, bool)>(
+      dlsym(RTLD_NEXT, "ompi_comm_revoke_local"));
+  if (revoke == nullptr) return false;
+  if (collectives && makes_communicators.load() && !IsMade(comm)) return false;
+  return revoke(comm, collectives);
+}
+
+// Called without a communicator for a message that a collective has dropped,
+// because it has failed, and that fails, too.
+__attribute__((visibility("default"))) void
+ompi_mpi_errors_are_fatal_comm_handler(MPI_Comm* comm, int* code,
+                                       const char* what, ...) {
+  static const auto end =
+      reinterpret_cast<void (*)(MPI_Comm*, int*, const char*, ...)>(
+          dlsym(RTLD_NEXT, "ompi_mpi_errors_are_fatal_comm_handler"));
+  const bool is_dropped = comm == nullptr && IsFaultTolerant();
+  if (end != nullptr && !is_dropped) end(comm, code, what);
+}
+
+}  // extern "C"
 
 bool HasFaultTolerance() { return true; }
 
@@ -82,6 +154,10 @@ int AgreeOn(MPI_Comm comm, int bits) {
 
 #else
 
+void BeginMaking(MPI_Comm) {}
+void AddMade(MPI_Comm) {}
+void RemoveMade(MPI_Comm) {}
+void EndMaking() {}
 bool HasFaultTolerance() { return false; }
 bool IsRankFailure(int) { return false; }
 std::vector<int> FailedRanks(MPI_Comm) { return {}; }

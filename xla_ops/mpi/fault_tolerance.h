@@ -27,6 +27,14 @@ void AcknowledgeFailures(MPI_Comm comm);
 // Ends all communication on a communicator, on all of its ranks.
 void Revoke(MPI_Comm comm);
 bool IsRevoked(MPI_Comm comm);
+
+// A recovery makes communicators out of one, and names those that are made. The
+// failure of a rank does not end collectives on others meanwhile.
+void BeginMaking(MPI_Comm comm);
+void AddMade(MPI_Comm comm);
+void RemoveMade(MPI_Comm comm);
+void EndMaking();
+
 // Collective over the ranks that are left: a communicator of them, in their
 // order; MPI_COMM_NULL if that fails.
 MPI_Comm Shrink(MPI_Comm comm);

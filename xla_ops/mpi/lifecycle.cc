@@ -332,6 +332,7 @@ SpareState LookAsSpare() {
 }
 
 void ShrinkJob() {
+  BeginMaking(ThisProcess().job);
   const MPI_Comm made = Shrink(ThisProcess().job);
   if (made == MPI_COMM_NULL) {
     throw std::runtime_error("jfog: MPIX_Comm_shrink failed");
@@ -390,6 +391,7 @@ bool AgreeOnSurvivors(bool is_made) {
     process.is_spare = process.world == MPI_COMM_NULL;
   }
   EndStart();
+  EndMaking();
   return agreed;
 }
 
