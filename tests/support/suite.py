@@ -178,7 +178,9 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
 SOAK_TESTS: dict[str, tuple[str, ...]] = {
   # One kind of hang of several.
   "test_averages_go_on_without_a_stuck_rank": ("spin",),
-  "test_averages_go_on_without_a_rank_of_the_second_host": ("sleep",),
+  "test_averages_go_on_without_a_rank_of_the_second_host": ("sleep", "stop"),
+  "test_a_stuck_rank_is_recovered_from": ("options0",),
+  "test_a_world_whose_ranks_are_replaced_has_the_same_programs": ("2",),
   # Their forms on MPI compare with the simulation.
   "test_average_consensus": (),
   "test_digits_on_virtual_ranks": (),
