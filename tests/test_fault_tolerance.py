@@ -336,3 +336,28 @@ def test_a_smaller_world_refuses_communicators_of_the_larger_one():
   code, out, err = launched(PROGRAMS.format(local_size=None), 4)
   assert code == 0, (out, err)
   assert len(re.findall(r"LATER \d 3", out)) == 3, out
+
+
+MESSAGES = """
+import os, signal
+import jax, jax.numpy as jnp, jfog
+world = jfog.init(local_size=1, on_missing="reweight", timeout=100.0)
+graph = jfog.topology.exponential(world.size)
+average = jax.jit(lambda x: jfog.neighbor_allreduce(x, graph))
+x = jnp.full({length}, float(world.rank))
+for step in range(300):
+  if (step, world.rank) in ((5, 3), (9, 0)):
+    os.kill(os.getpid(), signal.SIGKILL)
+  x = jax.block_until_ready(average(x))
+print("LEFT", world.rank, jfog.missing_ranks(), flush=True)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("length", [300, 60_000])
+def test_messages_to_lost_ranks_take_nothing_from_the_others(length):
+  """Some 200 messages to a lost rank stopped those to all others."""
+  code, out, err = launched(MESSAGES.format(length=length), 5)
+  assert code == 0, (out, err)
+  lines = [f"LEFT {rank} (0, 3)" for rank in (1, 2, 4)]
+  assert sorted(out.splitlines()) == lines

@@ -127,6 +127,8 @@ std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {
 }
 
 void Communicator::SendControlMessage(int peer, const ControlMessage& message) {
+  // Open MPI keeps what is sent to a rank that has failed, see PostSends.
+  if (IsGone(peer)) return;
   const ControlMessage checked = WithCheck(message);
   duplicates_->SendControl(peer, kControlTag, &checked, sizeof(checked));
 }

@@ -234,6 +234,9 @@ ffi::Error Exchange::PostSends(std::size_t chunk) {
   for (std::size_t d = 0; d < destinations().size(); ++d) {
     const std::size_t bytes = edges_.destination_bytes[d];
     if (chunk >= ChunksOf(bytes)) continue;
+    // Open MPI takes messages to a rank that has failed, and keeps them: after
+    // some 200 of them no other message leaves this rank.
+    if (LeavesOut(destinations()[d])) continue;
     if (chunk == 0 && sent_mail_[d].is_used) continue;
     if (chunk > 0 && channel_ &&
         comm().channels()->Reaches(comm().RankInRoot(destinations()[d]))) {
