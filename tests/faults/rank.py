@@ -178,11 +178,11 @@ def average(job):
   steps, length = job.plan["steps"], job.current["length"]
   path = os.path.join(job.folder, f"{job.phase}-{job.me}.npy")
   shape = (steps + 1, 2 + length)
-  if os.path.exists(path):
-    log = np.lib.format.open_memmap(path, "r+")
-  else:
-    log = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    log[:] = np.nan
+  if not os.path.exists(path):
+    # Whole or not there: this rank may be killed meanwhile.
+    np.save(path + ".part.npy", np.full(shape, np.nan, np.float32))
+    os.replace(path + ".part.npy", path)
+  log = np.lib.format.open_memmap(path, "r+")
   x = jnp.asarray(np.random.RandomState(job.me).randn(length), jnp.float32)
   if job.step and log[job.step - 1, 0] == job.step - 1:
     x = jnp.asarray(log[job.step - 1, 2:])  # goes on from its own value
