@@ -25,8 +25,13 @@ Started& TheStart() { return ProcessWide<Started>(); }
 
 // Throws unless all ranks of a start have made a communicator.
 void RequireMade(int code, const char* call) {
-  if (StartComm() == MPI_COMM_NULL) return Require(code, call);
-  if (AgreeInStart(code == MPI_SUCCESS, false) == StartStep::kFailed) {
+  const MPI_Comm first = StartComm();
+  if (first == MPI_COMM_NULL) return Require(code, call);
+  // Open MPI reports success, too, of a communicator whose making a failure has
+  // ended, and which has no collectives.
+  const bool is_made =
+      code == MPI_SUCCESS && FailedRanks(first).empty() && !IsRevoked(first);
+  if (AgreeInStart(is_made, false) == StartStep::kFailed) {
     Require(code, call);
     throw std::runtime_error("jfog: " + std::string(call) +
                              " failed on another rank");
