@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from faults import check
 from support import jobs
@@ -130,6 +131,30 @@ print("DONE", json.dumps([me, world.size, float(y[0])]), flush=True)
 """
 )
 
+# A rank fails while all make windows, at any point of that.
+CREATE = (
+  BEGIN
+  + """
+import threading
+jfog.win_free(jfog.win_create(start, graph))
+jfog.barrier()
+if me == LOST:
+  threading.Timer(0.2 + 0.01 * len(start) / 40_000, end).start()
+try:
+  for _ in range(100_000):
+    jfog.win_free(jfog.win_create(start, graph))
+  print("NO ERROR", flush=True)
+except jax.errors.JaxRuntimeError as error:
+  assert jfog.is_rank_failure(error), error
+world = jfog.recover()
+win = jfog.win_create(start + world.rank, jfog.topology.ring(world.size))
+y, win = jfog.win_update(jfog.win_get(win), start + world.rank)
+jfog.barrier()
+jfog.win_free(win)
+print("DONE", json.dumps([me, world.size, float(y[0])]), flush=True)
+"""
+)
+
 
 def launched(program, ranks, local_size, folder, **values):
   """Runs a program on ranks of a fault-tolerant job; returns what they say."""
@@ -177,3 +202,14 @@ def test_each_rank_learns_by_windows_alone(local_size, tmp_path):
   ended = launched(ERROR, 5, local_size, tmp_path, length=3, on_missing="error")
   assert sorted(each[0] for each in ended) == [0, 2, 3, 4], ended
   assert all(each[1] == 4 for each in ended), ended
+
+
+@needs_mpi
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("local_size", ["", "1"], ids=["shared", "messages"])
+def test_a_rank_that_fails_in_win_create_is_an_error(local_size, length, tmp_path):
+  """Its making takes no communicator, which Open MPI would leave half made."""
+  rows = launched(CREATE, 4, local_size, tmp_path, length=length, on_missing="error")
+  assert sorted(row[0] for row in rows) == [0, 2, 3]
+  assert {row[1] for row in rows} == {3}
+  np.testing.assert_allclose(sorted(row[2] for row in rows), [1, 1, 1], rtol=1e-6)

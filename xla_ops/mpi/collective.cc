@@ -116,6 +116,23 @@ void Collective::Leak() {
 // and end with the communicator's error.
 void Collective::Ended() { comm().EndTurn(); }
 
+ffi::Error RecordGather::Begin() {
+  std::byte* sent = Allocate(bytes_);
+  std::memcpy(sent, own_, bytes_);
+  gathered_ = Allocate(bytes_ * static_cast<std::size_t>(comm().size()));
+  const int count = static_cast<int>(bytes_);
+  Reserve(1);
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(
+      sent, count, MPI_BYTE, gathered_, count, MPI_BYTE, comm().comm(), Add()));
+  return ffi::Error::Success();
+}
+
+ffi::Error RecordGather::Finish() {
+  std::memcpy(all_, gathered_,
+              bytes_ * static_cast<std::size_t>(comm().size()));
+  return ffi::Error::Success();
+}
+
 ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
                           const char* name, Payload payload,
                           std::uint64_t variant) {

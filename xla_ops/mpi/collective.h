@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "mpi/buffer_pool.h"
@@ -79,12 +81,48 @@ class BarrierOperation : public Collective {
   ffi::Error Finish() override { return ffi::Error::Success(); }
 };
 
+// Gathers as many bytes of each rank, in the order of the ranks.
+class RecordGather : public Collective {
+ public:
+  RecordGather(std::shared_ptr<Communicator> comm, const char* name,
+               Payload payload, std::uint64_t variant, const void* own,
+               std::size_t bytes, void* all)
+      : Collective(std::move(comm), name, std::move(payload), variant),
+        own_(own),
+        bytes_(bytes),
+        all_(all) {}
+
+ private:
+  ffi::Error Begin() override;
+  ffi::Error Finish() override;
+
+  const void* own_;
+  std::size_t bytes_;
+  void* all_;
+  std::byte* gathered_ = nullptr;
+};
+
 // Waits until all ranks have called this with the same name, leaves and
 // variant. Blocking; a step of a collective operation that runs outside of
 // XLA's chain.
 ffi::Error CheckedBarrier(const std::shared_ptr<Communicator>& comm,
                           const char* name, Payload payload,
                           std::uint64_t variant);
+
+// The same, and returns the record of each rank.
+template <typename Record>
+ffi::ErrorOr<std::vector<Record>> CheckedGather(
+    const std::shared_ptr<Communicator>& comm, const char* name,
+    Payload payload, std::uint64_t variant, const Record& record) {
+  static_assert(std::is_trivially_copyable_v<Record>);
+  std::vector<Record> records(comm->size());
+  RecordGather gather(comm, name, std::move(payload), variant, &record,
+                      sizeof(Record), records.data());
+  gather.Start();
+  ffi::Error error = gather.Complete();
+  if (error.failure()) return ffi::Unexpected(std::move(error));
+  return records;
+}
 
 }  // namespace jfog::mpi
 

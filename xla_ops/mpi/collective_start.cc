@@ -59,6 +59,20 @@ void Require(int code, const char* call) {
                            " failed: " + std::string(text, length));
 }
 
+std::vector<int> RanksOf(MPI_Comm part, MPI_Comm comm) {
+  MPI_Group own, all;
+  MPI_Comm_group(part, &own);
+  MPI_Comm_group(comm, &all);
+  int size = 0;
+  MPI_Group_size(own, &size);
+  std::vector<int> ranks(size), found(size);
+  for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
+  MPI_Group_translate_ranks(own, size, ranks.data(), all, found.data());
+  MPI_Group_free(&own);
+  MPI_Group_free(&all);
+  return found;
+}
+
 TemporaryComm::TemporaryComm(MPI_Comm comm) : comm_(comm) { Enter(comm); }
 
 TemporaryComm::~TemporaryComm() {

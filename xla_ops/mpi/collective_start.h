@@ -4,10 +4,15 @@
 
 #include <mpi.h>
 
+#include <vector>
+
 namespace jfog::mpi {
 
 // Throws std::runtime_error for a code that is not MPI_SUCCESS.
 void Require(int code, const char* call);
+
+// Of each rank of `part` its rank in `comm`; MPI_UNDEFINED where it is none.
+std::vector<int> RanksOf(MPI_Comm part, MPI_Comm comm);
 
 // A communicator of MPI for the time in which something is made with it.
 //

@@ -91,18 +91,9 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   left_.resize(size_);
   if (root_ != nullptr) {
     number_ = ++root_->parts_;
-    MPI_Group own, all;
-    MPI_Comm_group(comm(), &own);
-    MPI_Comm_group(root_->comm(), &all);
-    std::vector<int> ranks(size_);
-    for (int i = 0; i < size_; ++i) ranks[i] = i;
-    root_ranks_.resize(size_);
-    MPI_Group_translate_ranks(own, size_, ranks.data(), all,
-                              root_ranks_.data());
-    MPI_Group_free(&own);
-    MPI_Group_free(&all);
+    root_ranks_ = RanksOf(comm(), root_->comm());
   }
-  mailboxes_ = Mailboxes::Make(comm(), LowestOnMachine());
+  mailboxes_ = Mailboxes::Make(comm(), RanksOnMachine());
   shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
     shares_memory_ = channels_->Reaches(RankInRoot(peer));
@@ -113,11 +104,14 @@ Communicator::~Communicator() {
   Duplicates::Release(std::move(duplicates_), failed());
 }
 
-int Communicator::LowestOnMachine() const {
-  for (int rank = 0; rank < rank_ && channels_ != nullptr; ++rank) {
-    if (channels_->Reaches(RankInRoot(rank))) return rank;
+std::vector<int> Communicator::RanksOnMachine() const {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < size_; ++rank) {
+    const bool is_reached =
+        channels_ != nullptr && channels_->Reaches(RankInRoot(rank));
+    if (rank == rank_ || is_reached) ranks.push_back(rank);
   }
-  return rank_;
+  return ranks;
 }
 
 std::optional<std::uint64_t> Communicator::IfNew(std::uint64_t graph) {

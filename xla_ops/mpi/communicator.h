@@ -72,8 +72,8 @@ class Communicator {
   Mailboxes* mailboxes() const { return mailboxes_.get(); }
   // Whether all ranks are on one machine; the same on all of them.
   bool shares_memory() const { return shares_memory_; }
-  // The lowest rank that shares memory with this one.
-  int LowestOnMachine() const;
+  // The ranks that share memory with this one, itself among them.
+  std::vector<int> RanksOnMachine() const;
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
   // 0 for a root, else the ordinal of the part, equal on all ranks of the root.
   int number() const { return number_; }

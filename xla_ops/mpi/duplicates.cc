@@ -38,7 +38,7 @@ struct Kept {
   std::map<const Duplicates*, std::pair<std::vector<int>, std::size_t>> in_use;
 };
 
-int RanksOf(MPI_Comm comm) {
+int SizeOf(MPI_Comm comm) {
   int size = 0;
   MPI_Comm_size(comm, &size);
   return size;
@@ -46,19 +46,9 @@ int RanksOf(MPI_Comm comm) {
 
 // The ranks of a communicator in MPI_COMM_WORLD; empty if some are not in it.
 std::vector<int> WorldRanks(MPI_Comm comm) {
-  std::vector<int> ranks(RanksOf(comm)), world_ranks(ranks.size());
-  for (std::size_t i = 0; i < ranks.size(); ++i) ranks[i] = static_cast<int>(i);
-  MPI_Group own, all;
-  MPI_Comm_group(comm, &own);
-  MPI_Comm_group(MPI_COMM_WORLD, &all);
-  MPI_Group_translate_ranks(own, static_cast<int>(ranks.size()), ranks.data(),
-                            all, world_ranks.data());
-  MPI_Group_free(&own);
-  MPI_Group_free(&all);
-  if (std::count(world_ranks.begin(), world_ranks.end(), MPI_UNDEFINED) > 0) {
-    world_ranks.clear();
-  }
-  return world_ranks;
+  std::vector<int> ranks = RanksOf(comm, MPI_COMM_WORLD);
+  if (std::count(ranks.begin(), ranks.end(), MPI_UNDEFINED) > 0) ranks.clear();
+  return ranks;
 }
 
 }  // namespace
@@ -66,7 +56,7 @@ std::vector<int> WorldRanks(MPI_Comm comm) {
 Duplicates::Duplicates(MPI_Comm parent)
     : comm_(DuplicateOf(parent)),
       control_comm_(DuplicateOf(parent)),
-      sent_(RanksOf(parent)),
+      sent_(SizeOf(parent)),
       received_(sent_.size()),
       control_sent_(sent_.size()),
       control_received_(sent_.size()) {}

@@ -1,8 +1,6 @@
 // Mailboxes: short messages between the ranks of one machine.
 #include "mpi/mailboxes.h"
 
-#include "mpi/collective_start.h"
-
 namespace jfog::mpi {
 
 // Zeros are a valid state of all of it, so fresh memory needs no construction,
@@ -13,17 +11,17 @@ struct alignas(4096) Mailboxes::Ring {
 };
 static_assert(Mailboxes::kPayload % kCacheLine == 0);
 
-std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm, int machine) {
-  int size = 0, rank = 0, ranks = 0;
+std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm,
+                                           const std::vector<int>& ranks) {
+  int size = 0, rank = 0;
   MPI_Comm_size(comm, &size);
   MPI_Comm_rank(comm, &rank);
-  const TemporaryComm part = TemporaryComm::Split(comm, machine, rank);
   std::unique_ptr<Mailboxes> boxes(new Mailboxes(size));
-  MPI_Comm_rank(part.comm(), &boxes->me_);
-  MPI_Comm_size(part.comm(), &ranks);
-  const std::size_t bytes = ranks * sizeof(Ring);
-  boxes->memory_ = SharedMemory::Make(part.comm(), bytes, bytes);
-  boxes->local_ = RanksIn(comm, part.comm());
+  for (int other = 0; other < size; ++other) {
+    boxes->local_.push_back(PlaceIn(ranks, other));
+  }
+  boxes->me_ = boxes->local_[rank];
+  boxes->memory_ = SharedMemory::Make(comm, ranks, ranks.size() * sizeof(Ring));
   return boxes->memory_ == nullptr ? nullptr : std::move(boxes);
 }
 

@@ -36,9 +36,10 @@ class Mailboxes {
     alignas(kCacheLine) std::byte payload[kPayload];
   };
 
-  // Collective over `comm`, whose ranks of equal `machine` share memory. Null
-  // where they do not.
-  static std::unique_ptr<Mailboxes> Make(MPI_Comm comm, int machine);
+  // Collective over `comm`, of which `ranks` share memory with this one, itself
+  // among them. Null where they do not.
+  static std::unique_ptr<Mailboxes> Make(MPI_Comm comm,
+                                         const std::vector<int>& ranks);
 
   // Whether a rank of `comm` is on this machine.
   bool Reaches(int rank) const { return local_[rank] >= 0; }

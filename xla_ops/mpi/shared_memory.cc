@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -17,27 +18,23 @@
 namespace jfog::mpi {
 namespace {
 
-// The memory of one process, as another opens it.
-struct Origin {
-  std::int64_t process = 0;
-  std::int64_t file = -1;
-  std::uint64_t bytes = 0;
-  // Lies at the end of the memory. Where processes count in namespaces of their
-  // own, the same numbers can name the file of a stranger.
-  std::uint64_t token = 0;
-};
+using Origin = SharedMemory::Origin;
 
 bool IsEnabled() {
   const char* text = std::getenv("JFOG_SHARED_MEMORY");
   return text == nullptr || std::strcmp(text, "0") != 0;
 }
 
-// Logical and over the ranks of `machine`.
-bool AllOf(bool value, MPI_Comm machine) {
-  int all = value;
-  Require(MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, machine),
-          "MPI_Allreduce");
-  return all != 0;
+// `value` of each rank. Collective over `comm`.
+template <typename Value>
+std::vector<Value> Gather(const Value& value, MPI_Comm comm) {
+  int size = 0;
+  MPI_Comm_size(comm, &size);
+  std::vector<Value> values(size);
+  Require(MPI_Allgather(&value, sizeof(Value), MPI_BYTE, values.data(),
+                        sizeof(Value), MPI_BYTE, comm),
+          "MPI_Allgather");
+  return values;
 }
 
 std::byte* Map(int file, std::size_t bytes) {
@@ -72,68 +69,69 @@ std::byte* MapOther(const Origin& origin, std::size_t least) {
 
 }  // namespace
 
-std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm machine,
-                                                 std::size_t bytes,
-                                                 std::size_t least) {
-  int ranks = 0, me = 0;
-  MPI_Comm_size(machine, &ranks);
-  MPI_Comm_rank(machine, &me);
-  if (!AllOf(IsEnabled() && ranks > 1, machine)) return nullptr;
-
-  std::unique_ptr<SharedMemory> memory(new SharedMemory);
-  memory->parts_.resize(ranks);
-  std::vector<Origin> origins(ranks);
-  Origin& own = origins[me];
-  own.process = getpid();
-  own.bytes = AlignUp(bytes) + kCacheLine;
-  const int file = memfd_create("jfog", MFD_CLOEXEC);
-  own.file = file;
-  bool usable =
-      file >= 0 && ftruncate(file, static_cast<off_t>(own.bytes)) == 0;
-  if (usable) {
-    memory->parts_[me] = {Map(file, own.bytes), own.bytes};
-    usable = memory->of(me) != nullptr;
-  }
-  if (usable) {
-    std::random_device random;
-    own.token = (std::uint64_t{random()} << 32) | random();
-    *TokenIn(memory->of(me), own.bytes) = own.token;
-  }
-  Require(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, origins.data(),
-                        sizeof(Origin), MPI_BYTE, machine),
-          "MPI_Allgather");
-  for (int rank = 0; rank < ranks && usable; ++rank) {
-    if (rank == me) continue;
-    memory->parts_[rank] = {MapOther(origins[rank], least),
-                            origins[rank].bytes};
-    usable = memory->of(rank) != nullptr;
-  }
-  usable = AllOf(usable, machine);  // and all have opened this rank's file
-  if (file >= 0) close(file);
+std::unique_ptr<SharedMemory> SharedMemory::Make(MPI_Comm comm,
+                                                 const std::vector<int>& ranks,
+                                                 std::size_t bytes) {
+  auto memory = std::make_unique<SharedMemory>(bytes);
+  const std::vector<Origin> origins = Gather(memory->origin(), comm);
+  const std::int32_t is_open =
+      ranks.size() > 1 && memory->Open(origins, ranks, bytes);
+  const std::vector<std::int32_t> are_open = Gather(is_open, comm);
+  memory->StopOffering();
+  const bool usable = std::all_of(ranks.begin(), ranks.end(), [&](int rank) {
+    return are_open[rank] != 0;
+  });
   return usable ? std::move(memory) : nullptr;
 }
 
-SharedMemory::~SharedMemory() {
-  for (const Part& part : parts_) {
-    if (part.begin != nullptr) munmap(part.begin, part.bytes);
-  }
+SharedMemory::SharedMemory(std::size_t bytes) {
+  if (!IsEnabled()) return;
+  origin_.process = getpid();
+  origin_.file = memfd_create("jfog", MFD_CLOEXEC);
+  const std::size_t mapped = AlignUp(bytes) + kCacheLine;
+  const int file = static_cast<int>(origin_.file);
+  if (file < 0 || ftruncate(file, static_cast<off_t>(mapped)) != 0) return;
+  own_ = {Map(file, mapped), mapped};
+  if (own_.begin == nullptr) return;
+  origin_.bytes = mapped;
+  std::random_device random;
+  origin_.token = (std::uint64_t{random()} << 32) | random();
+  *TokenIn(own_.begin, mapped) = origin_.token;
 }
 
-std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part) {
-  int size = 0;
-  MPI_Comm_size(comm, &size);
-  std::vector<int> ranks(size), part_ranks(size);
-  for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
-  MPI_Group all, some;
-  MPI_Comm_group(comm, &all);
-  MPI_Comm_group(part, &some);
-  MPI_Group_translate_ranks(all, size, ranks.data(), some, part_ranks.data());
-  MPI_Group_free(&all);
-  MPI_Group_free(&some);
-  for (int& rank : part_ranks) {
-    if (rank == MPI_UNDEFINED) rank = -1;
+SharedMemory::~SharedMemory() {
+  StopOffering();
+  for (const Part& part : parts_) {
+    const bool is_own = part.begin == own_.begin;
+    if (part.begin != nullptr && !is_own) munmap(part.begin, part.bytes);
   }
-  return part_ranks;
+  if (own_.begin != nullptr) munmap(own_.begin, own_.bytes);
+}
+
+bool SharedMemory::Open(const std::vector<Origin>& origins,
+                        const std::vector<int>& ranks, std::size_t least) {
+  if (own_.begin == nullptr) return false;
+  parts_.resize(ranks.size());
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    const Origin& origin = origins[ranks[i]];
+    if (origin.token == origin_.token) {
+      parts_[i] = own_;
+      continue;
+    }
+    parts_[i] = {MapOther(origin, least), origin.bytes};
+    if (parts_[i].begin == nullptr) return false;
+  }
+  return true;
+}
+
+void SharedMemory::StopOffering() {
+  if (origin_.file >= 0) close(static_cast<int>(origin_.file));
+  origin_.file = -1;
+}
+
+int PlaceIn(const std::vector<int>& ranks, int rank) {
+  const auto found = std::find(ranks.begin(), ranks.end(), rank);
+  return found == ranks.end() ? -1 : static_cast<int>(found - ranks.begin());
 }
 
 }  // namespace jfog::mpi

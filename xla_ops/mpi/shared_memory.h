@@ -5,6 +5,7 @@
 #include <mpi.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -13,24 +14,50 @@ namespace jfog::mpi {
 // Anonymous memory of each rank, mapped by all of them. A page takes memory
 // from its first access on, a part lives until the last process has unmapped
 // it, and a process that is killed leaves nothing behind.
+//
+// It is made in steps, between which the caller gathers what the ranks tell
+// each other: a rank allocates its own part, `Open`s those of the others by
+// their origins, and stops to offer its own when all have opened it.
 class SharedMemory {
  public:
-  // Collective over `machine`, whose ranks are on one machine; each allocates
-  // `bytes`, filled with zeros. Null on all ranks if the environment variable
-  // JFOG_SHARED_MEMORY is 0 on some rank, if some rank cannot map the memory of
-  // another, or finds less than `least` bytes there, or if there is only one
-  // rank.
-  static std::unique_ptr<SharedMemory> Make(MPI_Comm machine, std::size_t bytes,
-                                            std::size_t least);
-  // Not collective: unmaps the memory in this process.
+  // A part, as another process opens it.
+  struct Origin {
+    std::int64_t process = 0;
+    std::int64_t file = -1;
+    std::uint64_t bytes = 0;  // 0: none
+    // Lies at the end of the memory. Where processes count in namespaces of
+    // their own, the same numbers can name the file of a stranger.
+    std::uint64_t token = 0;
+  };
+
+  // Collective over `comm`, of which `ranks` are on the machine of this one,
+  // itself among them. Null on all ranks of the machine if one of them has no
+  // part, or does not open that of another, or if there is only one.
+  static std::unique_ptr<SharedMemory> Make(MPI_Comm comm,
+                                            const std::vector<int>& ranks,
+                                            std::size_t bytes);
+
+  // Not collective. Allocates `bytes`, filled with zeros; none if the
+  // environment variable JFOG_SHARED_MEMORY is 0, or if the system has none.
+  explicit SharedMemory(std::size_t bytes);
+  // Unmaps the memory in this process.
   ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // The memory of a rank of `machine`, aligned to a page.
-  std::byte* of(int rank) const { return parts_[rank].begin; }
+  // This rank's part, aligned to a page; null if there is none.
+  std::byte* own() const { return own_.begin; }
+  const Origin& origin() const { return origin_; }
+  // Maps the parts of `ranks`, of at least so many bytes, given the origins of
+  // all ranks; whether all are mapped.
+  bool Open(const std::vector<Origin>& origins, const std::vector<int>& ranks,
+            std::size_t least);
+  void StopOffering();
+
+  // The memory of the rank at a place in `ranks`, aligned to a page.
+  std::byte* of(int place) const { return parts_[place].begin; }
   // Its length, at least what that rank asked for.
-  std::size_t bytes(int rank) const { return parts_[rank].bytes; }
+  std::size_t bytes(int place) const { return parts_[place].bytes; }
 
  private:
   struct Part {
@@ -38,13 +65,13 @@ class SharedMemory {
     std::size_t bytes = 0;  // mapped
   };
 
-  SharedMemory() = default;
-
+  Part own_;
+  Origin origin_;
   std::vector<Part> parts_;
 };
 
-// Of each rank of `comm` its rank in `part`, or -1.
-std::vector<int> RanksIn(MPI_Comm comm, MPI_Comm part);
+// The place of a rank in `ranks`, or -1.
+int PlaceIn(const std::vector<int>& ranks, int rank);
 
 }  // namespace jfog::mpi
 

@@ -15,28 +15,50 @@ struct alignas(kCacheLine) Channels::Mark {
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
-std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int machine_index) {
-  std::shared_ptr<Channels> channels(new Channels);
-  int rank = 0;
+namespace {
+
+// The ranks of `comm` that share memory with this one and are on the same
+// pretended machine. Collective.
+std::vector<int> RanksOn(int machine, MPI_Comm comm) {
+  int size = 0, rank = 0;
+  MPI_Comm_size(comm, &size);
   MPI_Comm_rank(comm, &rank);
+  std::vector<int> machines(size), ranks;
+  Require(
+      MPI_Allgather(&machine, 1, MPI_INT, machines.data(), 1, MPI_INT, comm),
+      "MPI_Allgather");
   const TemporaryComm real = TemporaryComm::OfMachine(comm, rank);
-  const TemporaryComm machine =
-      TemporaryComm::Split(real.comm(), machine_index, rank);
-  MPI_Comm_rank(machine.comm(), &channels->me_);
-  MPI_Comm_size(machine.comm(), &channels->size_);
-  channels->forgotten_ = std::vector<std::atomic<bool>>(channels->size_);
-  const std::size_t marks = kChannels * kSlots * (1 + channels->size_);
+  for (int other : RanksOf(real.comm(), comm)) {
+    if (machines[other] == machine) ranks.push_back(other);
+  }
+  return ranks;
+}
+
+}  // namespace
+
+std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int machine_index) {
+  const std::vector<int> ranks = RanksOn(machine_index, comm);
+  int size = 0, rank = 0;
+  MPI_Comm_size(comm, &size);
+  MPI_Comm_rank(comm, &rank);
+  std::shared_ptr<Channels> channels(new Channels);
+  for (int other = 0; other < size; ++other) {
+    channels->local_.push_back(PlaceIn(ranks, other));
+  }
+  channels->me_ = channels->local_[rank];
+  channels->size_ = static_cast<int>(ranks.size());
+  channels->forgotten_ = std::vector<std::atomic<bool>>(ranks.size());
+  const std::size_t marks = kChannels * kSlots * (1 + ranks.size());
   const std::size_t bytes =
       marks * sizeof(Mark) + kChannels * kSlots * kSlotBytes;
-  channels->memory_ = SharedMemory::Make(machine.comm(), bytes, bytes);
+  channels->memory_ = SharedMemory::Make(comm, ranks, bytes);
   const bool usable = channels->memory_ != nullptr;
   if (usable) {
-    std::byte* own = channels->memory_->of(channels->me_);
+    std::byte* own = channels->memory_->own();
     for (std::size_t i = 0; i < marks; ++i) new (own + i * sizeof(Mark)) Mark;
-    channels->local_ = RanksIn(comm, machine.comm());
   }
   // No rank reads a mark before it is constructed.
-  Require(MPI_Barrier(machine.comm()), "MPI_Barrier");
+  Require(MPI_Barrier(comm), "MPI_Barrier");
   return usable ? channels : nullptr;
 }
 

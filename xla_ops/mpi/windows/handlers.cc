@@ -97,9 +97,6 @@ Completion WinCreateImpl(ffi::Token, ffi::RemainingArgs args,
   JFOG_ASSIGN_OR_RETURN(window,
                         Window::Make(comm, std::move(plan), std::move(leaves)));
   if (window->has_remote_parts()) ServeWindows(comm);
-  // No rank writes to a window before its owner can look it up.
-  JFOG_RETURN_IF_ERROR(
-      CheckedBarrier(comm, kCreate, Payload(), window->global_id()));
   WriteHandle(*window, handle->typed_data());
   return ffi::Error::Success();
 }

@@ -19,6 +19,7 @@
 namespace jfog::mpi {
 namespace {
 
+constexpr const char* kCreate = "win_create";
 constexpr std::chrono::microseconds kWindowNap{100};
 
 // The windows of this process.
@@ -37,29 +38,20 @@ struct Windows {
 ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
     const std::shared_ptr<Communicator>& comm, WindowPlan plan,
     Payload payload) {
-  static const char* const kName = "win_create";
   for (const Leaf& leaf : payload) {
     if (!HasSum(leaf.type)) {
       return ffi::Unexpected(MakeError(
           ffi::ErrorCode::kInvalidArgument,
-          std::string(kName) + " has no sums of " + NameOf(leaf.type)));
+          std::string(kCreate) + " has no sums of " + NameOf(leaf.type)));
     }
   }
   Payload described;
   described.leaves = payload.leaves;
   described.ComputeOffsets();
-  ffi::Error error =
-      CheckedBarrier(comm, kName, std::move(described), plan.variant);
-  if (error.failure()) return ffi::Unexpected(std::move(error));
 
   std::shared_ptr<Window> window(new Window);
   window->comm_ = comm;
   window->plan_ = std::move(plan);
-  Windows& windows = ProcessWide<Windows>();
-  {
-    std::lock_guard<std::mutex> lock(windows.mutex);
-    window->global_id_ = windows.made[comm.get()]++;
-  }
 
   // p starts as 1, in the dtype that follows the arithmetic of the data.
   alignas(8) std::byte one[8];
@@ -76,54 +68,76 @@ ffi::ErrorOr<std::shared_ptr<Window>> Window::Make(
   window->layout_.leaves = payload.leaves;
   window->layout_.ComputeOffsets();
 
-  error = window->AllocateMemory();
+  ffi::Error error = window->Expose(payload, std::move(described));
   if (error.failure()) return ffi::Unexpected(std::move(error));
-  window->FillRecords(payload);
-  window->local_handle_ = windows.open.Add(window);
   return window;
 }
 
-// Collective.
-ffi::Error Window::AllocateMemory() {
+// All ranks first agree that they make the same window. Then a rank opens the
+// memory of the others on its machine, and makes its own known in this process.
+// No rank writes before all have done both.
+ffi::Error Window::Expose(const Payload& payload, Payload described) {
   const int records = 1 + static_cast<int>(plan_.sources.size());
-  const std::size_t payload = layout_.payload_bytes;
-  const std::size_t bytes = WindowMemory::Bytes(payload, records);
-  parts_.resize(comm_->size());
-  MPI_Comm machine = MPI_COMM_NULL;
-  MPI_Comm_split(comm_->comm(), comm_->LowestOnMachine(), comm_->rank(),
-                 &machine);
-  shared_ = SharedMemory::Make(machine, bytes, WindowMemory::Bytes(payload, 1));
-  const std::vector<int> local = RanksIn(comm_->comm(), machine);
-  MPI_Comm_free(&machine);
-  if (shared_ != nullptr) {
-    for (int rank = 0; rank < comm_->size(); ++rank) {
-      if (local[rank] < 0) continue;
-      const std::size_t needed =
-          WindowMemory::Bytes(payload, 1 + RecordAt(rank));
-      if (shared_->bytes(local[rank]) < needed) {
-        comm_->Fail(ffi::ErrorCode::kFailedPrecondition,
-                    "win_create on rank " + std::to_string(comm_->rank()) +
-                        " finds " +
-                        std::to_string(shared_->bytes(local[rank])) +
-                        " bytes on rank " + std::to_string(rank) +
-                        ", and needs " + std::to_string(needed));
-        return comm_->Refusal();
-      }
-      parts_[rank] = WindowMemory(shared_->of(local[rank]), payload);
-    }
-  } else {
+  const std::size_t bytes = WindowMemory::Bytes(layout_.payload_bytes, records);
+  shared_ = std::make_unique<SharedMemory>(bytes);
+  JFOG_ASSIGN_OR_RETURN(origins,
+                        CheckedGather(comm_, kCreate, std::move(described),
+                                      plan_.variant, shared_->origin()));
+  const std::vector<int> ranks = comm_->RanksOnMachine();
+  const std::int32_t is_open =
+      ranks.size() > 1 &&
+      shared_->Open(origins, ranks,
+                    WindowMemory::Bytes(layout_.payload_bytes, 1));
+  std::byte* memory = shared_->own();
+  if (memory == nullptr) {
     try {
       private_ = Buffer(bytes);
     } catch (const std::bad_alloc&) {
-      comm_->Fail(ffi::ErrorCode::kResourceExhausted,
-                  "win_create on rank " + std::to_string(comm_->rank()) +
-                      " has no memory for " + std::to_string(bytes) + " bytes");
+      comm_->FailAll(
+          comm_->NextHeader(kCreate), ffi::ErrorCode::kResourceExhausted,
+          std::string(kCreate) + " on rank " + std::to_string(comm_->rank()) +
+              " has no memory for " + std::to_string(bytes) + " bytes");
       return comm_->Refusal();
     }
-    parts_[comm_->rank()] = WindowMemory(private_.get(), payload);
+    memory = private_.get();
   }
-  own_ = parts_[comm_->rank()];
+  own_ = WindowMemory(memory, layout_.payload_bytes);
   own_.Initialize(records);
+  FillRecords(payload);
+  parts_.resize(comm_->size());
+  parts_[comm_->rank()] = own_;
+  Windows& windows = ProcessWide<Windows>();
+  {
+    std::lock_guard<std::mutex> lock(windows.mutex);
+    global_id_ = windows.made[comm_.get()]++;
+  }
+  local_handle_ = windows.open.Add(shared_from_this());
+  JFOG_ASSIGN_OR_RETURN(
+      are_open, CheckedGather(comm_, kCreate, Payload(), global_id_, is_open));
+  shared_->StopOffering();
+  const bool is_shared = std::all_of(ranks.begin(), ranks.end(), [&](int rank) {
+    return are_open[rank] != 0;
+  });
+  return is_shared ? UseParts(ranks) : ffi::Error::Success();
+}
+
+// Accesses the memory of these ranks, which is mapped here.
+ffi::Error Window::UseParts(const std::vector<int>& ranks) {
+  const std::size_t payload = layout_.payload_bytes;
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    const int rank = ranks[i];
+    const std::size_t found = shared_->bytes(static_cast<int>(i));
+    const std::size_t needed = WindowMemory::Bytes(payload, 1 + RecordAt(rank));
+    if (found < needed) {
+      comm_->FailAll(
+          comm_->NextHeader(kCreate), ffi::ErrorCode::kFailedPrecondition,
+          std::string(kCreate) + " on rank " + std::to_string(comm_->rank()) +
+              " finds " + std::to_string(found) + " bytes on rank " +
+              std::to_string(rank) + ", and needs " + std::to_string(needed));
+      return comm_->Refusal();
+    }
+    parts_[rank] = WindowMemory(shared_->of(static_cast<int>(i)), payload);
+  }
   return ffi::Error::Success();
 }
 

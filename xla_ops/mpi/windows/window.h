@@ -34,11 +34,10 @@ struct WindowPlan {
 
 // A window. The memory of ranks on this machine is mapped into this process;
 // memory of remote ranks is accessed by requests to their service.
-class Window {
+class Window : public std::enable_shared_from_this<Window> {
  public:
   // Collective: makes a window for payloads like this one, and exposes it. The
-  // caller starts a service for remote ranks, and passes a barrier, before any
-  // rank uses the window.
+  // caller then starts a service for the requests of remote ranks.
   static ffi::ErrorOr<std::shared_ptr<Window>> Make(
       const std::shared_ptr<Communicator>& comm, WindowPlan plan,
       Payload payload);
@@ -95,7 +94,8 @@ class Window {
 
  private:
   Window() = default;
-  ffi::Error AllocateMemory();
+  ffi::Error Expose(const Payload& payload, Payload described);
+  ffi::Error UseParts(const std::vector<int>& ranks);
   void FillRecords(const Payload& payload);
 
   std::shared_ptr<Communicator> comm_;
@@ -103,8 +103,8 @@ class Window {
   std::uint32_t local_handle_ = 0;
   WindowPlan plan_;
   Payload layout_;
-  std::unique_ptr<SharedMemory> shared_;  // null: the memory is private
-  Buffer private_;
+  std::unique_ptr<SharedMemory> shared_;
+  Buffer private_;  // where there is no shared memory
   WindowMemory own_;
   std::vector<WindowMemory> parts_;
   std::atomic<std::uint64_t> operations_{0};
