@@ -71,10 +71,34 @@ def test_weights_at_run_time_go_to_the_own_value():
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_pairs_go_on_without_ranks_and_messages():
+  peers = [1, 0, 3, 2, 4]
+  alive = np.arange(SIZE) != 3
+  edge_ok = np.ones((SIZE, SIZE), bool)
+  edge_ok[0, 1] = False
+  x = np.random.RandomState(0).randn(SIZE, 3).astype(np.float32)
+  matrix = np.zeros((SIZE, SIZE))
+  matrix[np.arange(SIZE), peers] = 0.25
+  matrix += 0.75 * np.eye(SIZE)
+  expected = dense(matrix, edge_ok & alive[:, None] & alive[None, :]) @ x
+  for peer in (lambda: peers, lambda: jnp.asarray(peers)[jfog.rank()]):
+    got = jfog.simulate(
+      lambda x, peer=peer: jfog.pair_gossip(
+        x, peer(), self_weight=0.75, pair_weight=0.25
+      ),
+      SIZE,
+      alive=alive,
+      edge_ok=edge_ok,
+    )(x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_other_operations_refuse_missing_ranks():
   alive = jnp.ones(SIZE, bool)
   for operation in (jfog.allreduce, jfog.broadcast, jfog.allgather):
-    with pytest.raises(ValueError, match="only neighbor_allreduce goes on"):
+    with pytest.raises(
+      ValueError, match="only neighbor_allreduce and pair_gossip go on"
+    ):
       jfog.simulate(operation, SIZE, alive=alive)(jnp.ones((SIZE, 1)))
 
 
@@ -240,6 +264,74 @@ def test_each_operation_names_the_rank_and_the_rest_recover():
   assert "NO ERROR" not in out, out
   totals = [json.loads(text) for text in re.findall("TOTAL (.*)", out)]
   assert totals == [[[2, 3], 5.0]] * 2, (out, err)
+
+
+# Rank 1 is lost before step 6. Each step has peers that are new at first.
+PEERS = """
+import json, os, signal
+import jax, jax.numpy as jnp, numpy as np, jfog
+LOST, AT, STEPS = 1, 6, 24
+world = jfog.init(on_missing="reweight", timeout=100)
+me, n = world.rank, world.size
+values = truth = np.random.RandomState(0).randn(n, {length}).astype(np.float32)
+x = jnp.asarray(values[me])
+pair = jax.jit(lambda x, peer: jfog.pair_gossip(x, peer))
+for step in range(STEPS):
+  if (me, step) == (LOST, AT):
+    os.kill(os.getpid(), signal.SIGKILL)
+  matrix = np.zeros((n, n))
+  if step % 2:
+    for i in range(n):
+      matrix[i, i] += 0.5
+      matrix[i, i ^ (1 << step // 2 % 2)] += 0.5
+    x = pair(x, me ^ (1 << step // 2 % 2))
+  else:
+    shift = 1 + step // 2 % (n - 1)
+    for i in range(n):
+      matrix[i, i], matrix[i, (i - shift) % n] = 0.25, 0.5 if step % 4 else 0.75
+    source, destination = (me - shift) % n, (me + shift) % n
+    x = jfog.neighbor_allreduce(
+      x, jfog.Peers(0.25, {{source: matrix[me, source]}}, [destination]))
+  if step >= AT:
+    here = np.arange(n) != LOST
+    absent = ~(here[:, None] & here[None, :])
+    np.fill_diagonal(absent, False)
+    matrix += np.diag((matrix * absent).sum(axis=1))
+    matrix[absent] = 0
+  truth = matrix @ truth
+  np.testing.assert_allclose(x, truth[me], rtol=1e-4, atol=1e-5)
+counted = jfog.diagnostics.counters()["missing"]
+# Where the sender scales, its weight is known to it alone.
+scaled = None
+if me in (0, 2):
+  try:
+    peers = jfog.Peers(0.5, {{LOST: 0.5}}, {{LOST: 2.0}})
+    jax.block_until_ready(jfog.neighbor_allreduce(x, peers))
+  except jax.errors.JaxRuntimeError as error:
+    scaled = jfog.is_rank_failure(error)
+print("DONE", json.dumps([me, scaled, counted]), flush=True)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("length", [3, 40_000])
+@pytest.mark.parametrize("local_size", ["", "1"], ids=["shared", "messages"])
+def test_peers_go_on_without_a_rank(local_size, length):
+  command = launch.command_line(
+    ["--no-tag-output", "--fault-tolerant", "-np", "4"]
+  )
+  code, out, err = jobs.run_program(
+    PEERS.format(length=length),
+    4,
+    deadline=check.DEADLINE,
+    command=command,
+    environment={"JFOG_LOCAL_SIZE": local_size},
+  )
+  assert code == 0, err
+  rows = sorted(json.loads(text) for text in re.findall("DONE (.*)", out))
+  assert [row[:2] for row in rows] == [[0, True], [2, True], [3, None]], rows
+  for _, _, counted in rows:
+    assert counted["1"] > 0, rows
 
 
 @needs_mpi

@@ -207,9 +207,15 @@ def test_each_rank_learns_by_windows_alone(local_size, tmp_path):
 @needs_mpi
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("local_size", ["", "1"], ids=["shared", "messages"])
-def test_a_rank_that_fails_in_win_create_is_an_error(local_size, length, tmp_path):
+def test_a_rank_that_fails_in_win_create_is_an_error(
+  local_size, length, tmp_path
+):
   """Its making takes no communicator, which Open MPI would leave half made."""
-  rows = launched(CREATE, 4, local_size, tmp_path, length=length, on_missing="error")
+  rows = launched(
+    CREATE, 4, local_size, tmp_path, length=length, on_missing="error"
+  )
   assert sorted(row[0] for row in rows) == [0, 2, 3]
   assert {row[1] for row in rows} == {3}
-  np.testing.assert_allclose(sorted(row[2] for row in rows), [1, 1, 1], rtol=1e-6)
+  np.testing.assert_allclose(
+    sorted(row[2] for row in rows), [1, 1, 1], rtol=1e-6
+  )

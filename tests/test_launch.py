@@ -137,6 +137,43 @@ def test_a_traceback_of_a_program_that_goes_on_is_shown(program):
   assert error == "ZeroDivisionError: division by zero"
 
 
+def test_a_traceback_appears_while_the_program_goes_on(program, tmp_path):
+  seen = tmp_path / "seen"
+  job = start(
+    program,
+    *("-np", 1),
+    *python(f"""
+    import pathlib, traceback
+    try:
+      1 / 0
+    except ZeroDivisionError:
+      traceback.print_exc()
+    end = time.monotonic() + {DEADLINE}
+    while not pathlib.Path({str(seen)!r}).exists() and time.monotonic() < end:
+      time.sleep(0.05)
+    print("seen", pathlib.Path({str(seen)!r}).exists(), flush=True)
+    """),
+  )
+  lines = iter(job.stderr.readline, "")
+  assert any("ZeroDivisionError: " in line for line in lines)
+  seen.touch()
+  assert finish(job).out.endswith("seen True\n")
+
+
+def test_a_traceback_by_which_a_program_ends_is_kept_back_for_longer():
+  text = b"one\n" + output.TRACEBACK + b"\nKeyError\n"
+  for is_failing in (False, True):
+    kept = output.WithoutTraceback(b"", lambda fails=is_failing: fails)
+    assert kept.feed(text) == b"one\n"
+    first = kept.until
+    assert kept.feed(b"two\n") == b""
+    gone_on = kept.expire()
+    if is_failing:
+      assert gone_on == b"" and kept.until > first
+    else:
+      assert gone_on == text[4:] + b"two\n" and kept.feed(b"three") == b"three"
+
+
 @pytest.mark.parametrize(
   "others", ["barrier()", "time.sleep(1000)", "while True: pass"]
 )

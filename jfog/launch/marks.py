@@ -2,8 +2,9 @@
 
 A mark is a file `RANK.NAME`. A rank's process leaves `entered`, and `ready` or
 `failed` (jfog/runtime/_rank_process.py), a spare `spare` when it waits and `joined` when
-it has a place, a wrapper `ended`, for an end without an error. `failed_at_exit` holds
-the error of an operation; the others are empty.
+it has a place, and `failing` when its program ends by an exception; a wrapper leaves
+`ended`, for an end without an error. `failed_at_exit` holds the error of an
+operation; the others are empty.
 """
 
 import os
@@ -38,6 +39,12 @@ def leave_end(rank: int) -> None:
       pass
   except OSError:
     pass  # on another host, without the launcher's folder
+
+
+def is_failing(rank: int) -> bool:
+  """Whether the program of a rank is about to end by an exception."""
+  run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  return os.path.exists(os.path.join(run_dir, f"{rank}.failing"))
 
 
 def lost(run_dir: str) -> str:

@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable
 
 TRACEBACK = b"Traceback (most recent call last):"
-_HOLD = 15.0  # seconds that a traceback is kept back
+# Seconds that a traceback is kept back: of a program that goes on, and of one that
+# ends by it, which may wait for its operations first.
+_HOLD = 3.0
+_HOLD_AT_EXIT = 15.0
 # Before and after a text of Open MPI and of its daemons.
 _RULE = re.compile(rb"^-{60}(?:-{14})?\n", re.M)
 _RULE_HOLD = 0.5  # seconds from the first rule to the second, and for a line
@@ -126,13 +129,20 @@ class Prefixed(Filter):
 
 
 class WithoutTraceback(Filter):
-  """Keeps a traceback and what follows it back, for 15 seconds.
+  """Keeps a traceback and what follows it back, for 3 seconds.
 
   If the command ends by it, the launcher's report shows it.
+
+  Args:
+    prefix: that of each line.
+    is_failing: whether the command is about to end by an exception. Then a traceback
+      is kept back for longer.
   """
 
-  def __init__(self, prefix: bytes):
+  def __init__(self, prefix: bytes, is_failing: Callable[[], bool]):
     self.held = b""
+    self._is_failing = is_failing
+    self._begin = 0.0
     self._head = prefix + TRACEBACK
     self._is_new_line = True
 
@@ -146,11 +156,16 @@ class WithoutTraceback(Filter):
       self._is_new_line = chunk.endswith(b"\n")
       return chunk
     self.held = chunk[start:]
-    self.until = time.monotonic() + _HOLD
+    self._begin = time.monotonic()
+    self.until = self._begin + _HOLD
     return chunk[:start]
 
   def expire(self) -> bytes:
     """Returns the bytes that go on once the time `until` has come."""
+    end = self._begin + _HOLD_AT_EXIT
+    if time.monotonic() < end and self._is_failing():
+      self.until = end
+      return b""
     held, self.held = self.held, b""
     self.until = float("inf")
     self._is_new_line = held.endswith(b"\n")

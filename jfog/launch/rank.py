@@ -71,7 +71,7 @@ def rank_main(arguments: list[str]) -> int:
   prefix = f"[{rank}] ".encode() if tagged else b""
   files = [_file(folder, f"rank-{rank}{end}") for end in (".out", ".err")]
   lines = [output.Prefixed(prefix)] if tagged else []
-  held = output.WithoutTraceback(prefix)
+  held = output.WithoutTraceback(prefix, lambda: marks.is_failing(int(rank)))
   if tagged:
     environ.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would delay lines
   parent = os.getppid()

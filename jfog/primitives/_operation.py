@@ -20,9 +20,9 @@ from jfog.runtime import (
 )
 
 # Operations that go on without ranks that are missing.
-GO_ON = ("jfog_neighbor_allreduce", "neighbor_allreduce")
+GO_ON = ("neighbor_allreduce", "peer_allreduce")
 # Operations in which it is defined what an attacker sends.
-ATTACKED = (*GO_ON, "jfog_neighbor_allgather", "neighbor_allgather")
+ATTACKED = ("neighbor_allreduce", "neighbor_allgather")
 
 
 @dataclasses.dataclass

@@ -47,9 +47,12 @@ def install_hooks() -> None:
     value: BaseException,
     traceback: types.TracebackType | None,
   ) -> None:
-    previous(kind, value, traceback)
     # An interactive process continues, and a fork's end is not the rank's.
-    if hasattr(sys, "ps1") or not _rank_process.is_rank():
+    ends = not hasattr(sys, "ps1") and _rank_process.is_rank()
+    if ends:
+      _rank_process.mark("failing")  # before the launcher reads the traceback
+    previous(kind, value, traceback)
+    if not ends:
       return
     # Pending waits for peers fail at once and MPI is not finalized. The launcher
     # then observes a nonzero exit code and ends the other ranks.

@@ -41,8 +41,8 @@ def refuse_with_missing(name: str) -> None:
   if _stack.present:
     raise ValueError(
       f"{name}: simulate has alive= or edge_ok=, and of all operations only "
-      f"neighbor_allreduce goes on without missing ranks; call {name} outside, or "
-      f"without them."
+      f"neighbor_allreduce and pair_gossip go on without missing ranks; call "
+      f"{name} outside, or without them."
     )
 
 

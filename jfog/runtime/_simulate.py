@@ -43,8 +43,8 @@ def simulate(
     local_size: the number of consecutive ranks that form a pretended machine.
     alive: bools of shape `(size,)`, the ranks that take part in this call; traced or
       not, so that a `lax.scan` over steps can scan a trace of failures. In
-      `jfog.neighbor_allreduce` a rank adds the weights of missing in-neighbors to
-      its own, by the rule of `jfog.topology.without`, as processes do with
+      `jfog.neighbor_allreduce` and `jfog.pair_gossip` a rank adds the weights of
+      missing in-neighbors to its own, by the rule of `jfog.topology.without`, as processes do with
       `jfog.init(on_missing="reweight")`. A missing rank computes on, by itself; its
       results have no meaning. Any other operation inside `fun` is a `ValueError`.
     edge_ok: bools of shape `(size, size)`, the messages that arrive in this call,

@@ -85,8 +85,8 @@ def init(
       environment variable `JFOG_CHECK_PROGRAMS`.
     on_missing: what becomes of operations that wait for a rank that has failed, in
       a job of `jfog run --fault-tolerant`: `"error"`, the default, or
-      `"reweight"`, with which `jfog.neighbor_allreduce` goes on without its
-      neighbor, whose weight goes to the own value, and windows without its slots.
+      `"reweight"`, with which `jfog.neighbor_allreduce` and `jfog.pair_gossip` go on
+      without it, and its weight goes to the own value, and windows without its slots.
       Any other operation that needs the rank is an error (`UNAVAILABLE`) either
       way. `jfog.recover` keeps it.
     hang_timeout: seconds, in a job of `jfog run --fault-tolerant`, and less than

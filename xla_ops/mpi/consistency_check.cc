@@ -126,6 +126,11 @@ class PeerAgreement : public Operation {
   ffi::Error Completed(std::size_t) override { return ffi::Error::Success(); }
   std::vector<int> Missing() const override { return check_.open(); }
   void Leak() override {}
+  // The exchange that follows goes on without them, or fails.
+  ffi::Error GoOnWithout(const std::vector<int>& gone) override {
+    if (comm().reweights()) return ffi::Error::Success();
+    return Operation::GoOnWithout(gone);
+  }
 
   PeerCheck check_;
 };
@@ -149,6 +154,7 @@ std::optional<std::string> PeerCheck::ReadAnswers(Communicator& comm,
                                                   const Header& header) {
   std::optional<std::string> text;
   const auto ends = [&](int rank) {
+    if (comm.reweights() && comm.IsGone(rank)) return true;
     const std::optional<ControlMessage> answer =
         comm.TakeAnswer(rank, header.sequence);
     if (!answer || text) return answer.has_value();

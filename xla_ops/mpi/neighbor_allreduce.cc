@@ -182,6 +182,8 @@ Completion PeerAllreduceImpl(ffi::Token, ffi::BufferR1<ffi::S32> ids,
   auto average =
       std::make_shared<NeighborAverage>(comm, name, std::move(leaves),
                                         /*variant=*/0, round);
+  // See above: where a sender scales, its weight is not known here.
+  if (!scales) average->AllowMissing();
   JFOG_RETURN_IF_ERROR(average->AgreeOnPeers(check != 0));
   return Launch(std::move(average), results, mode);
 }
