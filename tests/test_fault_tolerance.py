@@ -430,6 +430,47 @@ def test_a_smaller_world_refuses_communicators_of_the_larger_one():
   assert len(re.findall(r"LATER \d 3", out)) == 3, out
 
 
+WATCHED = """
+import os, signal
+import jax, jax.numpy as jnp, jfog
+world = jfog.init(on_missing="reweight", check_programs=True, timeout=100)
+x = jnp.ones(1000)
+
+def average(x):
+  return jfog.neighbor_allreduce(x, jfog.topology.ring(world.size))
+
+if not world.joined_ranks:
+  x = jax.jit(average)(x).block_until_ready()
+  if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  while not jfog.missing_ranks():
+    pass
+  # It is compiled without the lost rank, which the check waits for in vain.
+  x = jax.jit(lambda x: average(2 * x))(x).block_until_ready()
+  world = jfog.recover()
+for _ in range(5):
+  x = jax.jit(average)(x)
+x.block_until_ready()
+print("END", world.rank, flush=True)
+"""
+
+
+@needs_mpi
+def test_the_summary_is_that_of_the_last_world():
+  command = launch.command_line(
+    ["--no-tag-output", "--fault-tolerant", "--spares", "1", "--summary"]
+    + ["-np", "4"]
+  )
+  code, out, err = jobs.run_program(
+    WATCHED, 4, deadline=check.DEADLINE, command=command
+  )
+  assert code == 0, err
+  assert sorted(out.splitlines()) == [f"END {rank}" for rank in range(4)]
+  rows = re.findall(r"jfog: +(\d) +(\d+) +40 kB +40 kB", err)
+  assert rows == [(str(rank), "5") for rank in range(4)], err
+  assert "jfog: 4 ranks, " in err
+
+
 MESSAGES = """
 import os, signal
 import jax, jax.numpy as jnp, jfog

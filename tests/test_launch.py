@@ -154,6 +154,7 @@ def test_a_traceback_appears_while_the_program_goes_on(program, tmp_path):
     print("seen", pathlib.Path({str(seen)!r}).exists(), flush=True)
     """),
   )
+  assert job.stderr is not None
   lines = iter(job.stderr.readline, "")
   assert any("ZeroDivisionError: " in line for line in lines)
   seen.touch()

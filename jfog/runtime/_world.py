@@ -162,7 +162,7 @@ def init(
   if check_programs is None:
     check_programs = _is_on(os.environ, "JFOG_CHECK_PROGRAMS")
     arguments["check_programs"] = check_programs
-  has_summary = _is_on(os.environ, "JFOG_SUMMARY")
+  _is_on(os.environ, "JFOG_SUMMARY")  # refuses a bad value before MPI starts
   if backend == "single" and comm is not None:
     raise ValueError("backend='single' takes no comm; leave one of them out.")
   launched = _bootstrap.launched_size()
@@ -188,8 +188,6 @@ def init(
       made = _regroup.stand_by(float(timeout))
       world, processes = made.world, made.processes
       assert world is not None
-      # All ranks begin these together, in the first world.
-      check_programs = has_summary = False
     for name, is_on in (
       ("on_missing='reweight'", reweights),
       ("hang_timeout", hang_timeout is not None),
@@ -209,21 +207,20 @@ def init(
     _recording.begin_from_environment(world, os.environ)
   _world, _arguments = world, arguments
   if isinstance(world, ProcessCommunicator):
-    _watch(world, check_programs, has_summary)
+    # All ranks begin the check together, in the first world.
+    _watch(world, bool(check_programs) and not is_spare)
   _describe.log_world(world)
   return world
 
 
-def _watch(
-  world: ProcessCommunicator, check_programs: bool, has_summary: bool
-) -> None:
+def _watch(world: ProcessCommunicator, check_programs: bool) -> None:
   """Sets up the diagnostics of a world of processes."""
   global _program_check
   _state_signal.install()
   _summary.begin_summary(world)
   if check_programs:
     _program_check = ProgramCheck(world)
-  if has_summary:
+  if _is_on(os.environ, "JFOG_SUMMARY"):
     _exit.before_finish = functools.partial(_summary.print_at_end, world)
 
 
@@ -243,7 +240,7 @@ def shutdown() -> None:
     1
     >>> jfog.shutdown()
   """
-  global _world, _program_check
+  global _world
   # From here on operations are refused in Python, before the parts are closed.
   world, _world = _world, None
   if isinstance(world, ProcessCommunicator) and _rank_process.is_rank():
@@ -255,9 +252,7 @@ def shutdown() -> None:
     elif _exit.before_finish is not None:
       _exit.before_finish()
     _exit.before_finish = None
-    if _program_check is not None:
-      _program_check.close()
-      _program_check = None
+    _end_program_check()
     open_handles = 0
     for part in parts:
       # Parts of one rank have no communicator.
@@ -413,10 +408,19 @@ def prepare(
     _hangs.find_hangs(made, float(hang_timeout), processes)
 
 
-def replace(made: Communicator) -> None:
+def replace(made: ProcessCommunicator) -> None:
   """Makes the result of a recovery the world."""
   global _world
   _world = made
+  _end_program_check()
+  _watch(made, check_programs=False)
+
+
+def _end_program_check() -> None:
+  global _program_check
+  if _program_check is not None:
+    _program_check.close()
+    _program_check = None
 
 
 def _check_on_missing(on_missing: Any) -> None:
