@@ -148,7 +148,9 @@ except jax.errors.JaxRuntimeError as error:
   assert jfog.is_rank_failure(error), error
 world = jfog.recover()
 win = jfog.win_create(start + world.rank, jfog.topology.ring(world.size))
-y, win = jfog.win_update(jfog.win_get(win), start + world.rank)
+win = jfog.win_get(win)
+jfog.barrier()  # the update exposes another value
+y, win = jfog.win_update(win, start + world.rank)
 jfog.barrier()
 jfog.win_free(win)
 print("DONE", json.dumps([me, world.size, float(y[0])]), flush=True)
