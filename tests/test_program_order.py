@@ -238,7 +238,7 @@ def test_suites_pass_in_strict_order():
     [
       *(sys.executable, "-m", "pytest", "-q", "-k"),
       # Without those of the order that is not chosen here.
-      "(mpi-2 or mpi-3) and not ahead and not without_python",
+      "mpi-3 and not ahead and not without_python",
       *("tests/test_order.py", "tests/test_handles.py"),
     ],
     env={**os.environ, "JFOG_ORDER": "strict"},

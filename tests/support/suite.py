@@ -56,6 +56,7 @@ QUICK_TESTS = {
   "test_bad_on_missing_names_the_values",
   "test_masks_of_another_shape_or_dtype",
   "test_other_operations_refuse_missing_ranks",
+  "test_pairs_go_on_without_ranks_and_messages",
   "test_simulation_goes_on_without_ranks_and_messages",
   "test_weights_at_run_time_go_to_the_own_value",
   "test_resource_allocation",
@@ -213,6 +214,13 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   "test_a_run_equals_its_simulation": ("[]",),
   "test_windows_go_on_without_a_rank": ("shared-3", "messages-40000"),
   "test_each_rank_learns_by_windows_alone": ("messages",),
+  "test_a_rank_that_fails_in_win_create_is_an_error": (
+    *("shared-3", "messages-40000"),
+  ),
+  "test_peers_go_on_without_a_rank": ("shared-3", "messages-40000"),
+  "test_messages_to_lost_ranks_take_nothing_from_the_others": ("300",),
+  "test_more_chunks_in_flight": ("64",),
+  "test_random_faults": ("4",),
   "test_a_join_while_another_rank_dies": ("later0", "later2"),
   "test_averages_go_on_until_a_spare_is_wanted": (),
 }
