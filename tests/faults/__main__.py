@@ -12,9 +12,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from faults import check
 
 
-def inject(seed):
+def inject(seed, by_peers):
   """Runs the plan of a seed; returns what went wrong, or ""."""
-  plan, begin = check.Plan.of_seed(seed), time.monotonic()
+  plan, begin = check.Plan.of_seed(seed, by_peers), time.monotonic()
   try:
     check.run(plan)
     wrong = ""
@@ -34,10 +34,14 @@ def main():
   parser.add_argument("--count", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0, help="the first one")
   parser.add_argument("--jobs", type=int, default=1, help="at a time")
+  parser.add_argument(
+    "--by-peers", action="store_true", help="averages over jfog.Peers"
+  )
   options = parser.parse_args()
   seeds = range(options.seed, options.seed + options.count)
   with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-    failed = sum(map(bool, pool.map(inject, seeds)))
+    ends = pool.map(lambda seed: inject(seed, options.by_peers), seeds)
+    failed = sum(map(bool, ends))
   print(f"{options.count - failed} of {options.count} are right")
   return 1 if failed else 0
 

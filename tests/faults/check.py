@@ -43,9 +43,10 @@ class Plan:
   timeout: float
   steps: int  # of each phase
   phases: list[Phase]
+  by_peers: bool = False  # averages name their peers in place of a graph
 
   @classmethod
-  def of_seed(cls, seed):
+  def of_seed(cls, seed, by_peers=False):
     """A random plan, of 3 to 6 ranks, of which at least one stays."""
     random = np.random.RandomState(seed)
     plan = cls(
@@ -55,6 +56,7 @@ class Plan:
       timeout=100.0,
       steps=30,
       phases=[],
+      by_peers=by_peers,
     )
     divisors = [d for d in (1, 2, 3) if plan.ranks % d == 0]
     if random.rand() < 0.5:

@@ -160,8 +160,10 @@ class Job:
         self.recover()
 
 
-def operation_of(phase, world):
+def operation_of(phase, world, by_peers):
   """The function of a step, `(x, step) -> x`."""
+  if by_peers and phase["operation"] == "average":
+    return average_of_peers(graph_of(phase["graph"], world.size), world.rank)
   if phase["operation"] == "allreduce":
     return jax.jit(lambda x, t: jfog.allreduce(x + t, "mean"))
   graph = graph_of(phase["graph"], world.size)
@@ -171,6 +173,19 @@ def operation_of(phase, world):
       lambda x, t: jfog.hierarchical_neighbor_allreduce(x + t, machines)
     )
   return jax.jit(lambda x, t: jfog.neighbor_allreduce(x, graph, t))
+
+
+def average_of_peers(graph, me):
+  """A step of a graph whose edges each rank names for itself."""
+
+  def step(x, t):
+    at = graph[t]
+    row = at.mixing_matrix[me]
+    sources = {source: row[source] for source in at.in_neighbors(me)}
+    peers = jfog.Peers(row[me], sources, at.out_neighbors(me))
+    return jfog.neighbor_allreduce(x, peers)
+
+  return step
 
 
 def average(job):
@@ -186,8 +201,9 @@ def average(job):
   x = jnp.asarray(np.random.RandomState(job.me).randn(length), jnp.float32)
   if job.step and log[job.step - 1, 0] == job.step - 1:
     x = jnp.asarray(log[job.step - 1, 2:])  # goes on from its own value
-  operation = operation_of(job.current, job.world)
-  operation.lower(x, 0).compile()
+  operation = operation_of(job.current, job.world, job.plan["by_peers"])
+  if isinstance(operation, jax.stages.Wrapped):
+    operation.lower(x, 0).compile()
 
   def record():
     # The mark of a step goes last.
