@@ -457,10 +457,8 @@ print("END", world.rank, flush=True)
 
 @needs_mpi
 def test_the_summary_is_that_of_the_last_world():
-  command = launch.command_line(
-    ["--no-tag-output", "--fault-tolerant", "--spares", "1", "--summary"]
-    + ["-np", "4"]
-  )
+  options = ("--fault-tolerant", "--spares", "1", "--summary", "-np", "4")
+  command = launch.command_line(["--no-tag-output", *options])
   code, out, err = jobs.run_program(
     WATCHED, 4, deadline=check.DEADLINE, command=command
   )

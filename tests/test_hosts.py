@@ -152,10 +152,14 @@ begin = time.perf_counter()
 mean = step()
 print(f"mean {mean} after {time.perf_counter() - begin:.6f} s", flush=True)
 """
+  words = ("-x", "JFOG_LOG_LEVEL=info", sys.executable, "-c", program)
   code, out, err = run_on_hosts(
-    tmp_path, "--no-tag-output", sys.executable, "-c", program, link="10000,30"
+    tmp_path, "--no-tag-output", *words, link="10000,30"
   )
   assert code == 0, out + err
+  # As many as fill the link.
+  way = "shared memory with rank 0; MPI messages with ranks 2-3, 64 chunks"
+  assert way in err, err
   found = re.findall(r"mean 1\.5 after ([\d.]+) s", out)
   assert len(found) == 4 and min(map(float, found)) > 0.03, out
 

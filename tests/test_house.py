@@ -65,7 +65,7 @@ TRANSPORT = {
   *("mpi/control_messages", "mpi/datatypes", "mpi/mailboxes", "mpi/operation"),
   *("mpi/clock_offset", "mpi/collective_start", "mpi/duplicates"),
   *("mpi/fault_tolerance", "mpi/timeline", "mpi/hang_detector"),
-  "mpi/operation_waits",
+  *("mpi/operation_waits", "mpi/chunks_in_flight"),
   *("mpi/header_log", "mpi/messages", "mpi/payload", "mpi/progress_engine"),
   *("mpi/shared_memory", "mpi/shared_memory_channel", "mpi/tag_numbers"),
   *("mpi/wire_format", "nccl/api", "nccl/communicator", "nccl/device"),

@@ -57,11 +57,12 @@ def transports(world: ProcessCommunicator) -> str:
     for rank in range(world.size)
     if rank != world.rank and rank not in shared
   ]
-  ways = [
-    f"{way} with {_ranks(ranks)}"
-    for way, ranks in (("shared memory", shared), ("MPI messages", others))
-    if ranks
-  ]
+  ways = [f"shared memory with {_ranks(shared)}"] if shared else []
+  if others:
+    chunks = _extensions.mpi().chunks_in_flight(world.context)
+    ways.append(
+      f"MPI messages with {_ranks(others)}, {chunks} chunks in flight"
+    )
   if world.backend == "nccl":
     version, path = _extensions.nccl_library()
     ways.append(f"NCCL {version} of {path} for arrays on GPUs")

@@ -4,8 +4,6 @@ import colorsys
 import math
 from typing import Any
 
-import networkx as nx
-
 _RADIUS = 100.0
 _MOST_EDGES = 4000  # above it an SVG is slow to render and unreadable
 
@@ -59,6 +57,8 @@ def plot(graph: Any, ax: Any = None) -> Any:
   """
   if ax is None:
     ax = pyplot().subplots()[1]
+  import networkx as nx
+
   network = nx.DiGraph()
   network.add_nodes_from(range(graph.size))
   # matplotlib's y points up, SVG's down.

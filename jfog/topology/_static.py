@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
 import numpy as np
 
 from jfog import _validation
 from jfog.topology import _weights
 from jfog.topology._topology import Topology, matrix_of
+
+if TYPE_CHECKING:
+  import networkx as nx
 
 _DRAWS = 100  # of a random graph, until one is connected
 
@@ -130,6 +132,8 @@ def chain(size: int) -> Topology:
 
   Source: the path graph of L. Xiao, S. Boyd, 2004.
   """
+  import networkx as nx
+
   return _metropolis(nx.path_graph(_validation.size(size)))
 
 
@@ -314,6 +318,8 @@ def erdos_renyi(size: int, p: float, seed: int) -> Topology:
   if not 0 <= p <= 1:
     raise ValueError(f"p must be in [0, 1], got {p}; it is a probability.")
   stream = _validation.random_state(seed)
+  import networkx as nx
+
   return _metropolis(
     _first_connected(
       lambda: nx.gnp_random_graph(size, p, seed=stream),
@@ -363,6 +369,8 @@ def random_regular(size: int, degree: int, seed: int) -> Topology:
       f"a graph of {size} ranks with degree {degree} is not connected; choose "
       "a degree of at least 2."
     )
+  import networkx as nx
+
   stream = _validation.random_state(seed)
   graph = _first_connected(
     lambda: nx.random_regular_graph(degree, size, seed=stream),
@@ -373,7 +381,7 @@ def random_regular(size: int, degree: int, seed: int) -> Topology:
   return Topology((edges + np.eye(size)) / (1 + degree))
 
 
-def from_networkx(graph: nx.Graph, weights: Any = None) -> Topology:
+def from_networkx(graph: "nx.Graph", weights: Any = None) -> Topology:
   """Makes a topology of a networkx graph, data flowing along its edges.
 
   An edge `(j, i)` means that `i` receives from `j`; in an undirected graph
@@ -398,6 +406,7 @@ def from_networkx(graph: nx.Graph, weights: Any = None) -> Topology:
     TypeError: if `graph` is not a networkx graph.
 
   Example:
+    >>> import networkx as nx
     >>> from_networkx(nx.star_graph(3)) == star(4)
     True
     >>> from_networkx(ring(5).to_networkx(), "given") == ring(5)
@@ -443,11 +452,11 @@ def _powers_below(size: int, base: int) -> list[int]:
   return powers
 
 
-def _metropolis(graph: nx.Graph) -> Topology:
+def _metropolis(graph: "nx.Graph") -> Topology:
   return Topology(_weights.metropolis_hastings(graph))
 
 
-def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
+def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> "nx.Graph":
   size = _validation.size(size)
   if shape is None:
     rows = math.isqrt(size)
@@ -466,6 +475,8 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
   columns = _validation.integer(columns, "shape[1]", 1, remedy)
   if rows * columns != size:
     raise ValueError(f"shape {shape} does not hold {size} ranks; {remedy}.")
+  import networkx as nx
+
   graph = nx.empty_graph(size)
   for row in range(rows):
     for column in range(columns):
@@ -480,7 +491,9 @@ def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> nx.Graph:
   return graph
 
 
-def _first_connected(draw: Callable[[], nx.Graph], what: str) -> nx.Graph:
+def _first_connected(draw: "Callable[[], nx.Graph]", what: str) -> "nx.Graph":
+  import networkx as nx
+
   # All draws come from one stream, so that ranks with one seed reject the same
   # ones and agree without communication.
   for _ in range(_DRAWS):

@@ -5,13 +5,15 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 
 from jfog import _validation
 from jfog.topology import _plot, _weights
+
+if TYPE_CHECKING:
+  import networkx as nx
 
 TOLERANCE = 1e-9  # of the sums of rows and columns, and of symmetry
 
@@ -94,10 +96,11 @@ class Topology:
     return cls(matrix, check=check)
 
   @classmethod
-  def from_networkx(cls, graph: nx.Graph, weights: Any = None) -> "Topology":
+  def from_networkx(cls, graph: "nx.Graph", weights: Any = None) -> "Topology":
     """Makes a topology of a networkx graph: see `from_networkx`.
 
     Example:
+      >>> import networkx as nx
       >>> Topology.from_networkx(nx.cycle_graph(5)).degree
       2
     """
@@ -278,7 +281,7 @@ class Topology:
     # The eigenvalues become (1 + lambda) / 2: none of a symmetric W is below 0.
     return _restore((np.eye(self.size) + self.mixing_matrix) / 2)
 
-  def to_networkx(self) -> nx.DiGraph:
+  def to_networkx(self) -> "nx.DiGraph":
     """Returns the directed graph whose edge `(j, i)` has `weight = W[i, j]`.
 
     Self loops carry `W[i, i]`; the nodes are `0 .. size-1` in this order, so
@@ -289,6 +292,8 @@ class Topology:
       >>> graph.edges[1, 0]["weight"]
       0.5
     """
+    import networkx as nx
+
     graph = nx.DiGraph()
     graph.add_nodes_from(range(self.size))
     # argwhere is in receive form [dst, src], an edge in send form.
@@ -468,12 +473,12 @@ def _restore(matrix: np.ndarray) -> Topology:
   return Topology(matrix, check=False, connected=False)
 
 
-def matrix_of(graph: nx.Graph, weights: Any, stacklevel: int) -> np.ndarray:
+def matrix_of(graph: "nx.Graph", weights: Any, stacklevel: int) -> np.ndarray:
   """The matrix of a networkx graph; see `from_networkx`.
 
   A warning points to the caller `stacklevel` frames above, this one included.
   """
-  if not isinstance(graph, nx.Graph):
+  if not _weights.is_networkx(graph):
     raise TypeError(
       f"expected a networkx graph, got {type(graph).__name__}; use "
       "Topology.from_matrix for an array."

@@ -1,10 +1,13 @@
 """Weight rules: from the edges of a graph to a mixing matrix."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
+
+if TYPE_CHECKING:
+  import networkx as nx
 
 WeightRule = Callable[[Any], np.ndarray]
 
@@ -27,6 +30,7 @@ def metropolis_hastings(graph: Any) -> np.ndarray:
     ValueError: if an edge has no reverse edge, or for a malformed graph.
 
   Example:
+    >>> import networkx as nx
     >>> metropolis_hastings(nx.path_graph(3)).round(2)
     array([[0.67, 0.33, 0.  ],
            [0.33, 0.33, 0.33],
@@ -59,6 +63,7 @@ def max_degree(graph: Any) -> np.ndarray:
     ValueError: if an edge has no reverse edge, or for a malformed graph.
 
   Example:
+    >>> import networkx as nx
     >>> max_degree(nx.star_graph(2)).round(2)
     array([[0.33, 0.33, 0.33],
            [0.33, 0.67, 0.  ],
@@ -90,6 +95,7 @@ def uniform_in(graph: Any) -> np.ndarray:
     ValueError: for a malformed graph.
 
   Example:
+    >>> import networkx as nx
     >>> uniform_in(nx.star_graph(2)).round(2)
     array([[0.33, 0.33, 0.33],
            [0.5 , 0.5 , 0.  ],
@@ -119,6 +125,7 @@ def uniform_out(graph: Any) -> np.ndarray:
     ValueError: for a malformed graph.
 
   Example:
+    >>> import networkx as nx
     >>> uniform_out(nx.star_graph(2)).round(2)
     array([[0.33, 0.5 , 0.5 ],
            [0.33, 0.5 , 0.  ],
@@ -140,10 +147,11 @@ RULES: dict[str, WeightRule] = {
 }
 
 
-def given(graph: nx.Graph) -> np.ndarray:
+def given(graph: "nx.Graph") -> np.ndarray:
   """Reads the `weight` attributes: `W[i, j]` is that of the edge `(j, i)`.
 
   Example:
+    >>> import networkx as nx
     >>> graph = nx.DiGraph()
     >>> graph.add_weighted_edges_from([(0, 0, 1.0), (0, 1, 1.0)])
     >>> given(graph)
@@ -158,19 +166,33 @@ def given(graph: nx.Graph) -> np.ndarray:
         f"choose one of the rules {', '.join(RULES)}."
       )
   nodes = range(len(graph))
+  import networkx as nx
+
   # networkx has [src, dst], W has [dst, src].
   return nx.to_numpy_array(graph, nodelist=nodes).T
+
+
+def is_networkx(graph: Any) -> bool:
+  """Whether it is a graph of networkx, which is imported where it is needed alone.
+
+  Example:
+    >>> is_networkx([[0, 1], [1, 0]])
+    False
+  """
+  networkx = sys.modules.get("networkx")
+  return networkx is not None and isinstance(graph, networkx.Graph)
 
 
 def edges_of(graph: Any) -> np.ndarray:
   """Returns the edges as booleans `[dst, src]`, without self loops.
 
   Example:
+    >>> import networkx as nx
     >>> edges_of(nx.DiGraph([(0, 1)])).astype(int)
     array([[0, 0],
            [1, 0]])
   """
-  if isinstance(graph, nx.Graph):
+  if is_networkx(graph):
     _check_nodes(graph)
     edges = np.zeros((len(graph), len(graph)), dtype=bool)
     for src, dst in graph.edges:
@@ -191,6 +213,7 @@ def undirected_edges(graph: Any, name: str) -> np.ndarray:
   """Returns `edges_of(graph)` if every edge has its reverse edge.
 
   Example:
+    >>> import networkx as nx
     >>> undirected_edges(nx.path_graph(2), "chain").astype(int)
     array([[0, 1],
            [1, 0]])
@@ -206,7 +229,7 @@ def undirected_edges(graph: Any, name: str) -> np.ndarray:
   return edges
 
 
-def _check_nodes(graph: nx.Graph) -> None:
+def _check_nodes(graph: "nx.Graph") -> None:
   if graph.is_multigraph():
     raise ValueError(
       "a multigraph may hold parallel edges; convert it with nx.Graph(graph) "

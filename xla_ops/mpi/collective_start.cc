@@ -59,12 +59,17 @@ void Require(int code, const char* call) {
                            " failed: " + std::string(text, length));
 }
 
+int SizeOfComm(MPI_Comm comm) {
+  int size = 0;
+  MPI_Comm_size(comm, &size);
+  return size;
+}
+
 std::vector<int> RanksOf(MPI_Comm part, MPI_Comm comm) {
   MPI_Group own, all;
   MPI_Comm_group(part, &own);
   MPI_Comm_group(comm, &all);
-  int size = 0;
-  MPI_Group_size(own, &size);
+  const int size = SizeOfComm(part);
   std::vector<int> ranks(size), found(size);
   for (int rank = 0; rank < size; ++rank) ranks[rank] = rank;
   MPI_Group_translate_ranks(own, size, ranks.data(), all, found.data());

@@ -11,6 +11,7 @@ namespace jfog::mpi {
 // Throws std::runtime_error for a code that is not MPI_SUCCESS.
 void Require(int code, const char* call);
 
+int SizeOfComm(MPI_Comm comm);
 // Of each rank of `part` its rank in `comm`; MPI_UNDEFINED where it is none.
 std::vector<int> RanksOf(MPI_Comm part, MPI_Comm comm);
 

@@ -9,6 +9,7 @@
 #include "common/out_of_memory.h"
 #include "common/process_wide.h"
 #include "mpi/buffer_pool.h"
+#include "mpi/collective_start.h"
 #include "mpi/fault_tolerance.h"
 
 namespace jfog::mpi {
@@ -17,12 +18,6 @@ namespace {
 constexpr int kControlTag = 3;
 // Interval of looks for failed ranks.
 constexpr std::chrono::milliseconds kLookEvery{1};
-
-int SizeOfComm(MPI_Comm comm) {
-  int size = 0;
-  MPI_Comm_size(comm, &size);
-  return size;
-}
 
 }  // namespace
 
@@ -97,6 +92,11 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
     shares_memory_ = channels_->Reaches(RankInRoot(peer));
+  }
+  if (root_ != nullptr) {
+    chunks_in_flight_ = root_->chunks_in_flight_;
+  } else if (!shares_memory_ && size_ > 1) {
+    chunks_in_flight_ = MeasureChunksInFlight(comm());
   }
 }
 

@@ -21,6 +21,7 @@
 #include "common/registry.h"
 #include "common/status.h"
 #include "common/traffic_counters.h"
+#include "mpi/chunks_in_flight.h"
 #include "mpi/duplicates.h"
 #include "mpi/hang_detector.h"
 #include "mpi/header_log.h"
@@ -72,6 +73,8 @@ class Communicator {
   Mailboxes* mailboxes() const { return mailboxes_.get(); }
   // Whether all ranks are on one machine; the same on all of them.
   bool shares_memory() const { return shares_memory_; }
+  // Chunks of a long payload that an exchange between machines has in flight.
+  std::size_t chunks_in_flight() const { return chunks_in_flight_; }
   // The ranks that share memory with this one, itself among them.
   std::vector<int> RanksOnMachine() const;
   int RankInRoot(int rank) const { return root_ ? root_ranks_[rank] : rank; }
@@ -229,6 +232,7 @@ class Communicator {
   int number_ = 0;
   std::atomic<int> parts_{0};  // made of it
   bool shares_memory_ = false;
+  std::size_t chunks_in_flight_ = kFewestInFlight;
   const bool is_fault_tolerant_;
   std::atomic<bool> reweights_{false};
   std::atomic<bool> any_gone_{false};

@@ -38,12 +38,6 @@ struct Kept {
   std::map<const Duplicates*, std::pair<std::vector<int>, std::size_t>> in_use;
 };
 
-int SizeOf(MPI_Comm comm) {
-  int size = 0;
-  MPI_Comm_size(comm, &size);
-  return size;
-}
-
 // The ranks of a communicator in MPI_COMM_WORLD; empty if some are not in it.
 std::vector<int> WorldRanks(MPI_Comm comm) {
   std::vector<int> ranks = RanksOf(comm, MPI_COMM_WORLD);
@@ -56,7 +50,7 @@ std::vector<int> WorldRanks(MPI_Comm comm) {
 Duplicates::Duplicates(MPI_Comm parent)
     : comm_(DuplicateOf(parent)),
       control_comm_(DuplicateOf(parent)),
-      sent_(SizeOf(parent)),
+      sent_(SizeOfComm(parent)),
       received_(sent_.size()),
       control_sent_(sent_.size()),
       control_received_(sent_.size()) {}

@@ -2,7 +2,6 @@
 #include "mpi/exchange.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "common/cache_line.h"
@@ -16,16 +15,6 @@ namespace {
 constexpr std::size_t kShortShared = 512;
 
 }  // namespace
-
-std::size_t ChunksInFlight() {
-  static const std::size_t chunks = [] {
-    const char* text = std::getenv("JFOG_CHUNKS_IN_FLIGHT");
-    // jfog.init has checked it.
-    const int number = text == nullptr ? 0 : std::atoi(text);
-    return static_cast<std::size_t>(std::max(number, 2));
-  }();
-  return chunks;
-}
 
 Exchange::Exchange(std::shared_ptr<Communicator> comm, const char* name,
                    Payload leaves, std::uint64_t variant, Edges edges)
@@ -91,7 +80,7 @@ std::size_t Exchange::PairsNeeded() const {
   const bool has_far =
       std::any_of(sources().begin(), sources().end(), is_far) ||
       std::any_of(destinations().begin(), destinations().end(), is_far);
-  return std::min(chunks_, has_far ? ChunksInFlight() : kNearPairs);
+  return std::min(chunks_, has_far ? comm().chunks_in_flight() : kNearPairs);
 }
 
 // Both ends of an edge decide by the same values, machine and length. A later

@@ -17,8 +17,9 @@ HierarchicalExchange::HierarchicalExchange(std::shared_ptr<Communicator> comm,
     : Operation(std::move(comm), name, std::move(payload), variant),
       round_(std::move(round)),
       segments_(leaves(), members.size()),
-      buffers_(segments_, {members.size() - 1, round_.sources.size(),
-                           round_.destinations.size()}) {
+      buffers_(segments_,
+               {members.size() - 1, round_.sources.size(),
+                round_.destinations.size(), this->comm().chunks_in_flight()}) {
   for (std::size_t k = 0; k < members.size(); ++k) {
     if (members[k] == this->comm().rank()) {
       me_ = k;

@@ -30,7 +30,7 @@ namespace {
 // A rank that has left may still have messages in transit.
 constexpr std::chrono::seconds kLeaveGrace{5};
 // Interval at which control messages are read.
-constexpr std::chrono::milliseconds kReadEvery{1};
+constexpr std::chrono::milliseconds kPatientNap{1};
 // Seconds that a rank of a fault-tolerant job waits at its end for the others.
 constexpr double kLeaveAfter = 2;
 // In place of the context of a communicator that a spare is not part of.
@@ -271,7 +271,7 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text,
       comm->ReadControlMessages();
       if (!AnyHasLeft(*comm)) left_since = Clock::now();
       gives_up = comm->failed() || Clock::now() - left_since > kLeaveGrace;
-      std::this_thread::sleep_for(kReadEvery);
+      std::this_thread::sleep_for(kPatientNap);
     }
     if (gives_up) {
       buffers.release();  // NOLINT: MPI's for good
@@ -489,6 +489,10 @@ std::vector<int> SharedMemoryRanks(std::int64_t context) {
     if (comm->mailboxes()->Reaches(rank)) ranks.push_back(rank);
   }
   return ranks;
+}
+
+int ChunksInFlight(std::int64_t context) {
+  return static_cast<int>(Get(context)->chunks_in_flight());
 }
 
 void ResetCounters(std::int64_t context) {

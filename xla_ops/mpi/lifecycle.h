@@ -100,6 +100,8 @@ void ResetCounters(std::int64_t context);
 std::vector<std::int64_t> ReadWaits(std::int64_t context);
 // The other ranks that share memory with this one.
 std::vector<int> SharedMemoryRanks(std::int64_t context);
+// Of a long value, between machines.
+int ChunksInFlight(std::int64_t context);
 
 }  // namespace jfog::mpi
 

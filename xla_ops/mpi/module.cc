@@ -116,6 +116,7 @@ PYBIND11_MODULE(_mpi, m) {
   m.def("reset_counters", &ResetCounters, py::arg("context"));
   m.def("waits", &ReadWaits, py::arg("context"));
   m.def("shared_memory_ranks", &SharedMemoryRanks, py::arg("context"));
+  m.def("chunks_in_flight", &ChunksInFlight, py::arg("context"));
   m.def("weighted_sum_kernel", &WeightedSumKernel);
   m.def("add_place", &AddPlace, py::arg("operation"), py::arg("bytes"),
         py::arg("place"), py::arg("leaves"));

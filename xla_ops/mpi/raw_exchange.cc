@@ -4,7 +4,8 @@
 #include <mpi.h>
 
 #include <algorithm>
-#include <stdexcept>
+
+#include "mpi/collective_start.h"
 
 namespace jfog::mpi {
 namespace {
@@ -18,15 +19,10 @@ MPI_Comm TheComm() {
   return comm;
 }
 
-void Require(int status) {
-  if (status != MPI_SUCCESS) {
-    throw std::runtime_error("jfog: MPI reported an error in a raw exchange");
-  }
-}
-
 // x + sum_k w_k (x_k - x) in one pass over x, for the degrees that occur.
-void Mix(float* __restrict x, std::size_t count, int terms, const float* w,
-         const std::vector<std::vector<float>>& received) {
+void AddDifferences(float* __restrict x, std::size_t count, int terms,
+                    const float* w,
+                    const std::vector<std::vector<float>>& received) {
   if (terms == 1) {
     const float* __restrict a = received[0].data();
     const float wa = w[0];
@@ -68,7 +64,7 @@ double RawNeighborAllreduce(std::uintptr_t address, std::int64_t count,
   std::vector<std::vector<float>> received(slots);
   for (auto& slot : received) slot.resize(count);
   std::vector<MPI_Request> requests(sources.size() + destinations.size());
-  Require(MPI_Barrier(comm));
+  Require(MPI_Barrier(comm), "MPI_Barrier");
   const double start = MPI_Wtime();
   std::size_t t = 0;
   for (std::int64_t i = 0; i < iterations; ++i) {
@@ -83,8 +79,8 @@ double RawNeighborAllreduce(std::uintptr_t address, std::int64_t count,
                           &requests[pending++]);
     }
     status |= MPI_Waitall(pending, requests.data(), MPI_STATUSES_IGNORE);
-    Require(status);
-    Mix(x, count, terms, weights.data() + first, received);
+    Require(status, "a raw exchange");
+    AddDifferences(x, count, terms, weights.data() + first, received);
     t = t + 1 == period ? 0 : t + 1;
   }
   return MPI_Wtime() - start;
@@ -98,11 +94,12 @@ double RawAllreduce(std::uintptr_t address, std::int64_t count,
   int size = 1;
   MPI_Comm_size(comm, &size);
   const float scale = 1.0f / static_cast<float>(size);
-  Require(MPI_Barrier(comm));
+  Require(MPI_Barrier(comm), "MPI_Barrier");
   const double start = MPI_Wtime();
   for (std::int64_t i = 0; i < iterations; ++i) {
     Require(MPI_Allreduce(MPI_IN_PLACE, x, static_cast<int>(count), MPI_FLOAT,
-                          MPI_SUM, comm));
+                          MPI_SUM, comm),
+            "MPI_Allreduce");
     for (std::int64_t k = 0; k < count; ++k) x[k] *= scale;
   }
   return MPI_Wtime() - start;

@@ -14,7 +14,7 @@ namespace {
 std::size_t NumInFlight(const Segments& segments, const EdgeCounts& edges) {
   std::size_t wanted = SegmentBuffers::kNear;
   if (edges.sources + edges.destinations > 0) {
-    wanted = std::max(wanted, ChunksInFlight() / segments.parts());
+    wanted = std::max(wanted, edges.chunks / segments.parts());
   }
   return std::min(wanted, segments.size());
 }

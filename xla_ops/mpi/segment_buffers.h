@@ -17,6 +17,7 @@ struct EdgeCounts {
   std::size_t peers = 0;         // other ranks of the machine
   std::size_t sources = 0;       // ranks of other machines
   std::size_t destinations = 0;  // the same
+  std::size_t chunks = 0;        // in flight between machines
 };
 
 // Memory for messages of an average inside and between machines, and the
@@ -25,7 +26,7 @@ struct EdgeCounts {
 class SegmentBuffers {
  public:
   // Segments in flight, at least. Between machines they are so many that the
-  // ranks of a machine have ChunksInFlight() chunks in flight, together.
+  // ranks of a machine have `EdgeCounts::chunks` in flight, together.
   static constexpr std::size_t kNear = 4;
   // Bytes for the header of a rank, and for the input of a short operation or
   // the claim of the channel of results that follows the header.

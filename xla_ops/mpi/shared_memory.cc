@@ -28,9 +28,7 @@ bool IsEnabled() {
 // `value` of each rank. Collective over `comm`.
 template <typename Value>
 std::vector<Value> Gather(const Value& value, MPI_Comm comm) {
-  int size = 0;
-  MPI_Comm_size(comm, &size);
-  std::vector<Value> values(size);
+  std::vector<Value> values(SizeOfComm(comm));
   Require(MPI_Allgather(&value, sizeof(Value), MPI_BYTE, values.data(),
                         sizeof(Value), MPI_BYTE, comm),
           "MPI_Allgather");

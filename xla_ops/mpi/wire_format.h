@@ -17,11 +17,6 @@ constexpr std::size_t kEnvelope = 60 * 1024;
 constexpr std::size_t kShort = kEnvelope - sizeof(Header);
 // Length of the further messages; see benchmarks/README.md.
 constexpr std::size_t kChunk = Channels::kSlotBytes;
-// Chunks of a long payload that an exchange between machines has in flight: the
-// value of JFOG_CHUNKS_IN_FLIGHT, or 2. The next chunk is sent when one has
-// arrived, so fewer than rate times delay leave a link idle. More than that
-// only fill queues and caches: 64 cost 6 % on links of 125 MB/s without delay.
-std::size_t ChunksInFlight();
 
 // First messages have one tag and are sent in program order, so ranks in
 // different operations receive each other's headers and report the mismatch.

@@ -22,7 +22,6 @@ namespace {
 using Ints = ffi::Span<const std::int32_t>;
 using HandleBuffer = ffi::BufferR0<ffi::U32>;
 
-constexpr const char* kCreate = "win_create";
 constexpr const char* kUpdate = "win_update";
 
 // Dtypes of an associated p, in the order of the Python side.

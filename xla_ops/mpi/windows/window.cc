@@ -19,7 +19,6 @@
 namespace jfog::mpi {
 namespace {
 
-constexpr const char* kCreate = "win_create";
 constexpr std::chrono::microseconds kWindowNap{100};
 
 // The windows of this process.

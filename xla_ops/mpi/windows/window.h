@@ -22,6 +22,8 @@
 
 namespace jfog::mpi {
 
+constexpr const char* kCreate = "win_create";
+
 // The description of a window, and this rank's neighbors in it.
 struct WindowPlan {
   std::uint64_t variant = 0;      // hash of the graph and the options
