@@ -74,10 +74,7 @@ def main():
 def run(ranks, link, job):
   """The measurements of a job: `[seconds, bytes out of a host]` by form."""
   machines = ranks // job["per_host"]
-  environment = {
-    "JFOG_SCALING_RANKS": str(ranks),
-    "JFOG_CHUNKS_IN_FLIGHT": str(chunks_in_flight(link)),
-  }
+  environment = {"JFOG_SCALING_RANKS": str(ranks)}
   try:
     return _measure.mpi_job(
       SCRIPT, ranks, job, environment, machines=machines, link=link
@@ -87,13 +84,6 @@ def run(ranks, link, job):
       raise
     print(f"gloo on {ranks} ranks: {error}", flush=True)
     return {}
-
-
-def chunks_in_flight(link):
-  """Chunks that fill a link, one half more than rate times delay."""
-  rate, _, delay = link.partition(",")
-  in_flight = 1.5 * float(rate) * 1e6 * float(delay or 0) / 1000
-  return min(max(2, int(np.ceil(in_flight / 61440))), 1024)
 
 
 def sent():
@@ -294,7 +284,6 @@ def report(measured, job, options):
   for link in options.link:
     rate, _, delay = link.partition(",")
     lines += [f"## {rate} MB/s, {delay or 0} ms", ""]
-    lines += [f"`JFOG_CHUNKS_IN_FLIGHT={chunks_in_flight(link)}`", ""]
     rows = []
     for ranks in options.ranks:
       found = measured[link, ranks]

@@ -456,7 +456,9 @@ def _metropolis(graph: "nx.Graph") -> Topology:
   return Topology(_weights.metropolis_hastings(graph))
 
 
-def _grid(size: int, shape: tuple[int, int] | None, periodic: bool) -> "nx.Graph":
+def _grid(
+  size: int, shape: tuple[int, int] | None, periodic: bool
+) -> "nx.Graph":
   size = _validation.size(size)
   if shape is None:
     rows = math.isqrt(size)
