@@ -428,6 +428,11 @@ def test_first_failure_is_not_a_victim_of_the_end_of_the_job():
   records = [record(0, 2.0), record(1, 1.0, torn_down=True), record(2, 3.0)]
   assert launch.first_failure(records) == records[0]
   assert launch.first_failure(records[1:2]) is None
+  # A rank of Open MPI sees the end of a connection before the wrapper of the other
+  # end sees that of its process.
+  lost = {**record(3, 0.5), "code": 14, "stderr": ""}
+  assert launch.first_failure([*records, lost]) == records[0]
+  assert launch.first_failure([lost]) == lost
 
 
 def test_report_shows_a_chained_traceback_whole():

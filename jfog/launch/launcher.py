@@ -404,10 +404,8 @@ def _report(code: int, run_dir: str, banner: bytes) -> int:
   # mpirun returns the code of whichever rank it saw first; the records have the
   # times.
   records = report.records(run_dir)
-  record = report.first_failure(records)
+  record, *later = report.causes(records) or [None]
   if record is not None:
-    later = [each for each in records if not each["torn_down"]]
-    later = sorted(later, key=lambda each: each["time"])[1:]
     processes.say("\n" + report.failure_report(record, later))
     return record["code"]
   if text := marks.first_failure_at_exit(run_dir):

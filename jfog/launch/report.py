@@ -13,17 +13,33 @@ from .processes import shell_code
 # launcher's folder. It is short enough for one write and one read of a pipe.
 MARK = b"\x1ejfog-record "
 _CARRIED = 1500  # characters of stderr in such a record
+# The exit code of a rank of Open MPI whose connection to another one has closed.
+_MPI_ERR_UNKNOWN = 14
 _LATER = 3  # ranks that failed after the first one, named in the report
 
 
-def first_failure(records: list[dict]) -> dict | None:
-  """Returns the record of the rank that failed first, or None without one.
+def causes(records: Sequence[dict]) -> list[dict]:
+  """The records of ranks that failed by themselves, the first one first.
 
   Ranks that mpirun ended are left out: clocks of several hosts differ, so that
-  their times alone do not decide.
+  their times alone do not decide. So are those that Open MPI ended since the
+  connection to another rank was closed, which they may see before that rank's
+  wrapper sees its end, unless there are no others.
   """
-  causes = [record for record in records if not record["torn_down"]]
-  return min(causes, key=lambda record: record["time"], default=None)
+  own = [record for record in records if not record["torn_down"]]
+  own = [each for each in own if not _has_lost_a_peer(each)] or own
+  return sorted(own, key=lambda record: record["time"])
+
+
+def _has_lost_a_peer(record: dict) -> bool:
+  """Whether Open MPI has ended a rank by its handler of fatal errors."""
+  text = record.get("stderr", "")
+  return record.get("code") == _MPI_ERR_UNKNOWN and TRACEBACK.decode() not in text
+
+
+def first_failure(records: Sequence[dict]) -> dict | None:
+  """Returns the record of the rank that failed first, or None without one."""
+  return next(iter(causes(records)), None)
 
 
 def failure_report(record: dict, others: Sequence[dict] = ()) -> str:

@@ -221,6 +221,11 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   "test_messages_to_lost_ranks_take_nothing_from_the_others": ("300",),
   "test_more_chunks_in_flight": ("64",),
   "test_random_faults": ("4",),
+  # Jobs of many seconds, of whose parts there are tests.
+  "test_jobs_of_its_own_and_ranks_of_another": (),
+  "test_engines_that_wait_or_die_are_errors_and_start_again": (),
+  "test_suites_pass_in_strict_order": (),
+  "test_damaged_messages_are_errors": ("2-messages",),
   "test_a_join_while_another_rank_dies": ("later0", "later2"),
   "test_averages_go_on_until_a_spare_is_wanted": (),
 }
