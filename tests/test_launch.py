@@ -289,6 +289,16 @@ def test_output_of_several_ranks_is_tagged_by_default(program):
     assert "".join(sorted(done.stdout.splitlines(keepends=True))) == text
 
 
+def test_a_warning_about_the_process_group_of_ssh_is_dropped():
+  banner = output.WithoutBanner()
+  text = (
+    b"before\n[vm:25076] plm:ssh: Warning: setpgid(25081,25081) failed in parent "
+    b"with errno=Permission denied(13)\nssh: no such host\n"
+  )
+  assert banner.feed(text) == b"before\nssh: no such host\n"
+  assert banner.dropped.startswith(b"[vm:25076] plm:ssh")
+
+
 def test_filters_of_output():
   """Carriage returns end lines; what looks like a text of Open MPI passes."""
   lines = output.Prefixed(b"[1] ")

@@ -31,10 +31,12 @@ _ABOUT_FAILURES = (
   b"PRTE has lost communication with a remote daemon",
   b"ORTE was unable to reliably start one or more daemons",
 )
-# The text of Open MPI 5 about a rank whose connection to a failed one has closed.
-_SOCKET_CLOSED = re.compile(
+# The texts of Open MPI 5 about a rank whose connection to a failed one has closed, and
+# about an ssh that has begun before it got a process group of its own.
+_SHORT_TEXTS = re.compile(
   rb"^\[[^\]\n]+\] \*\*\* An error occurred in Socket closed\n"
-  rb"(?:\[[^\]\n]+\] \*\*\* .*\n)*",
+  rb"(?:\[[^\]\n]+\] \*\*\* .*\n)*"
+  rb"|^\[[^\]\n]+\] plm:ssh: Warning: setpgid\(.*\n",
   re.M,
 )
 
@@ -181,7 +183,7 @@ class WithoutBanner(Filter):
 
   def feed(self, chunk: bytes) -> bytes:
     """Takes the next bytes."""
-    text, passed = _SOCKET_CLOSED.sub(self._drop, self._held + chunk), b""
+    text, passed = _SHORT_TEXTS.sub(self._drop, self._held + chunk), b""
     self._held = b""
     while rule := _RULE.search(text):
       passed, text = passed + text[: rule.start()], text[rule.start() :]

@@ -34,7 +34,9 @@ def causes(records: Sequence[dict]) -> list[dict]:
 def _has_lost_a_peer(record: dict) -> bool:
   """Whether Open MPI has ended a rank by its handler of fatal errors."""
   text = record.get("stderr", "")
-  return record.get("code") == _MPI_ERR_UNKNOWN and TRACEBACK.decode() not in text
+  return (
+    record.get("code") == _MPI_ERR_UNKNOWN and TRACEBACK.decode() not in text
+  )
 
 
 def first_failure(records: Sequence[dict]) -> dict | None:
