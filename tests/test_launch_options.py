@@ -95,18 +95,22 @@ def test_ssh_and_the_interface():
     variables("--ssh-port", "2222")
 
 
-def test_dry_run_prints_a_command_that_runs(program):
+def test_dry_run_prints_a_command_that_runs(program, tmp_path):
   words = ("-np", 2, "--mpi-args", "--display allocation", "-x", "GREETING=a b")
   script = shell("say $GREETING $OMPI_MCA_osc")
   job = run(program, *words, "--dry-run", *script)
   assert job.returncode == 0 and not job.err
   (line,) = job.out.splitlines()
   assert "--display allocation" in line and "'GREETING=a b'" in line
+  here = tmp_path / "here"
+  here.mkdir()
+  shell_line = ["bash", "-c", line]
   done = subprocess.run(
-    ["bash", "-c", line], capture_output=True, text=True, timeout=DEADLINE
+    shell_line, capture_output=True, text=True, timeout=DEADLINE, cwd=here
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("a b ^ucx\n") == 2
+  assert not [*here.iterdir()]  # marks of ranks are for a launcher
   job = run(program, *words, "--verbose", *script)
   assert line in job.err
   assert re.search(r"ended with exit code 0 after \d+\.\d s\n$", job.err)

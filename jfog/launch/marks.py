@@ -34,6 +34,8 @@ def job(environ: Mapping[str, str]) -> str:
 def leave_end(rank: int) -> None:
   """Marks that the process of a rank has ended without an error."""
   run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  if not run_dir:
+    return  # the command of --dry-run, without a launcher
   try:
     with open(os.path.join(run_dir, f"{rank}.ended"), "w", encoding="utf-8"):
       pass
@@ -44,7 +46,9 @@ def leave_end(rank: int) -> None:
 def is_failing(rank: int) -> bool:
   """Whether the program of a rank is about to end by an exception."""
   run_dir = os.environ.get("JFOG_RUN_DIR", "")
-  return os.path.exists(os.path.join(run_dir, f"{rank}.failing"))
+  return bool(run_dir) and os.path.exists(
+    os.path.join(run_dir, f"{rank}.failing")
+  )
 
 
 def lost(run_dir: str) -> str:

@@ -128,6 +128,8 @@ def leave_record(
   import json
 
   run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  if not run_dir:
+    return False  # the command of --dry-run, without a launcher
   record = {
     "rank": rank,
     "time": ended,
