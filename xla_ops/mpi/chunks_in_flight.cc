@@ -22,8 +22,6 @@ constexpr int kBarriers = 2;  // of a batch
 // The seconds of a message, one way: a barrier takes log2(ranks) of them, one
 // after another.
 double MeasureDelay(MPI_Comm comm) {
-  int size = 0;
-  MPI_Comm_size(comm, &size);
   Require(MPI_Barrier(comm), "MPI_Barrier");
   double least = std::numeric_limits<double>::infinity();
   for (int batch = 0; batch < kBatches; ++batch) {
@@ -36,7 +34,7 @@ double MeasureDelay(MPI_Comm comm) {
   }
   Require(MPI_Allreduce(MPI_IN_PLACE, &least, 1, MPI_DOUBLE, MPI_MIN, comm),
           "MPI_Allreduce");
-  return least / std::max(1.0, std::ceil(std::log2(size)));
+  return least / std::max(1.0, std::ceil(std::log2(SizeOfComm(comm))));
 }
 
 }  // namespace

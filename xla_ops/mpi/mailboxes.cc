@@ -1,6 +1,8 @@
 // Mailboxes: short messages between the ranks of one machine.
 #include "mpi/mailboxes.h"
 
+#include "mpi/collective_start.h"
+
 namespace jfog::mpi {
 
 // Zeros are a valid state of all of it, so fresh memory needs no construction,
@@ -13,13 +15,11 @@ static_assert(Mailboxes::kPayload % kCacheLine == 0);
 
 std::unique_ptr<Mailboxes> Mailboxes::Make(MPI_Comm comm,
                                            const std::vector<int>& ranks) {
-  int size = 0, rank = 0;
-  MPI_Comm_size(comm, &size);
+  const int size = SizeOfComm(comm);
+  int rank = 0;
   MPI_Comm_rank(comm, &rank);
   std::unique_ptr<Mailboxes> boxes(new Mailboxes(size));
-  for (int other = 0; other < size; ++other) {
-    boxes->local_.push_back(PlaceIn(ranks, other));
-  }
+  boxes->local_ = PlacesIn(ranks, size);
   boxes->me_ = boxes->local_[rank];
   boxes->memory_ = SharedMemory::Make(comm, ranks, ranks.size() * sizeof(Ring));
   return boxes->memory_ == nullptr ? nullptr : std::move(boxes);

@@ -127,9 +127,12 @@ void SharedMemory::StopOffering() {
   origin_.file = -1;
 }
 
-int PlaceIn(const std::vector<int>& ranks, int rank) {
-  const auto found = std::find(ranks.begin(), ranks.end(), rank);
-  return found == ranks.end() ? -1 : static_cast<int>(found - ranks.begin());
+std::vector<int> PlacesIn(const std::vector<int>& ranks, int size) {
+  std::vector<int> places(size, -1);
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    places[ranks[i]] = static_cast<int>(i);
+  }
+  return places;
 }
 
 }  // namespace jfog::mpi

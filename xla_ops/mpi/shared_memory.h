@@ -70,8 +70,8 @@ class SharedMemory {
   std::vector<Part> parts_;
 };
 
-// The place of a rank in `ranks`, or -1.
-int PlaceIn(const std::vector<int>& ranks, int rank);
+// Of each rank of a communicator of `size` its place in `ranks`, or -1.
+std::vector<int> PlacesIn(const std::vector<int>& ranks, int size);
 
 }  // namespace jfog::mpi
 

@@ -20,10 +20,9 @@ namespace {
 // The ranks of `comm` that share memory with this one and are on the same
 // pretended machine. Collective.
 std::vector<int> RanksOn(int machine, MPI_Comm comm) {
-  int size = 0, rank = 0;
-  MPI_Comm_size(comm, &size);
+  int rank = 0;
   MPI_Comm_rank(comm, &rank);
-  std::vector<int> machines(size), ranks;
+  std::vector<int> machines(SizeOfComm(comm)), ranks;
   Require(
       MPI_Allgather(&machine, 1, MPI_INT, machines.data(), 1, MPI_INT, comm),
       "MPI_Allgather");
@@ -38,13 +37,10 @@ std::vector<int> RanksOn(int machine, MPI_Comm comm) {
 
 std::shared_ptr<Channels> Channels::Make(MPI_Comm comm, int machine_index) {
   const std::vector<int> ranks = RanksOn(machine_index, comm);
-  int size = 0, rank = 0;
-  MPI_Comm_size(comm, &size);
+  int rank = 0;
   MPI_Comm_rank(comm, &rank);
   std::shared_ptr<Channels> channels(new Channels);
-  for (int other = 0; other < size; ++other) {
-    channels->local_.push_back(PlaceIn(ranks, other));
-  }
+  channels->local_ = PlacesIn(ranks, SizeOfComm(comm));
   channels->me_ = channels->local_[rank];
   channels->size_ = static_cast<int>(ranks.size());
   channels->forgotten_ = std::vector<std::atomic<bool>>(ranks.size());
