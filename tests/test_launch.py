@@ -92,9 +92,18 @@ def test_tracebacks_of_all_ranks_on_request(program):
   job = run(
     program,
     *("--all-tracebacks", "-np", 2),
-    *python("barrier(); raise ValueError(f'broken on {rank}')"),
+    *python("""
+    def end(*error):
+      sys.__excepthook__(*error)
+      sys.stderr.flush()
+      barrier()  # mpirun ends a rank as soon as the other one has failed
+      os._exit(1)
+    sys.excepthook = end
+    raise ValueError(f"broken on {rank}")
+    """),
   )
-  assert job.err.count("Traceback") == 2
+  assert job.err.count("Traceback") == 2, job.err
+  assert set(re.findall(r"broken on (\d)", job.err)) == {"0", "1"}
   last = job.err.split("jfog run: ")[-1]
   assert re.fullmatch(
     r"rank \d failed first \(exit code 1\), by the traceback above that ends "

@@ -331,24 +331,30 @@ def _run_job(
       os.kill(pid, stops.pop(0)[1])
   for pump in pumps:
     pump.finish()
+  found = report.records(run_dir)
+  # Those of ranks that were survived have come with the reports of the losses.
+  tracebacks = report.shown_tracebacks(
+    [each for each in found if each["rank"] not in survived]
+  )
   if requested:
-    if text := report.interrupt_report(report.records(run_dir)):
+    processes.say(tracebacks)
+    if text := report.interrupt_report(found):
       processes.say("\n" + text)
     return requested
   if problem:
-    processes.say(f"\njfog run: {problem}\n")
+    processes.say(f"{tracebacks}\njfog run: {problem}\n")
     return 1
   code = processes.shell_code(code)
   dropped = about_hosts.dropped + banners.dropped
   if host := report.lost_host(dropped.decode(errors="replace")):
     processes.say(
-      f"\njfog run: Open MPI's daemon on {host} has ended, or the connection to it is "
-      f"lost, and with it Open MPI ends the whole job; start it again from a "
-      f"checkpoint\n"
+      f"{tracebacks}\njfog run: Open MPI's daemon on {host} has ended, or the "
+      f"connection to it is lost, and with it Open MPI ends the whole job; "
+      f"start it again from a checkpoint\n"
     )
     return code or 1
   if ranks and stops is None:
-    failed = {record["rank"] for record in report.records(run_dir)}
+    failed = {record["rank"] for record in found}
     # An idle spare has done nothing, and its end says nothing about the job.
     idle = marks.ranks_with(run_dir, "spare")
     idle -= marks.ranks_with(run_dir, "joined")
@@ -356,7 +362,8 @@ def _run_job(
       _goes_on(run_dir, survived, one_host)
       return 0
     code = code or 1  # mpirun has nothing against ranks that fail
-  return _report(code, run_dir, dropped) if code else 0
+  processes.say(tracebacks)
+  return _report(code, found, run_dir, dropped) if code else 0
 
 
 def _merge(folder: str) -> None:
@@ -399,11 +406,10 @@ def _goes_on(run_dir: str, reported: set[int], one_host: bool) -> bool:
   return True
 
 
-def _report(code: int, run_dir: str, banner: bytes) -> int:
+def _report(code: int, records: list[dict], run_dir: str, banner: bytes) -> int:
   """Reports why mpirun ended with a code, and returns that of the job."""
   # mpirun returns the code of whichever rank it saw first; the records have the
   # times.
-  records = report.records(run_dir)
   record, *later = report.causes(records) or [None]
   if record is not None:
     processes.say("\n" + report.failure_report(record, later))

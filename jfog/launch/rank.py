@@ -56,7 +56,7 @@ def rank_main(arguments: list[str]) -> int:
   """
   split = arguments.index("--")
   tagged = "--tag-output" in arguments[:split]
-  holds = "--all-tracebacks" not in arguments[:split]
+  is_shown = "--all-tracebacks" in arguments[:split]
   folder = ""
   if "--output-dir" in arguments[:split]:
     folder = arguments[arguments.index("--output-dir") + 1]
@@ -77,7 +77,7 @@ def rank_main(arguments: list[str]) -> int:
   parent = os.getppid()
   leader = os.getpgrp() == os.getpid()
   # The files get what the command writes, before it is tagged or held back.
-  stderr = processes.Pump(2, *files[1], *lines, *([held] if holds else []))
+  stderr = processes.Pump(2, *files[1], *lines, held)
   stdout = None
   if tagged or folder:
     lines = [output.Prefixed(prefix)] if tagged else []
@@ -117,8 +117,8 @@ def rank_main(arguments: list[str]) -> int:
       ended,
       stderr.tail,
       torn_down=torn_down,
-      is_held=bool(held.held),
-      is_shown=not holds,
+      held=held.held,
+      is_shown=is_shown,
     )
   elif not torn_down:
     marks.leave_end(int(rank))

@@ -66,8 +66,21 @@ def failure_report(record: dict, others: Sequence[dict] = ()) -> str:
   return _later(others) + text
 
 
+def shown_tracebacks(records: Sequence[dict]) -> str:
+  """Returns the tracebacks that `--all-tracebacks` shows, in order of time.
+
+  The records bring them, since mpirun drops output of ranks that it ends.
+  """
+  shown = [record for record in records if record["is_shown"]]
+  shown.sort(key=lambda record: record["time"])
+  return "".join(record["held"] for record in shown)
+
+
 def loss_report(record: dict) -> str:
-  """Returns the line about a rank without which the job goes on."""
+  """Returns the line about a rank without which the job goes on.
+
+  Its traceback comes first, if all are to be shown.
+  """
   end = (
     f"was killed by {record['signal']}"
     if record["signal"]
@@ -75,13 +88,14 @@ def loss_report(record: dict) -> str:
   )
   cause = _last_lines(record["stderr"].rstrip("\n"), 1)
   cause = f": {cause}" if cause and not record["signal"] else ""
-  return f"jfog run: rank {record['rank']} {end}; the others go on{cause}\n"
+  line = f"jfog run: rank {record['rank']} {end}; the others go on{cause}\n"
+  return shown_tracebacks([record]) + line
 
 
 def interrupt_report(records: list[dict]) -> str:
   """Returns the text about a job that was ended: where one of its ranks was."""
   for record in records:
-    if record["is_held"]:
+    if record["held"] and not record["is_shown"]:
       traceback = _last_traceback(record["stderr"].rstrip("\n"))
       return f"jfog run: rank {record['rank']} was here:\n{traceback}\n"
   return ""
@@ -108,7 +122,7 @@ def leave_record(
   stderr: bytes,
   *,
   torn_down: bool,
-  is_held: bool,
+  held: bytes,
   is_shown: bool,
 ) -> bool:
   """Leaves the record of a failed rank for `jfog run`, in a file or in stderr.
@@ -122,8 +136,8 @@ def leave_record(
     ended: the time of its end, as `time.time` has it.
     stderr: the end of its stderr.
     torn_down: whether mpirun was ending the job already.
-    is_held: whether it ends by a traceback that is not on the terminal yet.
-    is_shown: whether tracebacks were shown at once.
+    held: the traceback by which it ends, if that is not on the terminal yet.
+    is_shown: whether the tracebacks of all ranks are to be shown.
   """
   import json
 
@@ -137,7 +151,7 @@ def leave_record(
     "signal": _signal_name(-code) if code < 0 else "",
     "torn_down": torn_down,
     "stderr": stderr.decode(errors="replace"),
-    "is_held": is_held,
+    "held": held.decode(errors="replace"),
     "is_shown": is_shown,
   }
   path = os.path.join(run_dir, f"{rank}.json")
@@ -158,7 +172,7 @@ def _send(record: dict) -> None:
   import json
   import zlib
 
-  record = {**record, "is_held": False, "is_shown": True}
+  record = {**record, "held": "", "is_shown": True}
   record["stderr"] = record["stderr"][-_CARRIED:]
   text = base64.b64encode(zlib.compress(json.dumps(record).encode()))
   with contextlib.suppress(OSError):
