@@ -355,7 +355,8 @@ def test_failure_on_a_host_without_the_folder_of_records(tmp_path):
     *python("""
       barrier()
       if rank == 1:
-        print("x" * 100_000, file=sys.stderr)
+        print("x" * 100_000, file=sys.stderr, flush=True)
+        time.sleep(1)  # mpirun drops output that it has not passed on at the end
         raise FileNotFoundError("the samples of rank 1")
       time.sleep(60)
     """),

@@ -1,6 +1,7 @@
 """Processes: starting and reaping a command, and copying its output."""
 
 import _thread
+import contextlib
 import ctypes
 import os
 import signal
@@ -89,6 +90,23 @@ class Pump:
       if select.select([self._source], [], [], wait)[0]:
         return
       self.write(self._through(self._filters[k].expire(), k + 1))
+
+
+def wait_for_reader(target: int, timeout: float) -> None:
+  """Waits until all that was written to a pipe has been read, at most so long."""
+  import fcntl
+  import stat
+  import termios
+
+  end = time.monotonic() + timeout
+  with contextlib.suppress(OSError):
+    if not stat.S_ISFIFO(os.fstat(target).st_mode):
+      return
+    while time.monotonic() < end:
+      unread = fcntl.ioctl(target, termios.FIONREAD, bytes(4))
+      if not any(unread):
+        return
+      time.sleep(0.005)
 
 
 def _write(target: int, chunk: bytes) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 
 from . import marks, output, processes, report
 
+# Seconds that a failed rank waits for mpirun to read its output, and for a daemon of
+# another host to pass its record on.
+_READ_WITHIN = 2.0
+_PASSED_ON_WITHIN = 0.5
+
 
 def rank_environment(
   environ: dict[str, str], *, cores: int, gpus: int
@@ -124,6 +129,11 @@ def rank_main(arguments: list[str]) -> int:
     marks.leave_end(int(rank))
   if not is_reported:
     stderr.write(held.held)
+  if code and not torn_down and not fault_tolerant:
+    # mpirun ends the job, and drops what it has not read or passed on.
+    for target in (1, 2):
+      processes.wait_for_reader(target, _READ_WITHIN)
+    time.sleep(0.0 if is_reported else _PASSED_ON_WITHIN)
   if fault_tolerant:
     # Of the ways in which this process can end, Open MPI takes a signal alone for one
     # that the other ranks are to know. A rank that ends in order is gone, too.
