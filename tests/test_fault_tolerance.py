@@ -97,7 +97,7 @@ def test_other_operations_refuse_missing_ranks():
   alive = jnp.ones(SIZE, bool)
   for operation in (jfog.allreduce, jfog.broadcast, jfog.allgather):
     with pytest.raises(
-      ValueError, match="only neighbor_allreduce and pair_gossip go on"
+      ValueError, match="only neighbor_allreduce, pair_gossip and those of windows"
     ):
       jfog.simulate(operation, SIZE, alive=alive)(jnp.ones((SIZE, 1)))
 

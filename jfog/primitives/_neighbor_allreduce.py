@@ -27,11 +27,11 @@ from jfog.primitives._peers import PackedPeers, Peers, pack, peers_call
 from jfog.primitives._weighted_sum import Weighting
 from jfog.primitives.nccl._neighbor_allreduce import NeighborAllreduce
 from jfog.runtime import (
-  AXIS_NAME,
   Axis,
   Communicator,
   has_attackers,
-  present_edges,
+  is_simulated,
+  presence,
   resolve,
   sent,
 )
@@ -264,9 +264,10 @@ def _mix_gathered(
 ) -> jax.Array:
   """On virtual ranks: as a matrix product, or each picks its in-neighbors."""
   gathered = _mesh.gather(x, axes)
-  present, attacked = None, False
-  if AXIS_NAME in axes:
-    present, attacked = present_edges(), has_attackers()
+  missing = presence(axes, topology.size, "neighbor_allreduce")
+  present = None if missing is None else missing.edges
+  attacked = is_simulated(axes) and has_attackers()
+  if attacked:
     gathered = sent(
       gathered,
       rank,

@@ -18,7 +18,7 @@ from jfog.primitives._peers import (
   scaled,
   sum_to_one,
 )
-from jfog.runtime import AXIS_NAME, Axis, Communicator, present_edges, resolve
+from jfog.runtime import Axis, Communicator, presence, resolve
 
 
 def _checked_peer(peer: Any, comm: Communicator) -> Any:
@@ -192,9 +192,10 @@ def _mix_on_mesh(
         peer = jnp.asarray(peer)[comm.rank]
       # A permutation has to be known when the program is compiled.
       value = _mesh.gather(varying, comm.axes)[peer]
-      if AXIS_NAME in comm.axes and (present := present_edges()) is not None:
+      present = presence(comm.axes, comm.size, "pair_gossip")
+      if present is not None:
         # As between processes: the own value takes the weight of a missing peer.
-        value = jnp.where(present[comm.rank][peer], value, varying)
+        value = jnp.where(present.edges[comm.rank][peer], value, varying)
   # own x + other value: the weights do not sum to 1, or are traced.
   if not difference:
     return (scaled(own, x) + scaled(other, value)).astype(x.dtype)

@@ -15,6 +15,8 @@ from jfog.runtime._communicator import (
   NotInitializedError as NotInitializedError,
 )
 from jfog.runtime._communicator import Single as Single
+from jfog.runtime._delays import checked_delay as checked_delay
+from jfog.runtime._delays import window_delays as window_delays
 from jfog.runtime._extensions import build as build
 from jfog.runtime._extensions import mpi as mpi
 from jfog.runtime._extensions import nccl_library as nccl_library
@@ -22,7 +24,9 @@ from jfog.runtime._map_ranks import map_ranks as map_ranks
 from jfog.runtime._map_ranks import num_ranks as num_ranks
 from jfog.runtime._map_ranks import shard as shard
 from jfog.runtime._map_ranks import stack as stack
-from jfog.runtime._presence import present_edges as present_edges
+from jfog.runtime._presence import Presence as Presence
+from jfog.runtime._presence import is_simulated as is_simulated
+from jfog.runtime._presence import presence as presence
 from jfog.runtime._presence import refuse_with_missing as refuse_with_missing
 from jfog.runtime._process_communicator import (
   MpiCommunicator as MpiCommunicator,

@@ -3,33 +3,64 @@
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
+
 _numbers = itertools.count()
 
 
+class Presence(NamedTuple):
+  """Ranks and edges that take part in a simulation."""
+
+  edges: jax.Array  # shape=(size, size), bool, by `[dst, src]`
+  ranks: jax.Array  # shape=(size,), bool
+
+
 class _Stack(threading.local):
-  """The edges that are present in the simulations that this thread traces."""
+  """Ranks and edges that take part in the simulations that this thread traces."""
 
   def __init__(self) -> None:
-    self.present: list[tuple[jax.Array, jax.Array]] = []  # edges, ranks
+    self.present: list[Presence] = []
 
 
 _stack = _Stack()
 
 
-def present_edges() -> jax.Array | None:
-  """The edges that are present, by `[dst, src]`; None if none is missing."""
-  return _stack.present[-1][0] if _stack.present else None
+def is_simulated(axes: Collection[str]) -> bool:
+  """Whether the axes may be those of `simulate`."""
+  return AXIS_NAME in axes or LOCAL_AXIS_NAME in axes
+
+
+def presence(axes: Collection[str], size: int, name: str) -> Presence | None:
+  """Ranks and edges that take part along these axes; None if none is missing.
+
+  Raises:
+    ValueError: if its ranks are not those of the simulation.
+  """
+  if not _stack.present or not is_simulated(axes):
+    return None
+  present = _stack.present[-1]
+  if len(present.ranks) != size:
+    raise ValueError(
+      f"{name}: simulate has alive= or edge_ok= of {len(present.ranks)} ranks, and "
+      f"this communicator has {size}; use the default one."
+    )
+  return present
 
 
 def alive_ranks() -> jax.Array | None:
-  """The ranks that take part; None if none is missing."""
-  return _stack.present[-1][1] if _stack.present else None
+  """The ranks of the simulation that take part; None if none is missing."""
+  return _stack.present[-1].ranks if _stack.present else None
+
+
+def present_edges() -> jax.Array | None:
+  """The edges of the simulation that are present; None if none is missing."""
+  return _stack.present[-1].edges if _stack.present else None
 
 
 def refuse_with_missing(name: str) -> None:
@@ -41,8 +72,8 @@ def refuse_with_missing(name: str) -> None:
   if _stack.present:
     raise ValueError(
       f"{name}: simulate has alive= or edge_ok=, and of all operations only "
-      f"neighbor_allreduce and pair_gossip go on without missing ranks; call "
-      f"{name} outside, or without them."
+      f"neighbor_allreduce, pair_gossip and those of windows go on without missing "
+      f"ranks; call {name} outside, or without them."
     )
 
 
@@ -53,7 +84,7 @@ def run(fun: Callable[[], Any], size: int, alive: Any, edge_ok: Any) -> Any:
   present &= ranks[:, None] & ranks[None, :]
 
   def body() -> Any:
-    with _bound(present, ranks):
+    with _bound(Presence(present, ranks)):
       return fun()
 
   return marked(body, new_marker("presence"))
@@ -75,8 +106,8 @@ def marked(fun: Callable[[], Any], marker: str) -> Any:
 
 
 @contextlib.contextmanager
-def _bound(present: jax.Array, ranks: jax.Array) -> Iterator[None]:
-  _stack.present.append((present, ranks))
+def _bound(present: Presence) -> Iterator[None]:
+  _stack.present.append(present)
   try:
     yield
   finally:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jfog import _validation
-from jfog.runtime import _attackers, _presence
+from jfog.runtime import _attackers, _delays, _presence
 from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
 
 
@@ -23,6 +23,7 @@ def simulate(
   local_size: int = 1,
   alive: Any = None,
   edge_ok: Any = None,
+  delay: Any = None,
   attackers: Mapping[int, _attackers.Attack] | None = None,
 ) -> Callable[..., Any]:
   """Runs `fun` on `size` virtual ranks of one device, without MPI.
@@ -45,10 +46,14 @@ def simulate(
       not, so that a `lax.scan` over steps can scan a trace of failures. In
       `jfog.neighbor_allreduce` and `jfog.pair_gossip` a rank adds the weights of
       missing in-neighbors to its own, by the rule of `jfog.topology.without`, as processes do with
-      `jfog.init(on_missing="reweight")`. A missing rank computes on, by itself; its
+      `jfog.init(on_missing="reweight")`. So does `jfog.win_update` (with `reset=True` a missing
+      rank adds nothing), whereas `jfog.win_put`, `jfog.win_accumulate` and `jfog.win_get` leave
+      slots as they are. A missing rank computes on, by itself; its
       results have no meaning. Any other operation inside `fun` is a `ValueError`.
     edge_ok: bools of shape `(size, size)`, the messages that arrive in this call,
-      by `[dst, src]`.
+      by `[dst, src]`. Slots of windows are read without messages.
+    delay: of the windows that `fun` makes, unless they have one of their own; as in
+      `jfog.win_create`.
     attackers: from ranks to attacks of `jfog.attacks`. In
       `jfog.neighbor_allreduce` and `jfog.neighbor_allgather` such a rank sends what
       the attack chooses, and its own part in its own result stays what it holds.
@@ -60,9 +65,10 @@ def simulate(
 
   Raises:
     ValueError: if `size` is not positive, `local_size` does not divide it, a
-      stacked argument has a length other than `size`, `alive` or `edge_ok` has
-      another shape or dtype, an attacking rank is out of range, or all ranks attack.
-    TypeError: if `attackers` is not a dict from ints to attacks.
+      stacked argument has a length other than `size`, `alive`, `edge_ok` or `delay`
+      has another shape or dtype, an attacking rank is out of range, or all ranks attack.
+    TypeError: if `attackers` is not a dict from ints to attacks, or `delay` has no
+      integers.
 
   Example:
     >>> import jax.numpy as jnp, jfog
@@ -84,12 +90,17 @@ def simulate(
     )
   machines = size // local_size
   attacking = _attackers.checked(attackers, size)
+  delays = (
+    None if delay is None else _delays.checked_delay(delay, size, "simulate")
+  )
 
   @functools.wraps(fun)
   def simulated(*args: Any, **kwargs: Any) -> Any:
     run = functools.partial(run_all, *args, **kwargs)
     if attacking is not None:
       run = functools.partial(_attackers.run, run, attacking)
+    if delays is not None:
+      run = functools.partial(_delays.run, run, delays)
     if alive is None and edge_ok is None:
       return run()
     return _presence.run(run, size, alive, edge_ok)

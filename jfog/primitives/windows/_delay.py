@@ -3,11 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
-from jfog.runtime import Communicator
+from jfog.runtime import Axis, Communicator, checked_delay, window_delays
 
 
 class Pending(NamedTuple):
@@ -27,44 +25,22 @@ class Pending(NamedTuple):
 def check(delay: Any, comm: Communicator) -> Any:
   """A delay as tuples `[t][dst][src]`; None if there is none.
 
+  Without one it is that of the simulation.
+
   Raises:
     TypeError: if it is not an integer.
     ValueError: if it is negative, of another shape, or for a communicator of processes.
   """
   if delay is None:
-    return None
+    if not isinstance(comm, Axis):
+      return None
+    return window_delays(comm.axes, comm.size)
   if comm.backend in ("mpi", "nccl"):
     raise ValueError(
       "win_create: delay applies to a mesh and to simulation only; omit it "
       "between processes, where messages have real delays."
     )
-  if isinstance(delay, jax.core.Tracer):
-    raise TypeError(
-      "win_create: delay is traced; pass an int or a NumPy array of them."
-    )
-  table, size = np.asarray(delay), comm.size
-  if not np.issubdtype(table.dtype, np.integer):
-    raise TypeError(
-      f"win_create: delay has dtype {table.dtype}; it counts updates, so pass "
-      f"integers."
-    )
-  if table.ndim == 0:
-    table = np.full((size, size), table)
-  if table.ndim == 2:
-    table = table[None]
-  if table.shape[1:] != (size, size) or len(table) == 0:
-    raise ValueError(
-      f"win_create: delay has shape {np.shape(delay)}; pass an int, or an array "
-      f"delay[dst, src] or delay[t, dst, src] of {size} ranks."
-    )
-  if table.min() < 0:
-    raise ValueError(
-      f"win_create: delay has an entry {table.min()}; what is sent arrives 0 or "
-      f"more updates later."
-    )
-  if not table.any():
-    return None
-  return tuple(tuple(map(tuple, matrix)) for matrix in table.tolist())
+  return checked_delay(delay, comm.size, "win_create")
 
 
 def advance(pending: Pending, period: int) -> Pending:

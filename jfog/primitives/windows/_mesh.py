@@ -11,7 +11,7 @@ from jfog.primitives import _ffi_attributes, _mesh, _weighted_sum
 from jfog.primitives.windows import _delay, _slots
 from jfog.primitives.windows._delay import Pending
 from jfog.primitives.windows._window import EdgeWeights, Spec
-from jfog.runtime import Axis, refuse_with_attackers, refuse_with_missing
+from jfog.runtime import Axis, Presence, presence, refuse_with_attackers
 from jfog.topology._edge_coloring import permutations
 
 
@@ -64,7 +64,6 @@ def send(
 ) -> State:
   """Puts or accumulates `leaves` into this rank's slots at its out-neighbors."""
   name = "win_accumulate" if accumulate else "win_put"
-  refuse_with_missing(name)
   refuse_with_attackers(name)
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
@@ -80,7 +79,6 @@ def send(
 
 def get(spec: Spec, state: State, weights: EdgeWeights) -> State:
   """Copies what the in-neighbors expose into their slots."""
-  refuse_with_missing("win_get")
   refuse_with_attackers("win_get")
   edges = _slots.edges_of(spec.topology)
   if weights.chosen is not None:
@@ -116,11 +114,21 @@ def update(
   # neither read nor reset.
   reads = jnp.asarray(edges)[rank, sources]
   row = weights.values[sources]
-  difference = False
+  difference: Any = False
   if defaults:
     difference = jnp.asarray(_ffi_attributes.difference_rows(spec.topology))[
       rank
     ]
+  if (gone := missing(spec)) is not None:
+    # Slots of missing ranks are dropped. Their weights go to the own value; in a
+    # collect, where slots hold sums, they add nothing, which the difference form
+    # would count as the own value.
+    dropped = reads & gone[sources]
+    reads &= ~dropped
+    if reset:
+      difference &= ~dropped.any()
+    else:
+      self_weight = self_weight + jnp.where(dropped, row, 0).sum()
   values = [_mesh.varying(x, spec.comm) for x in leaves]
   values = _slots.pack(spec, values, associated_p(spec, state))
   results = _weighted_sum.combine(
@@ -150,9 +158,28 @@ def versions(spec: Spec, state: State) -> jax.Array:
   return jnp.where(ours, state.versions[:, None], 0).sum(axis=0)
 
 
+def missing(spec: Spec) -> jax.Array | None:
+  """The ranks without which this one goes on; None if there are none.
+
+  A rank that is missing itself goes on without all others.
+  """
+  if (present := _presence(spec)) is None:
+    return None
+  own = spec.comm.rank == jnp.arange(spec.comm.size)
+  return ~(present.ranks & present.ranks[spec.comm.rank]) & ~own
+
+
 def associated_p(spec: Spec, state: State) -> Any:
   """The p of what this rank exposes; None if there is none."""
   return _slots.unpack(spec, state.exposed)[1]
+
+
+def _presence(spec: Spec) -> Presence | None:
+  """Ranks and edges that take part; None if none is missing."""
+  comm = spec.comm
+  if not isinstance(comm, Axis):
+    return None
+  return presence(comm.axes, comm.size, "operations on windows")
 
 
 def _fetch(
@@ -224,6 +251,8 @@ def _arrive(
   """Delivers one message over each of the `edges`, now or after its delay."""
   rank, sources = spec.comm.rank, _slots.own_sources(spec)
   sent = jnp.asarray(edges)[rank, sources]
+  if (present := _presence(spec)) is not None:
+    sent &= present.edges[rank, sources]
   pending = state.pending
   if pending is None:
     return state._replace(

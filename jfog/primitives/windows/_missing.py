@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jfog.primitives import _operation
 from jfog.primitives._operation import Operation
-from jfog.primitives.windows import _arguments, _native
+from jfog.primitives.windows import _arguments, _mesh, _native
 from jfog.primitives.windows._window import Window
 
 
@@ -24,7 +24,7 @@ def win_missing(win: Window) -> Any:
 
   Returns:
     A bool array of shape `(size,)`, by rank. All false but in a job of
-    `jfog run --fault-tolerant`.
+    `jfog run --fault-tolerant` and in `jfog.simulate(alive=)`.
 
   Raises:
     TypeError: if `win` is not a window.
@@ -42,7 +42,8 @@ def win_missing(win: Window) -> Any:
   spec = _arguments.require_window(win, "win_missing")
   result, structure = jnp.zeros(spec.comm.size, bool), jax.tree.structure(0)
   if spec.comm.backend in ("mesh", "single"):
-    return Operation([result], structure, [result])
+    gone = _mesh.missing(spec)
+    return Operation([result], structure, [result if gone is None else gone])
   return Operation(
     [result],
     structure,
