@@ -392,6 +392,17 @@ def test_what_is_refused_in_operations():
     run(
       lambda x: jfog.neighbor_allgather(x, graph), alive=jnp.ones(N, jnp.bool_)
     )
+  # The attackers are among all ranks, not among those of a machine.
+  for part in ("local", "machines"):
+    with pytest.raises(ValueError, match=r"this communicator has [23]; use"):
+      run(
+        lambda x, part=part: jfog.neighbor_allgather(
+          x,
+          topology.ring({"local": 2, "machines": 3}[part]),
+          comm=getattr(jfog.Axis("jfog", "jfog_local"), part),
+        ),
+        local_size=2,
+      )
   wrong = attacks.Attack("wrong", lambda m: m.values)
   with pytest.raises(ValueError, match="attack wrong sends an array of shape"):
     run(lambda x: jfog.neighbor_allreduce(x, graph), attackers={1: wrong})

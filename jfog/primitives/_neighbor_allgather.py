@@ -24,7 +24,7 @@ from jfog.primitives.nccl._neighbor_allgather import (
   NeighborAllgather,
   NeighborAllgatherTranspose,
 )
-from jfog.runtime import AXIS_NAME, Axis, Communicator, resolve, sent
+from jfog.runtime import Axis, Communicator, is_simulated, resolve, sent
 from jfog.topology import Schedule, Topology
 from jfog.topology._edge_coloring import permutations
 from jfog.topology._neighbor_table import csr_attributes, neighbor_table
@@ -250,7 +250,7 @@ def _picked(
   sources = jnp.asarray(np.pad(table.sources[0], behind))[comm.rank]
   present = jnp.asarray(np.pad(table.present[0], behind))[comm.rank]
   gathered = _mesh.gather(x, comm.axes)
-  if AXIS_NAME in comm.axes:
+  if is_simulated(comm.axes):
     gathered = sent(
       gathered,
       comm.rank,
