@@ -153,9 +153,8 @@ def test_a_delay_of_the_simulation_is_that_of_its_windows(delay):
 
   late = run(None, delay)
   np.testing.assert_array_equal(run(delay, None), late)
-  np.testing.assert_array_equal(
-    run(3, delay), late
-  )  # the window's own is meant
+  # The window's own goes before that of the simulation.
+  np.testing.assert_array_equal(run(3, delay), late)
   np.testing.assert_array_equal(run(delay, 0), run(None, None))
   assert np.any(np.asarray(late) != run(None, None))
 

@@ -7,6 +7,7 @@ from jfog.runtime._attackers import (
   refuse_with_attackers as refuse_with_attackers,
 )
 from jfog.runtime._attackers import sent as sent
+from jfog.runtime._bindings import is_simulated as is_simulated
 from jfog.runtime._communicator import AXIS_NAME as AXIS_NAME
 from jfog.runtime._communicator import LOCAL_AXIS_NAME as LOCAL_AXIS_NAME
 from jfog.runtime._communicator import Axis as Axis
@@ -25,7 +26,6 @@ from jfog.runtime._map_ranks import num_ranks as num_ranks
 from jfog.runtime._map_ranks import shard as shard
 from jfog.runtime._map_ranks import stack as stack
 from jfog.runtime._presence import Presence as Presence
-from jfog.runtime._presence import is_simulated as is_simulated
 from jfog.runtime._presence import presence as presence
 from jfog.runtime._presence import refuse_with_missing as refuse_with_missing
 from jfog.runtime._process_communicator import (

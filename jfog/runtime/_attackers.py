@@ -1,10 +1,8 @@
 """Ranks of a simulation that send something other than what they hold."""
 
-import contextlib
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 
 from jfog import _validation
 from jfog.runtime import _presence
+from jfog.runtime._bindings import Bindings, new_marker
 
 
 class Message(NamedTuple):
@@ -86,7 +85,7 @@ class Attackers:
 
   def __init__(self, given: Mapping[int, Attack], size: int):
     self.size = size
-    self.marker = _presence.new_marker("attackers")
+    self.marker = new_marker("attackers")
     self.ranks: dict[Attack, list[int]] = {}
     for rank, attack in sorted(given.items()):
       self.ranks.setdefault(attack, []).append(rank)
@@ -101,18 +100,11 @@ class Attackers:
     honest = np.ones(self.size, np.bool_)
     for ranks in self.ranks.values():
       honest[ranks] = False
-    alive = _presence.alive_ranks()
-    return jnp.asarray(honest) if alive is None else alive & honest
+    present = _presence.current()
+    return jnp.asarray(honest) if present is None else present.ranks & honest
 
 
-class _Stack(threading.local):
-  """The attackers of the simulations that this thread traces."""
-
-  def __init__(self) -> None:
-    self.attackers: list[Attackers] = []
-
-
-_stack = _Stack()
+_bindings = Bindings[Attackers]()
 
 
 def checked(attackers: Any, size: int) -> Attackers | None:
@@ -148,26 +140,12 @@ def checked(attackers: Any, size: int) -> Attackers | None:
 
 def run(fun: Callable[[], Any], attackers: Attackers) -> Any:
   """Runs `fun` with attackers."""
-
-  def body() -> Any:
-    with _bound(attackers):
-      return fun()
-
-  return _presence.marked(body, attackers.marker)
-
-
-@contextlib.contextmanager
-def _bound(attackers: Attackers) -> Iterator[None]:
-  _stack.attackers.append(attackers)
-  try:
-    yield
-  finally:
-    _stack.attackers.pop()
+  return _bindings.run(fun, attackers, attackers.marker)
 
 
 def has_attackers() -> bool:
   """Whether this thread traces a simulation with attackers."""
-  return bool(_stack.attackers)
+  return _bindings.current is not None
 
 
 def refuse_with_attackers(name: str) -> None:
@@ -176,7 +154,7 @@ def refuse_with_attackers(name: str) -> None:
   Raises:
     ValueError: naming the operation.
   """
-  if _stack.attackers:
+  if _bindings.current is not None:
     raise ValueError(
       f"{name}: simulate has attackers=, and what they send is defined in "
       f"neighbor_allreduce and neighbor_allgather only; call {name} outside, or "
@@ -205,9 +183,9 @@ def sent(
     ValueError: if the ranks are not those of the simulation, or an attack returns
       an array of another shape.
   """
-  if not _stack.attackers:
+  attackers = _bindings.current
+  if attackers is None:
     return gathered
-  attackers = _stack.attackers[-1]
   if len(gathered) != attackers.size:
     raise ValueError(
       f"{name}: simulate has attackers= among {attackers.size} ranks, and this "
@@ -221,9 +199,9 @@ def sent(
     )
   wide = jnp.promote_types(gathered.dtype, jnp.float32)
   row = jnp.asarray(weights()).at[receiver].set(0)
-  present = _presence.present_edges()
+  present = _presence.current()
   if present is not None:
-    row = jnp.where(present[receiver], row, 0)
+    row = jnp.where(present.edges[receiver], row, 0)
   message = Message(
     values=gathered.astype(wide),
     honest=attackers.honest(),

@@ -1,28 +1,19 @@
 """Delays of what is sent over windows in a simulation."""
 
-import contextlib
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 
-from jfog.runtime import _presence
+from jfog.runtime._bindings import Bindings, is_simulated, new_marker
 
 # By the update in which it is sent, the destination and the source.
 Delays = tuple[tuple[tuple[int, ...], ...], ...]
 
 
-class _Stack(threading.local):
-  """The delays of the simulations that this thread traces."""
-
-  def __init__(self) -> None:
-    self.delays: list[Delays] = []
-
-
-_stack = _Stack()
+_bindings = Bindings[Delays]()
 
 
 def window_delays(axes: Collection[str], size: int) -> Delays | None:
@@ -31,9 +22,9 @@ def window_delays(axes: Collection[str], size: int) -> Delays | None:
   Raises:
     ValueError: if their ranks are not those of the simulation.
   """
-  if not _stack.delays or not _presence.is_simulated(axes):
+  delays = _bindings.current
+  if delays is None or not is_simulated(axes):
     return None
-  delays = _stack.delays[-1]
   if len(delays[0]) != size:
     raise ValueError(
       f"win_create: simulate has delay= among {len(delays[0])} ranks, and this "
@@ -80,18 +71,4 @@ def checked_delay(delay: Any, size: int, operation: str) -> Delays | None:
 
 def run(fun: Callable[[], Any], delays: Delays) -> Any:
   """Runs `fun`, whose windows have these delays."""
-
-  def body() -> Any:
-    with _bound(delays):
-      return fun()
-
-  return _presence.marked(body, _presence.new_marker("delays"))
-
-
-@contextlib.contextmanager
-def _bound(delays: Delays) -> Iterator[None]:
-  _stack.delays.append(delays)
-  try:
-    yield
-  finally:
-    _stack.delays.pop()
+  return _bindings.run(fun, delays, new_marker("delays"))

@@ -1,17 +1,12 @@
 """Ranks and links that are missing in a simulation."""
 
-import contextlib
-import itertools
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jfog.runtime._communicator import AXIS_NAME, LOCAL_AXIS_NAME
-
-_numbers = itertools.count()
+from jfog.runtime._bindings import Bindings, is_simulated, new_marker
 
 
 class Presence(NamedTuple):
@@ -21,19 +16,7 @@ class Presence(NamedTuple):
   ranks: jax.Array  # shape=(size,), bool
 
 
-class _Stack(threading.local):
-  """Ranks and edges that take part in the simulations that this thread traces."""
-
-  def __init__(self) -> None:
-    self.present: list[Presence] = []
-
-
-_stack = _Stack()
-
-
-def is_simulated(axes: Collection[str]) -> bool:
-  """Whether the axes may be those of `simulate`."""
-  return AXIS_NAME in axes or LOCAL_AXIS_NAME in axes
+_bindings = Bindings[Presence]()
 
 
 def presence(axes: Collection[str], size: int, name: str) -> Presence | None:
@@ -42,9 +25,9 @@ def presence(axes: Collection[str], size: int, name: str) -> Presence | None:
   Raises:
     ValueError: if its ranks are not those of the simulation.
   """
-  if not _stack.present or not is_simulated(axes):
+  present = _bindings.current
+  if present is None or not is_simulated(axes):
     return None
-  present = _stack.present[-1]
   if len(present.ranks) != size:
     raise ValueError(
       f"{name}: simulate has alive= or edge_ok= of {len(present.ranks)} ranks, and "
@@ -53,14 +36,9 @@ def presence(axes: Collection[str], size: int, name: str) -> Presence | None:
   return present
 
 
-def alive_ranks() -> jax.Array | None:
-  """The ranks of the simulation that take part; None if none is missing."""
-  return _stack.present[-1].ranks if _stack.present else None
-
-
-def present_edges() -> jax.Array | None:
-  """The edges of the simulation that are present; None if none is missing."""
-  return _stack.present[-1].edges if _stack.present else None
+def current() -> Presence | None:
+  """Ranks and edges that take part in the simulation; None if none is missing."""
+  return _bindings.current
 
 
 def refuse_with_missing(name: str) -> None:
@@ -69,7 +47,7 @@ def refuse_with_missing(name: str) -> None:
   Raises:
     ValueError: naming the operation.
   """
-  if _stack.present:
+  if _bindings.current is not None:
     raise ValueError(
       f"{name}: simulate has alive= or edge_ok=, and of all operations only "
       f"neighbor_allreduce, pair_gossip and those of windows go on without missing "
@@ -82,36 +60,7 @@ def run(fun: Callable[[], Any], size: int, alive: Any, edge_ok: Any) -> Any:
   present = _checked(edge_ok, (size, size), "edge_ok")
   ranks = _checked(alive, (size,), "alive")
   present &= ranks[:, None] & ranks[None, :]
-
-  def body() -> Any:
-    with _bound(Presence(present, ranks)):
-      return fun()
-
-  return marked(body, new_marker("presence"))
-
-
-def new_marker(kind: str) -> str:
-  """A name for `marked` that was not used before."""
-  return f"jfog_{kind}_{next(_numbers)}"
-
-
-def marked(fun: Callable[[], Any], marker: str) -> Any:
-  """Runs `fun` inside of an axis of that name.
-
-  The name of a bound axis is part of the key of JAX's caches: a function that is
-  jitted inside of `fun` is traced again, and not taken from another simulation.
-  """
-  run = jax.vmap(lambda _: fun(), out_axes=None, axis_name=marker)
-  return run(jnp.zeros(1))
-
-
-@contextlib.contextmanager
-def _bound(present: Presence) -> Iterator[None]:
-  _stack.present.append(present)
-  try:
-    yield
-  finally:
-    _stack.present.pop()
+  return _bindings.run(fun, Presence(present, ranks), new_marker("presence"))
 
 
 def _checked(mask: Any, shape: tuple[int, ...], name: str) -> jax.Array:
