@@ -32,10 +32,10 @@ struct Libraries {
   CudaFunctions cuda_functions;
 };
 
-struct Close {
+struct LibraryDeleter {
   void operator()(void* library) const { dlclose(library); }
 };
-using Library = std::unique_ptr<void, Close>;
+using Library = std::unique_ptr<void, LibraryDeleter>;
 
 std::string LoaderError() {
   const char* text = dlerror();
