@@ -40,7 +40,7 @@ def run(command):
 def build(program, units, includes):
   """Compiles lists of sources with sanitizers, each as one unit, and links them."""
   options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-  flags = [*options, "-std=c++17", "-O1", "-pthread", "-ffp-contract=off"]
+  flags = [*options, "-std=c++17", "-O0", "-pthread", "-ffp-contract=off"]
   flags += ["-I", ROOT / "xla_ops", "-isystem", jax.ffi.include_dir()]
   for folder in includes:
     flags += ["-isystem", folder]

@@ -77,14 +77,12 @@ def test_a_wrong_number_is_found():
   assert "(3, 2)" in values.difference(other, truth, 1)
 
 
-@pytest.mark.parametrize(
-  "number", [0, *(pytest.param(n, marks=full) for n in (1, 2, 3, 4, 5))]
-)
+@pytest.mark.parametrize("number", range(6))
 def test_random_programs(number):
   require(plan.run(plan.Job(SEED, number, "programs", 8)))
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=full)])
+@pytest.mark.parametrize("number", range(2))
 def test_ranks_that_disagree(number):
   require(plan.run(plan.Job(SEED, number, "mismatches", 4)))
 
@@ -96,9 +94,7 @@ def test_faults(cell):
   require([{**line, "command": "pytest --soak tests/test_soak.py -k faults"}])
 
 
-@pytest.mark.parametrize(
-  "kind", [pytest.param("late", marks=full), "suspended"]
-)
+@pytest.mark.parametrize("kind", ["late", "suspended"])
 def test_late_and_suspended_ranks(kind):
   require(plan.run(plan.Job(SEED, 0, kind, 2)))
 

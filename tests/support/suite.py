@@ -59,7 +59,6 @@ QUICK_TESTS = {
   "test_pairs_go_on_without_ranks_and_messages",
   "test_simulation_goes_on_without_ranks_and_messages",
   "test_weights_at_run_time_go_to_the_own_value",
-  "test_resource_allocation",
   "test_leaves_across_chunks",
   "test_lengths_and_graphs_in_turn",
   "test_more_in_flight_than_slots",
@@ -106,6 +105,7 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_examples_run": (
     *("relay_sum", "power_gossip", "deep_squeeze", "_window_averaging."),
     *("_bias_corrected.", "_periodic.", "_quantize.", "_low_rank."),
+    *("attacks._attacks.", "lab._sweep."),
   ),
   # Operations
   "test_value_is_the_dense_product": (
@@ -141,6 +141,8 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   "test_many_neighbors": (),
   "test_an_infinite_radius_is_plain_averaging": (),
   "test_optimizers_take_them": (),
+  "test_robust_averages_stay_near_where_the_plain_one_diverges": (),
+  "test_value_and_gradient_are_those_of_the_product": ("[1",),
   # Windows: the mesh runs the same program as the simulation.
   "test_any_interleaving_is_the_models": ("simulate",),
   "test_push_sum_finds_the_average_and_loses_nothing": ("simulate",),
@@ -150,13 +152,18 @@ FULL_TESTS: dict[str, tuple[str, ...]] = {
   # Pages that take long; the others are quick.
   "test_python_blocks_run": (
     *("frameworks", "machines", "own_algorithm", "watching", "coming_from"),
-    "training_loops",
+    *("training_loops", "docs/lab"),
   ),
   "test_two_groups_of_ranks_of_mpi4py": (),
   "test_the_traced_program": (),
   "test_the_report_of_the_first_failure": (),
   "test_counters_and_the_warning_of_a_wait": (),
   # Jobs of their own
+  "test_random_programs": (),
+  "test_ranks_that_disagree": (),
+  "test_late_and_suspended_ranks": (),
+  "test_a_training_of_one_rank": (),
+  "test_a_file_for_the_output_of_each_rank": ("--no-tag-output",),
   "test_chunks_of_operations_with_one_tag_are_not_swapped": (),
   "test_a_peer_that_has_passed_by_is_a_mismatch": (),
   "test_an_operation_without_memory_is_an_error_on_all_ranks": (
@@ -185,12 +192,14 @@ SOAK_TESTS: dict[str, tuple[str, ...]] = {
   # Their forms on MPI compare with the simulation.
   "test_average_consensus": (),
   "test_digits_on_virtual_ranks": (),
+  "test_digits_are_equal_on_mpi_and_in_simulation": (),
   "test_exact_methods_find_the_minimizer": (),
   "test_flax_network_resumes": ("simulate",),
   "test_low_rank_adapters": ("simulate",),
   "test_states_of_the_old_graph_are_made_anew": ("relay",),
   # One network, fault or order of several.
-  "test_random_programs": ("3", "4", "5"),
+  "test_random_programs": ("2", "3", "4", "5"),
+  "test_faults": ("stop-in_init",),
   "test_windows_at_work": ("TCP",),
   "test_operations_after_the_end_of_a_window": ("shared memory",),
   "test_ranks_that_end_their_loops_at_different_times": ("shared memory",),
