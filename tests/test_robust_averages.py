@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from support.algorithms import directed
 
 import jfog
@@ -143,6 +144,42 @@ def test_a_known_step_takes_its_round(place, rng):
     np.testing.assert_allclose(
       rows_of(found[name]), expected, rtol=1e-5, atol=1e-5, err_msg=name
     )
+
+
+@pytest.mark.parametrize("graph", ["irregular", "changing"])
+def test_a_shard_map_with_typed_axes(rng, graph):
+  n = 4
+  used = GRAPHS[graph](n)
+  comm = jfog.Axis("data")
+  averages = {
+    "clipped": optimizers.clipped(used, comm=comm),
+    "trimmed": optimizers.trimmed_mean(used, 1, comm=comm),
+    "median": optimizers.coordinate_median(used, comm=comm),
+    "nearest": optimizers.nearest_mean(used, 1, comm=comm),
+  }
+
+  def program(x, step):
+    own = x[0]
+    return {name: f(own, step)[None] for name, f in averages.items()}
+
+  rows, whole = PartitionSpec("data"), PartitionSpec()
+  run = jax.jit(
+    jax.shard_map(
+      program,
+      mesh=Mesh(np.array(jax.devices()[:n]), ("data",)),
+      in_specs=(rows, whole),
+      out_specs=rows,
+      check_vma=True,
+    )
+  )
+  x = rng.randn(n, 8)
+  for step in range(len(used.rounds)):
+    found = run(jnp.asarray(x, jnp.float32), jnp.int32(step))
+    for name in averages:
+      np.testing.assert_allclose(
+        *(found[name], truth(name, used.rounds[step], x)),
+        **{"rtol": 1e-5, "atol": 1e-5, "err_msg": name},
+      )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

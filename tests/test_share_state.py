@@ -186,10 +186,11 @@ say("DONE", place=place, size=world.size, x=np.asarray(state["x"]).tolist(),
 """
 
 
-def run(plan, program=PROGRAM):
+def run(plan, program=PROGRAM, options=()):
   """Runs a plan; returns its exit code, what ranks have said by kind, and stderr."""
   command = launch.command_line(
     [
+      *options,
       *("--no-tag-output", "--fault-tolerant", "-np", str(plan["ranks"])),
       *("--spares", str(plan["spares"])),
     ]
@@ -250,6 +251,34 @@ def check_states(said):
         assert each["got"] in passed[sources[each["rank"]]]
         assert each["got"] != each["passed"]
   return joined
+
+
+@needs_mpi
+def test_each_world_has_its_timeline(tmp_path):
+  kills = [{"place": 1, "when": 3, "seed": 1}]
+  plan = {"ranks": 3, "spares": 1, "steps": 6, "kills": kills}
+  code, said, err = run(plan, options=("--timeline", str(tmp_path)))
+  assert code == 0 and len(said["DONE"]) == 3, err
+  first, second = (
+    json.loads((tmp_path / name).read_text())
+    for name in ("timeline.json", "timeline-2.json")
+  )
+  assert first["jfog"]["incomplete_ranks"] == [1]
+  whole = second["jfog"]
+  assert (whole["ranks"], whole["missing_ranks"]) == (3, [])
+  assert not whole["incomplete_ranks"] and not whole["lost_events"]
+  # The ring's three edges in both directions, in each step.
+  averages = [
+    (event["pid"], event["args"]["sequence"])
+    for event in second["traceEvents"]
+    if event["ph"] == "X" and event["name"].startswith("neighbor_allreduce #")
+  ]
+  steps = len({sequence for _, sequence in averages})
+  assert steps >= 3 and len(averages) == 3 * steps
+  assert {rank for rank, _ in averages} == {1, 2, 3}
+  flows = [event for event in second["traceEvents"] if event["ph"] == "f"]
+  assert len(flows) == whole["messages"] >= 6 * steps
+  assert whole["messages_with_one_end"] == 0
 
 
 @needs_mpi

@@ -63,7 +63,11 @@ class Recording:
     assert recorder is not None
     self.recorder = recorder
     recorder.start(events)
-    self._compare_clocks()
+    try:
+      self._compare_clocks()
+    except RuntimeError:
+      recorder.stop()
+      raise
     _open = self
 
   def end(self, *, alone: bool = False) -> None:
@@ -167,6 +171,18 @@ def begin_from_environment(
     recording = begin(_path(folder, _free(folder)), None)
     atexit.register(recording.end)
   del recording  # `end_open` finds it
+
+
+def begin_in_next_world(comm: Communicator, environ: Mapping[str, str]) -> None:
+  """Begins one as `begin_from_environment` does, after a recovery.
+
+  Collective over the new world. If that fails, as where one more rank does, this rank
+  goes on without a recording: the error is that of its next operation.
+  """
+  try:
+    begin_from_environment(comm, environ)
+  except (RuntimeError, OSError) as error:
+    print(f"jfog: timeline: {error}", file=sys.stderr)
 
 
 def _is_descendant(environ: Mapping[str, str]) -> bool:

@@ -1,5 +1,7 @@
 """Ranks that fail: who is missing, and a world of those that are left."""
 
+import os
+
 import jax
 
 from jfog import _validation
@@ -8,6 +10,7 @@ from jfog.runtime import (
   _exit,
   _extensions,
   _rank_process,
+  _recording,
   _regroup,
   _role,
   _world,
@@ -131,6 +134,7 @@ def recover(size: int | None = None) -> Communicator:
     native.interrupt(part.context)
   native.call_spares()
   _exit.wait_for_operations()
+  _recording.end_open(alone=True)  # a timeline is that of one world
   for part in parts:
     native.close(part.context)
   native.reset_program_device()
@@ -139,4 +143,5 @@ def recover(size: int | None = None) -> Communicator:
   assert made.world is not None  # a rank of a world keeps its place
   _world.prepare(made.world, made.processes)
   _world.replace(made.world)
+  _recording.begin_in_next_world(made.world, os.environ)
   return made.world

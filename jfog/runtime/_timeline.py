@@ -33,7 +33,8 @@ def timeline(
   of the script.
 
   If the body raises on some rank, that rank ends its part without the others and
-  nothing is merged.
+  nothing is merged. A call of `jfog.recover` in the body ends the recording: a timeline
+  is that of one world.
 
   Args:
     path: of the merged file; equal on all ranks.

@@ -203,7 +203,9 @@ def init(
     if local_size not in (None, 1):
       raise ValueError(f"local_size={local_size} does not divide a world of 1.")
     world = Single()
-  if not is_spare:
+  if is_spare:
+    _recording.begin_in_next_world(world, os.environ)
+  else:
     _recording.begin_from_environment(world, os.environ)
   _world, _arguments = world, arguments
   if isinstance(world, ProcessCommunicator):
