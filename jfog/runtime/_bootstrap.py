@@ -12,6 +12,7 @@ from jfog.runtime import (
   _gpu_placement,
   _rank_process,
   _role,
+  _shared_memory,
 )
 from jfog.runtime._communicator import Single
 from jfog.runtime._process_communicator import (
@@ -120,6 +121,8 @@ def open_processes(
   with _rank_process.marked() if comm is None else nullcontext():
     with _alone() if launched is None and comm is None else nullcontext():
       start.call(native.start)
+    if os.environ.get("JFOG_FAULT_TOLERANT") == "1":
+      _shared_memory.reserve()
     if comm is None:
       context = start.call(native.open_world, local_size or 0, timeout, spares)
       if context < 0:

@@ -138,8 +138,10 @@ def command_of(plan):
     ["--no-tag-output", "--fault-tolerant", "-np", str(plan.ranks)]
   )
   if plan.has("fill"):
-    # A mount of this job alone, so that no other one runs out of it.
-    mount = 'mount -t tmpfs -o size=48m tmpfs /dev/shm && exec "$@"'
+    # A mount of this job alone, so that no other one runs out of it. Open MPI has
+    # 16 MB for each rank, which jfog reserves if as much stays free.
+    size = f"{16 * plan.ranks + 48}m"
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
   return command
 

@@ -50,7 +50,8 @@ ffi::Error Collective::StartCheck() {
   check_[1] = ~own;
   Reserve(1);
   JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(MPI_IN_PLACE, check_, 2, MPI_UINT64_T,
-                                          MPI_MAX, comm().comm(), Add()));
+                                          MPI_MAX, comm().collective_comm(),
+                                          Add()));
   return ffi::Error::Success();
 }
 
@@ -92,7 +93,7 @@ ffi::Error Collective::StartCompare() {
   Reserve(1);
   JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(sent, sizeof(Header), MPI_BYTE,
                                           headers_, sizeof(Header), MPI_BYTE,
-                                          comm().comm(), Add()));
+                                          comm().collective_comm(), Add()));
   return ffi::Error::Success();
 }
 
@@ -122,8 +123,9 @@ ffi::Error RecordGather::Begin() {
   gathered_ = Allocate(bytes_ * static_cast<std::size_t>(comm().size()));
   const int count = static_cast<int>(bytes_);
   Reserve(1);
-  JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(
-      sent, count, MPI_BYTE, gathered_, count, MPI_BYTE, comm().comm(), Add()));
+  JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgather(sent, count, MPI_BYTE, gathered_,
+                                          count, MPI_BYTE,
+                                          comm().collective_comm(), Add()));
   return ffi::Error::Success();
 }
 

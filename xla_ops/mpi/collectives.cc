@@ -91,9 +91,9 @@ class AllreduceOperation : public Collective {
   ffi::Error Reduce(DataType type, int count, std::byte* piece) {
     const int size = comm().size();
     if (count * SizeOf(type) < kPartsFrom || size > kPartsUpTo) {
-      JFOG_MPI_RETURN_IF_ERROR(
-          MPI_Iallreduce(MPI_IN_PLACE, piece, count, MpiType(type),
-                         MpiOp(reduction_, type), comm().comm(), Add()));
+      JFOG_MPI_RETURN_IF_ERROR(MPI_Iallreduce(
+          MPI_IN_PLACE, piece, count, MpiType(type), MpiOp(reduction_, type),
+          comm().collective_comm(), Add()));
       return ffi::Error::Success();
     }
     Parts& parts = parts_.emplace_back(Parts{type, piece, nullptr, {}, {}});
@@ -111,10 +111,10 @@ class AllreduceOperation : public Collective {
     std::vector<int>& counts = received_.emplace_back(size, own);
     std::vector<int>& starts = received_.emplace_back();
     for (int rank = 0; rank < size; ++rank) starts.push_back(rank * own);
-    JFOG_MPI_RETURN_IF_ERROR(
-        MPI_Ialltoallv(piece, parts.counts.data(), parts.starts.data(),
-                       MpiType(type), parts.received, counts.data(),
-                       starts.data(), MpiType(type), comm().comm(), Add()));
+    JFOG_MPI_RETURN_IF_ERROR(MPI_Ialltoallv(
+        piece, parts.counts.data(), parts.starts.data(), MpiType(type),
+        parts.received, counts.data(), starts.data(), MpiType(type),
+        comm().collective_comm(), Add()));
     return ffi::Error::Success();
   }
 
@@ -139,7 +139,8 @@ class AllreduceOperation : public Collective {
       }
       JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgatherv(
           MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, parts.wire, parts.counts.data(),
-          parts.starts.data(), MpiType(parts.type), comm().comm(), Add()));
+          parts.starts.data(), MpiType(parts.type), comm().collective_comm(),
+          Add()));
     }
     return ffi::Error::Success();
   }
@@ -192,7 +193,8 @@ class BroadcastOperation : public Collective {
     for (std::size_t start = 0; start < total; start += kPiece) {
       const int count = static_cast<int>(std::min(kPiece, total - start));
       JFOG_MPI_RETURN_IF_ERROR(MPI_Ibcast(packed_ + start, count, MPI_BYTE,
-                                          root_, comm().comm(), Add()));
+                                          root_, comm().collective_comm(),
+                                          Add()));
     }
     Count(is_root ? total : 0, is_root ? 0 : total);
     return ffi::Error::Success();
@@ -247,7 +249,7 @@ class AllgatherOperation : public Collective {
       Copy(gathered_[i] + starts_[i][comm().rank()], leaf.input, leaf.bytes());
       JFOG_MPI_RETURN_IF_ERROR(MPI_Iallgatherv(
           MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, gathered_[i], lengths_[i].data(),
-          starts_[i].data(), MPI_BYTE, comm().comm(), Add()));
+          starts_[i].data(), MPI_BYTE, comm().collective_comm(), Add()));
       Count(leaf.bytes(), leaf.output_bytes() - leaf.bytes());
     }
     return ffi::Error::Success();

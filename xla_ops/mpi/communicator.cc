@@ -88,7 +88,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
     number_ = ++root_->parts_;
     root_ranks_ = RanksOf(comm(), root_->comm());
   }
-  mailboxes_ = Mailboxes::Make(comm(), RanksOnMachine());
+  mailboxes_ = Mailboxes::Make(collective_comm(), RanksOnMachine());
   shares_memory_ = channels_ != nullptr;
   for (int peer = 0; peer < size_ && shares_memory_; ++peer) {
     shares_memory_ = channels_->Reaches(RankInRoot(peer));
@@ -96,7 +96,7 @@ Communicator::Communicator(MPI_Comm parent, double timeout,
   if (root_ != nullptr) {
     chunks_in_flight_ = root_->chunks_in_flight_;
   } else if (!shares_memory_ && size_ > 1) {
-    chunks_in_flight_ = MeasureChunksInFlight(comm());
+    chunks_in_flight_ = MeasureChunksInFlight(collective_comm());
   }
 }
 

@@ -57,10 +57,14 @@ class Communicator {
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
+  // Carries the messages of operations.
   MPI_Comm comm() const { return duplicates_->comm(); }
-  // Carries control messages and consistency checks, outside the ordered chain.
+  // Carries control messages and those of windows, outside the ordered chain.
   MPI_Comm control_comm() const { return duplicates_->control_comm(); }
-  // Counts the messages on both.
+  // For collectives of MPI: in the ordered chain, and outside of it.
+  MPI_Comm collective_comm() const { return duplicates_->collective_comm(); }
+  MPI_Comm agreement_comm() const { return duplicates_->agreement_comm(); }
+  // Counts the messages.
   Duplicates& duplicates() const { return *duplicates_; }
   int rank() const { return rank_; }
   int size() const { return size_; }

@@ -31,7 +31,7 @@ class GraphAgreement : public Operation {
     numbers()[0] = graph_;
     numbers()[1] = ~graph_;
     return Started(MPI_Iallreduce(MPI_IN_PLACE, numbers(), 2, MPI_UINT64_T,
-                                  MPI_MAX, comm().control_comm(), Slot(0)),
+                                  MPI_MAX, comm().agreement_comm(), Slot(0)),
                    "in MPI_Iallreduce", 0);
   }
 
@@ -46,7 +46,7 @@ class GraphAgreement : public Operation {
       *own() = graph_;
       return Started(
           MPI_Iallgather(own(), 1, MPI_UINT64_T, all(), 1, MPI_UINT64_T,
-                         comm().control_comm(), Slot(0)),
+                         comm().agreement_comm(), Slot(0)),
           "in MPI_Iallgather", 0);
     }
     for (int rank = 0; rank < comm().size(); ++rank) {

@@ -50,6 +50,8 @@ std::vector<int> WorldRanks(MPI_Comm comm) {
 Duplicates::Duplicates(MPI_Comm parent)
     : comm_(DuplicateOf(parent)),
       control_comm_(DuplicateOf(parent)),
+      collective_comm_(DuplicateOf(parent)),
+      agreement_comm_(DuplicateOf(parent)),
       sent_(SizeOfComm(parent)),
       received_(sent_.size()),
       control_sent_(sent_.size()),

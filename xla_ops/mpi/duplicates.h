@@ -4,6 +4,7 @@
 
 #include <mpi.h>
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -16,8 +17,16 @@
 
 namespace jfog::mpi {
 
-// Two duplicates of a communicator, one for operations and one for control
-// messages, with counts of the messages on them.
+// Duplicates of a communicator, with counts of the messages on them: for
+// messages of operations, for control messages, and for collectives of MPI,
+// those of operations and those of agreements, which ranks may start in another
+// order.
+//
+// Messages and collectives have communicators of their own. Where a rank fails,
+// Open MPI 5.0 drops messages of collectives, also those of a rank that lives,
+// and then waits for the place of the dropped one in the sequence of that
+// rank's messages: no later message from there would arrive on that
+// communicator.
 //
 // MPI has few of them (Open MPI 65532), and freeing one is collective, while a
 // shutdown is not. So they are kept, and the next world or part of the same
@@ -33,6 +42,11 @@ class Duplicates {
 
   MPI_Comm comm() const { return comm_; }
   MPI_Comm control_comm() const { return control_comm_; }
+  MPI_Comm collective_comm() const { return collective_comm_; }
+  MPI_Comm agreement_comm() const { return agreement_comm_; }
+  std::array<MPI_Comm, 4> all() const {
+    return {comm_, control_comm_, collective_comm_, agreement_comm_};
+  }
 
   // Of messages on either, but control messages: when one is sent, and when one
   // has been received.
@@ -60,6 +74,8 @@ class Duplicates {
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   MPI_Comm control_comm_ = MPI_COMM_NULL;
+  MPI_Comm collective_comm_ = MPI_COMM_NULL;
+  MPI_Comm agreement_comm_ = MPI_COMM_NULL;
   Counts sent_, received_, control_sent_, control_received_;  // by rank
   std::mutex mutex_;            // guards all below
   std::list<Sent> in_transit_;  // control messages

@@ -155,7 +155,7 @@ std::int64_t Open(MPI_Comm parent, int local_size, double timeout) {
   }
   auto comm = std::make_shared<Communicator>(
       parent, timeout, ChannelsOf(parent, local_size), nullptr);
-  SetOversubscribed(IsOversubscribed(comm->comm()));
+  SetOversubscribed(IsOversubscribed(comm->collective_comm()));
   return AddRoot(std::move(comm));
 }
 
@@ -218,7 +218,8 @@ int LeaderInJob() { return ThisProcess().leader; }
 
 std::int64_t Split(std::int64_t context, int color, int key) {
   const std::shared_ptr<Communicator> root = Get(context);
-  const TemporaryComm made = TemporaryComm::Split(root->comm(), color, key);
+  const TemporaryComm made =
+      TemporaryComm::Split(root->collective_comm(), color, key);
   auto comm = std::make_shared<Communicator>(made.comm(), root->timeout(),
                                              root->shared_channels(), root);
   comm->SetReweights(root->reweights());
@@ -231,10 +232,10 @@ int Size(std::int64_t context) { return Get(context)->size(); }
 
 std::vector<int> Machines(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Get(context);
-  const int leader = LeaderOf(comm->comm());
+  const int leader = LeaderOf(comm->collective_comm());
   std::vector<int> leaders(comm->size());
   if (MPI_Allgather(&leader, 1, MPI_INT, leaders.data(), 1, MPI_INT,
-                    comm->comm()) != MPI_SUCCESS) {
+                    comm->collective_comm()) != MPI_SUCCESS) {
     throw std::runtime_error("jfog: MPI_Allgather failed");
   }
   return leaders;
@@ -254,7 +255,7 @@ std::vector<std::string> Gather(std::int64_t context, const std::string& text,
   MPI_Request request = MPI_REQUEST_NULL;
   if (MPI_Iallgather(buffers->mine.data(), length, MPI_BYTE,
                      buffers->all.data(), length, MPI_BYTE,
-                     comm->control_comm(), &request) != MPI_SUCCESS) {
+                     comm->agreement_comm(), &request) != MPI_SUCCESS) {
     throw std::runtime_error("jfog: MPI_Iallgather failed");
   }
   WaitTime wait;
@@ -311,8 +312,7 @@ void Interrupt(std::int64_t context) {
   const std::shared_ptr<Communicator> comm = Get(context);
   comm->Fail(ffi::ErrorCode::kUnavailable,
              "jfog.recover has been called on this rank");
-  Revoke(comm->comm());
-  Revoke(comm->control_comm());
+  for (MPI_Comm each : comm->duplicates().all()) Revoke(each);
 }
 
 void CallSpares() {
