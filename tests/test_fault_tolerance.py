@@ -97,7 +97,8 @@ def test_other_operations_refuse_missing_ranks():
   alive = jnp.ones(SIZE, bool)
   for operation in (jfog.allreduce, jfog.broadcast, jfog.allgather):
     with pytest.raises(
-      ValueError, match="only neighbor_allreduce, pair_gossip and those of windows"
+      ValueError,
+      match="only neighbor_allreduce, pair_gossip and those of windows",
     ):
       jfog.simulate(operation, SIZE, alive=alive)(jnp.ones((SIZE, 1)))
 
@@ -467,6 +468,54 @@ def test_the_summary_is_that_of_the_last_world():
   rows = re.findall(r"jfog: +(\d) +(\d+) +40 kB +40 kB", err)
   assert rows == [(str(rank), "5") for rank in range(4)], err
   assert "jfog: 4 ranks, " in err
+
+
+LATE = """
+import os, signal, threading, time
+import jax, jax.numpy as jnp, numpy as np, jfog
+world = jfog.init(local_size=1, on_missing="reweight", timeout=100.0)
+n, x = world.size, jnp.ones(4) * world.rank
+random = np.random.RandomState(0)
+averages = []
+for _ in range(40):
+  weights = random.uniform(size=(n, n))
+  graph = jfog.topology.Topology(weights / weights.sum(axis=1, keepdims=True))
+  averages.append(
+    jax.jit(lambda x, graph=graph: jfog.neighbor_allreduce(x, graph)).lower(x).compile()
+  )
+zeros, ring = jnp.zeros(900), jfog.topology.ring(n)
+win = jfog.win_create(zeros, ring)
+put = jax.jit(jfog.win_put).lower(win, zeros).compile()
+processes = jfog.allgather(jnp.array([os.getpid()], jnp.int32))
+late, lost = int(processes[1]), int(processes[3])
+def befall():
+  time.sleep({delay})
+  os.kill(late, signal.SIGSTOP)
+  os.kill(lost, signal.SIGKILL)
+  time.sleep(0.3)
+  os.kill(late, signal.SIGCONT)
+if world.rank == 0:
+  threading.Thread(target=befall, daemon=True).start()
+for average in averages:
+  x = average(x)
+if world.rank == 3:
+  time.sleep(100)
+win = jax.block_until_ready(put(win, zeros + 1))
+x, win = jfog.win_update(win, zeros, self_weight=0.0, src_weights=1.0)
+print("LEFT", world.rank, flush=True)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+  "delay", [0.001, pytest.param(0.002, marks=pytest.mark.soak)]
+)
+def test_a_rank_that_is_late_to_learn_of_a_failure_is_heard(delay):
+  """Its collective, which the others do not take part in, took its messages along."""
+  code, out, err = launched(LATE.replace("{delay}", str(delay)), 4)
+  assert code == 0, (out, err)
+  lines = [f"LEFT {rank}" for rank in range(3)]
+  assert sorted(out.splitlines()) == lines
 
 
 MESSAGES = """

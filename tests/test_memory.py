@@ -1,11 +1,13 @@
 """Native memory that runs out: an error on all ranks, and no process ends by it."""
 
+import os
 import textwrap
 
 import pytest
 from support import jobs
 
 from jfog import runtime
+from jfog.runtime import _shared_memory
 
 pytestmark = pytest.mark.skipif(
   not runtime.build().MPI_FAMILY, reason="jfog was installed without MPI"
@@ -115,3 +117,27 @@ def test_a_service_without_memory_is_an_error_on_all_ranks(tmp_path):
   assert "RESOURCE_EXHAUSTED" in lines["rank 1"], out
   assert "on rank 1" in lines["rank 1"] and "bytes" in lines["rank 1"], out
   assert "rank 1 has no memory" in lines["rank 0"], out
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
+def test_the_memory_of_segments_is_reserved(tmp_path):
+  free = os.statvfs("/dev/shm")
+  sizes = {"small": 1 << 20, "large": free.f_bavail * free.f_frsize}
+  maps = tmp_path / "maps"
+  paths = {}
+  try:
+    for name, size in sizes.items():
+      paths[name] = f"/dev/shm/sm_segment.test.{os.getpid()}.{name}"
+      with open(paths[name], "wb") as file:
+        file.truncate(size)
+    lines = [f"7f00-7f10 rw-s 0 00:1a 7  {path}" for path in paths.values()]
+    maps.write_text("\n".join([*lines, "7f20-7f30 rw-p 0 00:00 0  [heap]", ""]))
+    for _ in range(2):
+      _shared_memory.reserve(str(maps))
+    taken = {k: 512 * os.stat(path).st_blocks for k, path in paths.items()}
+    assert taken["small"] >= sizes["small"] and taken["large"] == 0
+  finally:
+    for path in paths.values():
+      os.remove(path)
+  _shared_memory.reserve(str(maps))  # whose files are gone
+  _shared_memory.reserve(str(tmp_path / "none"))
