@@ -488,20 +488,28 @@ win = jfog.win_create(zeros, ring)
 put = jax.jit(jfog.win_put).lower(win, zeros).compile()
 processes = jfog.allgather(jnp.array([os.getpid()], jnp.int32))
 late, lost = int(processes[1]), int(processes[3])
+def send(process, number):
+  try:
+    os.kill(process, number)
+  except ProcessLookupError:  # on a loaded machine it may have ended before
+    pass
 def befall():
   time.sleep({delay})
-  os.kill(late, signal.SIGSTOP)
-  os.kill(lost, signal.SIGKILL)
+  send(late, signal.SIGSTOP)
+  send(lost, signal.SIGKILL)
   time.sleep(0.3)
-  os.kill(late, signal.SIGCONT)
+  send(late, signal.SIGCONT)
+thread = threading.Thread(target=befall, daemon=True)
 if world.rank == 0:
-  threading.Thread(target=befall, daemon=True).start()
+  thread.start()
 for average in averages:
   x = average(x)
 if world.rank == 3:
-  time.sleep(100)
+  time.sleep(1000)  # until it is killed
 win = jax.block_until_ready(put(win, zeros + 1))
 x, win = jfog.win_update(win, zeros, self_weight=0.0, src_weights=1.0)
+if world.rank == 0:
+  thread.join()
 print("LEFT", world.rank, flush=True)
 """
 

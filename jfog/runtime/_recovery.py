@@ -85,7 +85,8 @@ def recover(size: int | None = None) -> Communicator:
 
   It leaves alone the arrays of the program: each rank goes on from its own
   parameters. Graphs are functions of the size and are made again, as are optimizers
-  around them; programs are traced again. Open handles and windows end here. Ranks
+  around them; programs are traced again. Open handles, windows and a timeline end
+  here. Ranks
   may come from neighboring steps; `jfog.allreduce(step, "max")` agrees on one.
 
   Args:

@@ -1,4 +1,4 @@
-"""Reservation of the shared memory through which Open MPI sends messages."""
+"""Allocation of the shared memory through which Open MPI sends messages."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ _SEGMENT = re.compile(r"(/dev/shm/sm_segment\S+)$", re.M)
 
 
 def reserve(maps: str = "/proc/self/maps") -> None:
-  """Takes the memory of the segments of Open MPI that this process has mapped.
+  """Allocates all pages of the segments of Open MPI that this process has mapped.
 
-  Open MPI maps a file of 16 MB for each rank, whose pages the kernel takes from
-  /dev/shm at their first use. If another program has filled /dev/shm by then, that
-  use ends the rank by SIGBUS. So a job that is to outlive failures takes them at its
-  start, if that leaves as much free as it takes; otherwise it leaves them alone, since
-  jfog's own segments come from there as well.
+  Open MPI maps a sparse file of 16 MB for each rank, whose pages the kernel allocates
+  in /dev/shm at their first use. If another program has filled /dev/shm by then, that
+  use ends the rank by SIGBUS. So a fault-tolerant job allocates them at its start, if
+  as much stays free; otherwise it leaves them sparse, since jfog's own segments are in
+  /dev/shm as well.
 
   Args:
     maps: the file with the mappings, in the format of proc(5).
