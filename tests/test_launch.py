@@ -267,6 +267,25 @@ def test_mpirun_that_does_not_end_is_ended(tmp_path):
   assert job.err.endswith("jfog run: rank 0 failed first (exit code 4)\n")
 
 
+@pytest.mark.parametrize("fault_tolerant", [False, True])
+@pytest.mark.parametrize("how", ["exit 213", "kill -SEGV $$"])
+def test_mpirun_that_fails_without_a_rank(tmp_path, how, fault_tolerant):
+  copy_launcher(tmp_path)
+  mpirun = tmp_path / "mpirun"
+  mpirun.write_text(f"#!/bin/sh\necho no memory >&2\n{how}\n")
+  mpirun.chmod(0o755)
+  write_build(tmp_path, launch.Mpi(str(mpirun), "openmpi", "Open MPI v5.0.8"))
+  option = ["--fault-tolerant"] if fault_tolerant else []
+  job = run(tmp_path / "launch", *option, "-np", 2, *shell("exit 0"))
+  if how == "exit 213":
+    assert job.returncode == 213
+    text = "mpirun ended with exit code 213"
+  else:
+    assert job.returncode == 128 + signal.SIGSEGV
+    text = "mpirun was killed by SIGSEGV, and its ranks with it"
+  assert job.err.endswith(f"no memory\n\njfog run: {text}\n")
+
+
 def test_timeout_ends_the_job(program):
   job = run(program, "-np", 2, "--timeout", 1, "sleep", 1000)
   assert job.returncode == 124

@@ -245,7 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
       run_dir,
       options.timeout,
       one_host,
-      options.np + options.spares if options.fault_tolerant else 0,
+      options.np + options.spares,
+      options.fault_tolerant,
     )
   finally:
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -266,11 +267,12 @@ def _run_job(
   timeout: float | None,
   one_host: bool,
   ranks: int,
+  fault_tolerant: bool,
 ) -> int:
   """Runs mpirun to its end and reports the rank that failed first.
 
-  With the number of `ranks` of a fault-tolerant job, spares included, it ends when
-  all have.
+  A fault-tolerant job ends when all of its `ranks` have, spares included. It has done
+  well if one that is not an idle spare has ended without an error.
 
   The loop has one event source, `sigtimedwait` over the blocked signals: SIGCHLD
   when mpirun ends, and the signals that it forwards. Between events it looks for
@@ -322,7 +324,7 @@ def _run_job(
     if (
       stops is None
       and report.has_records(run_dir)
-      and not (ranks and _goes_on(run_dir, survived, one_host))
+      and not (fault_tolerant and _goes_on(run_dir, survived, one_host))
     ):
       stops = _stops(now + _GRACE)
     if stops is None and (problem := marks.lost(run_dir)):
@@ -344,7 +346,6 @@ def _run_job(
   if problem:
     processes.say(f"{tracebacks}\njfog run: {problem}\n")
     return 1
-  code = processes.shell_code(code)
   dropped = about_hosts.dropped + banners.dropped
   if host := report.lost_host(dropped.decode(errors="replace")):
     processes.say(
@@ -352,13 +353,22 @@ def _run_job(
       f"connection to it is lost, and with it Open MPI ends the whole job; "
       f"start it again from a checkpoint\n"
     )
-    return code or 1
-  if ranks and stops is None:
-    failed = {record["rank"] for record in found}
+    return processes.shell_code(code) or 1
+  ended = marks.ranks_with(run_dir, "ended")
+  failed = {record["rank"] for record in found}
+  # mpirun may crash at its own end as well, when all ranks have ended.
+  if code < 0 and failed <= survived and set(range(ranks)) - ended - failed:
+    processes.say(
+      f"{dropped.decode(errors='replace')}\njfog run: mpirun was killed by "
+      f"{report.signal_name(-code)}, and its ranks with it\n"
+    )
+    return processes.shell_code(code)
+  code = processes.shell_code(code)
+  if fault_tolerant and stops is None:
     # An idle spare has done nothing, and its end says nothing about the job.
     idle = marks.ranks_with(run_dir, "spare")
     idle -= marks.ranks_with(run_dir, "joined")
-    if set(range(ranks)) - failed - idle:
+    if ended - idle:
       _goes_on(run_dir, survived, one_host)
       return 0
     code = code or 1  # mpirun has nothing against ranks that fail

@@ -31,16 +31,17 @@ def job(environ: Mapping[str, str]) -> str:
   return "-"
 
 
-def leave_end(rank: int) -> None:
-  """Marks that the process of a rank has ended without an error."""
+def leave_end(rank: int) -> bool:
+  """Marks that the process of a rank has ended without an error.
+
+  Returns whether it could: on another host the launcher's folder is missing.
+  """
   run_dir = os.environ.get("JFOG_RUN_DIR", "")
-  if not run_dir:
-    return  # the command of --dry-run, without a launcher
   try:
     with open(os.path.join(run_dir, f"{rank}.ended"), "w", encoding="utf-8"):
-      pass
+      return True
   except OSError:
-    pass  # on another host, without the launcher's folder
+    return False
 
 
 def is_failing(rank: int) -> bool:

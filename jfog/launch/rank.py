@@ -125,8 +125,9 @@ def rank_main(arguments: list[str]) -> int:
       held=held.held,
       is_shown=is_shown,
     )
-  elif not torn_down:
-    marks.leave_end(int(rank))
+  elif not torn_down and os.environ.get("JFOG_RUN_DIR"):
+    if not marks.leave_end(int(rank)) and fault_tolerant:
+      report.send_end(int(rank))
   if not is_reported:
     stderr.write(held.held)
   if code and not torn_down and not fault_tolerant:

@@ -148,7 +148,7 @@ def leave_record(
     "rank": rank,
     "time": ended,
     "code": shell_code(code),
-    "signal": _signal_name(-code) if code < 0 else "",
+    "signal": signal_name(-code) if code < 0 else "",
     "torn_down": torn_down,
     "stderr": stderr.decode(errors="replace"),
     "held": held.decode(errors="replace"),
@@ -161,9 +161,15 @@ def leave_record(
       json.dump(record, file)
     os.replace(path + ".part", path)
   except OSError:  # on another host, without the launcher's folder
-    _send(record)
+    carried = record["stderr"][-_CARRIED:]
+    _send({**record, "held": "", "is_shown": True, "stderr": carried})
     return False
   return True
+
+
+def send_end(rank: int) -> None:
+  """Sends the mark of a rank that ends without an error, from another host."""
+  _send({"rank": rank, "mark": "ended"})
 
 
 def _send(record: dict) -> None:
@@ -172,28 +178,30 @@ def _send(record: dict) -> None:
   import json
   import zlib
 
-  record = {**record, "held": "", "is_shown": True}
-  record["stderr"] = record["stderr"][-_CARRIED:]
   text = base64.b64encode(zlib.compress(json.dumps(record).encode()))
   with contextlib.suppress(OSError):
     os.write(2, MARK + text + b"\n")
 
 
 def keep(run_dir: str, line: bytes) -> None:
-  """Writes a record that has come in stderr into the launcher's folder."""
+  """Writes a record or a mark that has come in stderr into the launcher's folder."""
   import base64
   import json
   import zlib
 
   with contextlib.suppress(ValueError, KeyError, zlib.error, OSError):
     record = json.loads(zlib.decompress(base64.b64decode(line.strip())))
-    path = os.path.join(run_dir, f"{int(record['rank'])}.json")
-    with open(path + ".part", "w", encoding="utf-8") as file:
+    path = os.path.join(run_dir, f"{int(record['rank'])}")
+    if record.get("mark") == "ended":
+      open(f"{path}.ended", "w", encoding="utf-8").close()
+      return
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
       json.dump(record, file)
-    os.replace(path + ".part", path)
+    os.replace(f"{path}.part", f"{path}.json")
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+  """The name of a signal."""
   try:
     return signal.Signals(number).name
   except ValueError:  # a real-time signal
