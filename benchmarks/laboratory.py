@@ -39,7 +39,7 @@ def main():
     default=list(_measure.graphs_of(4)),
   )
   parser.add_argument(
-    "--memory", type=int, default=2**30, help="bytes of a block of points"
+    "--memory", type=int, default=2**26, help="bytes of a block of points"
   )
   parser.add_argument(
     "--folder", type=pathlib.Path, help="keeps each result, and reads it again"

@@ -35,7 +35,7 @@ def sweep(
   *,
   local_size: int = 1,
   reduce: Callable[[jax.Array], jax.Array] | None = None,
-  memory: int = 2**30,
+  memory: int = 2**26,
   folder: str | os.PathLike[str] | None = None,
   attackers: Mapping[int, Attack] | str | None = None,
 ) -> Any:
@@ -56,8 +56,9 @@ def sweep(
     local_size: consecutive ranks that form a pretended machine.
     reduce: from a result of all ranks, stacked along axis 0, to what is kept; by
       default the mean over ranks.
-    memory: bytes that the points of a block take together; the number of points
-      in it follows from what the compiler needs for one.
+    memory: bytes that the points of a block take together. The number of points
+      in it, at least one, follows from what the compiler needs for one; blocks
+      that fit into the processor's cache take the least time.
     folder: keeps the results of each point in a file there. A further sweep reads
       what it finds for the same program at the same point, and runs the rest.
     attackers: as for `jfog.simulate`; or the name of an axis whose values are such
