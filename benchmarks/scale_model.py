@@ -288,6 +288,12 @@ MEASURED = {
   "exponential": "exponential",
   "ring": "ring",
 }
+# By the first words: the round, the part of the bytes, and the steps of a round.
+OTHERS = {
+  "local SGD": ("ring_allreduce", 1.0, 4),
+  "DiLoCo": ("ring_allreduce", 1.0, 4),
+  "choco": ("ring", 1 / 32, 1),
+}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -339,7 +345,7 @@ def measured_lines(text):
     "",
     "Rate and delay of each link are fitted to the averages with neighbors of "
     "`scaling.md` on all numbers of ranks but the largest; errors of the prediction "
-    "there. The allreduces are not in the fit.",
+    "there. The allreduces, and what is made of them, are not in the fit.",
     "",
   ]
   rows = []
@@ -349,13 +355,18 @@ def measured_lines(text):
       continue
     latency, bandwidth = fitted(forms, megabytes, sizes[:-1])
     for form, times in forms.items():
-      method = MEASURED.get(form, "ring_allreduce")
+      others = [of for name, of in OTHERS.items() if form.startswith(name)]
+      method, part, every = (
+        *others,
+        (MEASURED.get(form, "ring_allreduce"), 1.0, 1),
+      )[0]
       if sizes[-1] not in times or form.startswith("hierarchical"):
         continue
       expected = lab.predict_step(
         method,
-        megabytes * 1e6,
+        part * megabytes * 1e6,
         size=sizes[-1],
+        every=every,
         compute=0.0,
         latency=latency,
         bandwidth=bandwidth,

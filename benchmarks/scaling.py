@@ -17,7 +17,16 @@ SCRIPT = pathlib.Path(__file__).resolve()
 ONE_PEER, STATIC, RING = "one-peer exponential", "exponential", "ring"
 HIERARCHICAL = "hierarchical one-peer"
 ALLREDUCES = ("jfog.allreduce", "mpi4jax.allreduce", "XLA with gloo")
-FORMS = (ONE_PEER, STATIC, RING, HIERARCHICAL, *ALLREDUCES)
+EVERY = (
+  4  # steps of a round of local SGD and DiLoCo, which communicate in its last
+)
+OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
+LOCAL_SGD, DILOCO = f"local SGD, every {EVERY}", f"DiLoCo, every {EVERY}"
+CHOCO = "choco on the ring, signs"
+FORMS = (
+  *(ONE_PEER, STATIC, RING, HIERARCHICAL, LOCAL_SGD, DILOCO, CHOCO),
+  *ALLREDUCES,
+)
 GLOO_DEADLINE = 300  # seconds
 COORDINATOR = "10.77.0.1:7801"  # on machine0
 CHECKED = 1001  # elements, which no number of ranks divides
@@ -94,21 +103,38 @@ def sent():
 
 
 class Loop:
-  """A form of averaging: `step(x, k)` is jitted, and called step by step."""
+  """A form: `step(x, state, k)` is jitted, and called step by step."""
 
-  def __init__(self, step, x):
+  def __init__(self, step, x, state=()):
     import jax
 
-    self._step = jax.jit(step, donate_argnums=0)
+    self._step = jax.jit(step, donate_argnums=(0, 1))
     self._x = x
+    self._state = state
     self._k = 0
+
+  @classmethod
+  def averaging(cls, average, x):
+    """That of an average `(x, k) -> x`."""
+    return cls(lambda x, state, k: (average(x, k), state), x)
+
+  @classmethod
+  def training(cls, tx, x):
+    """That of an optimizer, with gradients of zero: its communication alone."""
+    import jax.numpy as jnp
+
+    def step(x, state, k):
+      updates, state = tx.update(jnp.zeros_like(x), state, x)
+      return x + updates, state
+
+    return cls(step, x, tx.init(x))
 
   def run(self, steps):
     """Does so many steps, and waits for them."""
     import jax
 
     for _ in range(steps):
-      self._x = self._step(self._x, self._k)
+      self._x, self._state = self._step(self._x, self._state, self._k)
       self._k += 1
     jax.block_until_ready(self._x)
 
@@ -139,6 +165,7 @@ def on_mpi(job):
   """One rank of a job of jfog and mpi4jax."""
   comm, most = _measure.start_mpi()
   import jax.numpy as jnp
+  import optax
 
   import jfog
 
@@ -169,17 +196,37 @@ def on_mpi(job):
       mpi4jax.allreduce(x, MPI.SUM, comm=comm) * np.float32(1 / n)
     )
 
+  rules, inner = jfog.optimizers, optax.identity()
+  outer = optax.sgd(OUTER_RATE, momentum=OUTER_MOMENTUM, nesterov=True)
+  trainings = {
+    LOCAL_SGD: rules.local_sgd(inner, EVERY),
+    DILOCO: rules.diloco(inner, outer, EVERY),
+    CHOCO: rules.choco(inner, graphs[RING], rules.sign(), gamma=0.3),
+  }
+
   def loops(count):
     x = np.random.RandomState(comm.rank).standard_normal(count)
+    x = x.astype(np.float32)
     return {
-      name: Loop(step, jnp.asarray(x, jnp.float32))
-      for name, step in steps.items()
+      **{k: Loop.averaging(f, jnp.array(x)) for k, f in steps.items()},
+      **{k: Loop.training(tx, jnp.array(x)) for k, tx in trainings.items()},
     }
 
   start = np.stack(
     [np.random.RandomState(r).standard_normal(CHECKED) for r in range(n)]
   )
+  mean = start.mean(axis=0)
   for name, loop in loops(CHECKED).items():
+    if name in trainings:
+      loop.run(EVERY)
+      got, wanted = loop.value(), mean
+      if name == DILOCO:
+        rate = OUTER_RATE * (1 + OUTER_MOMENTUM)
+        wanted = start[comm.rank] + rate * (mean - start[comm.rank])
+      if name == CHOCO:  # which keeps the mean of all ranks
+        got = comm.allreduce(got.astype(np.float64)) / n
+      np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=name)
+      continue
     rounds = graphs.get(name, topology.fully_connected(n)).rounds
     wanted = start
     for k in range(3):
@@ -224,7 +271,7 @@ def on_gloo(job):
     return multihost_utils.process_allgather(np.float64(number))
 
   found = measure(
-    {"XLA with gloo": Loop(lambda x, k: step(x), x)},
+    {"XLA with gloo": Loop.averaging(lambda x, k: step(x), x)},
     job,
     lambda: multihost_utils.sync_global_devices("start"),
     lambda x: float(gathered(x).max()),
@@ -277,6 +324,9 @@ def report(measured, job, options):
       "its cores; links are slow enough to be what is measured",
       "out of a host: bytes on its link in a step by those of the array, all "
       "headers in",
+      f"local SGD and DiLoCo take the mean of all ranks by jfog.allreduce in each "
+      f"{EVERY}th step, and their time and bytes are those of a step on average; "
+      "choco sends a bit for each value to both neighbors",
       f"efficiency: of a step of {options.compute:g} s of computation, which does "
       "not overlap with the exchange: a computed column, for the cores are shared",
     ],

@@ -283,7 +283,25 @@ def test_mpirun_that_fails_without_a_rank(tmp_path, how, fault_tolerant):
   else:
     assert job.returncode == 128 + signal.SIGSEGV
     text = "mpirun was killed by SIGSEGV, and its ranks with it"
-  assert job.err.endswith(f"no memory\n\njfog run: {text}\n")
+  again = "jfog run: no rank has begun; mpirun is started once more"
+  tries = f"no memory\n\njfog run: {text}\n"
+  assert job.err == f"{tries}{again}\n{tries}"
+
+
+def test_mpirun_that_fails_once(tmp_path):
+  copy_launcher(tmp_path)
+  mpirun = tmp_path / "mpirun"
+  real = launch.installed_mpi().launcher
+  mpirun.write_text(
+    f"#!/bin/sh\n[ -e {tmp_path}/before ] && "
+    f'exec {real} "$@"\ntouch {tmp_path}/before\nkill -SEGV $$\n'
+  )
+  mpirun.chmod(0o755)
+  write_build(tmp_path, launch.installed_mpi()._replace(launcher=str(mpirun)))
+  job = run(tmp_path / "launch", "-np", 2, *shell("echo begun"))
+  assert job.returncode == 0, job.err
+  assert job.out.count("begun") == 2
+  assert job.err.endswith("no rank has begun; mpirun is started once more\n")
 
 
 def test_timeout_ends_the_job(program):

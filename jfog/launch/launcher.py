@@ -236,20 +236,24 @@ def main(arguments: list[str] | None = None) -> int:
   import tempfile
 
   start = time.monotonic()
-  run_dir = tempfile.mkdtemp(prefix="jfog-run-")
-  try:
-    environ = job_environment(environ, run_dir, one_host=one_host)
-    code = _run_job(
-      command,
-      environ,
-      run_dir,
-      options.timeout,
-      one_host,
-      options.np + options.spares,
-      options.fault_tolerant,
-    )
-  finally:
-    shutil.rmtree(run_dir, ignore_errors=True)
+  for can_repeat in (one_host, False):
+    run_dir = tempfile.mkdtemp(prefix="jfog-run-")
+    try:
+      code, has_begun = _run_job(
+        command,
+        job_environment(environ, run_dir, one_host=one_host),
+        run_dir,
+        options.timeout,
+        one_host,
+        options.np + options.spares,
+        options.fault_tolerant,
+      )
+    finally:
+      shutil.rmtree(run_dir, ignore_errors=True)
+    # On a busy machine mpirun itself fails now and then, without a reason.
+    if has_begun or not can_repeat:
+      break
+    processes.say("jfog run: no rank has begun; mpirun is started once more\n")
   if options.timeline:
     _merge(options.timeline)
   if options.verbose:
@@ -268,9 +272,10 @@ def _run_job(
   one_host: bool,
   ranks: int,
   fault_tolerant: bool,
-) -> int:
+) -> tuple[int, bool]:
   """Runs mpirun to its end and reports the rank that failed first.
 
+  Returns the exit code, and whether a rank has begun or the reason why not is known.
   A fault-tolerant job ends when all of its `ranks` have, spares included. It has done
   well if one that is not an idle spare has ended without an error.
 
@@ -342,10 +347,10 @@ def _run_job(
     processes.say(tracebacks)
     if text := report.interrupt_report(found):
       processes.say("\n" + text)
-    return requested
+    return requested, True
   if problem:
     processes.say(f"{tracebacks}\njfog run: {problem}\n")
-    return 1
+    return 1, True
   dropped = about_hosts.dropped + banners.dropped
   if host := report.lost_host(dropped.decode(errors="replace")):
     processes.say(
@@ -353,7 +358,8 @@ def _run_job(
       f"connection to it is lost, and with it Open MPI ends the whole job; "
       f"start it again from a checkpoint\n"
     )
-    return processes.shell_code(code) or 1
+    return processes.shell_code(code) or 1, True
+  has_begun = not code or bool(dropped or marks.ranks_with(run_dir, "begun"))
   ended = marks.ranks_with(run_dir, "ended")
   failed = {record["rank"] for record in found}
   # mpirun may crash at its own end as well, when all ranks have ended.
@@ -362,7 +368,7 @@ def _run_job(
       f"{dropped.decode(errors='replace')}\njfog run: mpirun was killed by "
       f"{report.signal_name(-code)}, and its ranks with it\n"
     )
-    return processes.shell_code(code)
+    return processes.shell_code(code), has_begun
   code = processes.shell_code(code)
   if fault_tolerant and stops is None:
     # An idle spare has done nothing, and its end says nothing about the job.
@@ -370,10 +376,12 @@ def _run_job(
     idle -= marks.ranks_with(run_dir, "joined")
     if ended - idle:
       _goes_on(run_dir, survived, one_host)
-      return 0
+      return 0, True
     code = code or 1  # mpirun has nothing against ranks that fail
   processes.say(tracebacks)
-  return _report(code, found, run_dir, dropped) if code else 0
+  if code:
+    code = _report(code, found, run_dir, dropped)
+  return code, has_begun
 
 
 def _merge(folder: str) -> None:

@@ -3,7 +3,7 @@
 A mark is a file `RANK.NAME`. A rank's process leaves `entered`, and `ready` or
 `failed` (jfog/runtime/_rank_process.py), a spare `spare` when it waits and `joined` when
 it has a place, and `failing` when its program ends by an exception; a wrapper leaves
-`ended`, for an end without an error. `failed_at_exit` holds the error of an
+`begun`, and `ended` for an end without an error. `failed_at_exit` holds the error of an
 operation; the others are empty.
 """
 
@@ -31,14 +31,16 @@ def job(environ: Mapping[str, str]) -> str:
   return "-"
 
 
-def leave_end(rank: int) -> bool:
-  """Marks that the process of a rank has ended without an error.
+def leave(rank: int, kind: str) -> bool:
+  """Leaves a mark of a wrapper, `begun` or `ended`.
 
-  Returns whether it could: on another host the launcher's folder is missing.
+  Returns False on another host, where the launcher's folder is missing.
   """
   run_dir = os.environ.get("JFOG_RUN_DIR", "")
+  if not run_dir:
+    return True  # the command of --dry-run, without a launcher
   try:
-    with open(os.path.join(run_dir, f"{rank}.ended"), "w", encoding="utf-8"):
+    with open(os.path.join(run_dir, f"{rank}.{kind}"), "w", encoding="utf-8"):
       return True
   except OSError:
     return False

@@ -69,6 +69,7 @@ def rank_main(arguments: list[str]) -> int:
   command = [w[set(w) == {":"} :] for w in arguments[split + 1 :]]
   signal.pthread_sigmask(signal.SIG_BLOCK, processes.WAITED)
   rank = _first(os.environ, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+  marks.leave(int(rank), "begun")
   environ = rank_environment(
     dict(os.environ), cores=len(os.sched_getaffinity(0)), gpus=gpus()
   )
@@ -125,9 +126,8 @@ def rank_main(arguments: list[str]) -> int:
       held=held.held,
       is_shown=is_shown,
     )
-  elif not torn_down and os.environ.get("JFOG_RUN_DIR"):
-    if not marks.leave_end(int(rank)) and fault_tolerant:
-      report.send_end(int(rank))
+  elif not (torn_down or marks.leave(int(rank), "ended")) and fault_tolerant:
+    report.send_end(int(rank))
   if not is_reported:
     stderr.write(held.held)
   if code and not torn_down and not fault_tolerant:
