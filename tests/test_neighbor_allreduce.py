@@ -24,6 +24,10 @@ GRAPHS = {
   "one_peer": topology.one_peer_exponential,
   "base": lambda n: topology.base_k(n, 1),
   "one_peer_star": lambda n: topology.one_peer(topology.star(n)),
+  # One number of slots, in rounds whose rows differ.
+  "alternating": lambda n: topology.Schedule(
+    [_irregular(n, "uniform_in"), _irregular(n, "uniform_out")]
+  ),
 }
 
 
@@ -445,12 +449,17 @@ def test_one_peer_exponential_over_eight_processes_is_exact(place, rng):
 
 @pytest.mark.places("simulate-5")
 def test_a_traced_step_compiles_to_one_branch(place, x):
-  """A batched step would compute every branch; it is made uniform first."""
-  graph = topology.base_k(place.size, 1)
-  program = place.map(lambda x, s: average(x, graph, s))
-  steps = jnp.zeros(place.size, jnp.int32)
-  text = jax.jit(program).lower(x, steps).as_text()
-  assert text.count("stablehlo.case") == 1
+  """A batched step would compute every branch; it is made uniform first.
+
+  Rounds of equal degrees are no branches at all: the step indexes their tables.
+  """
+  n = place.size
+  unequal = topology.Schedule([topology.ring(n), topology.exponential(n)])
+  for graph, branches in ((unequal, 1), (topology.base_k(n, 1), 0)):
+    program = place.map(lambda x, s, graph=graph: average(x, graph, s))
+    steps = jnp.zeros(n, jnp.int32)
+    text = jax.jit(program).lower(x, steps).as_text()
+    assert text.count("stablehlo.case") == branches
 
 
 # Errors are raised before the first message, on every rank.

@@ -184,8 +184,23 @@ def _on_mesh(
   # equal shapes, and every device takes the same.
   if not isinstance(index, jax.Array):
     return mix(graph.rounds[index], leaves, row)
+  index = _mesh.uniform(index, comm)
+  if _mesh.are_virtual(axes) and _has_equal_degrees(graph):
+    return [
+      _mix_gathered(x, graph, row, axes, comm.rank, k, index)
+      for k, x in enumerate(leaves)
+    ]
   branches = [functools.partial(mix, topology) for topology in graph.rounds]
-  return lax.switch(_mesh.uniform(index, comm), branches, leaves, row)
+  return lax.switch(index, branches, leaves, row)
+
+
+def _has_equal_degrees(graph: Topology | Schedule) -> bool:
+  """Whether all rounds have one number of slots, so that the step can index them.
+
+  XLA copies the result of a branch, and does not fuse over it.
+  """
+  degrees = neighbor_table(graph).present.sum(axis=2).max(axis=1)
+  return bool(degrees.min() == degrees.max() <= _weighted_sum.UNROLLED)
 
 
 def mix_on_mesh(
@@ -213,16 +228,20 @@ def mix_on_mesh(
 
 
 def _begin(
-  own: jax.Array, topology: Topology, row: jax.Array | None, rank: Any
+  own: jax.Array,
+  graph: Topology | Schedule,
+  row: jax.Array | None,
+  rank: Any,
+  index: Any = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
   """First summand, and the value to subtract from all received ones."""
   if row is not None:
     # No test for zero: the derivative in a weight of zero is the own value.
     return _weighted_sum.times(row[rank], own), None
-  table = neighbor_table(topology)
-  self_weights = table.self_weights[0].astype(_dtypes.real(own.dtype))
+  table = neighbor_table(graph)
+  self_weights = table.self_weights.astype(_dtypes.real(own.dtype))
   return _weighted_sum.begin(
-    own, _at(self_weights, rank), _at(table.difference[0], rank)
+    own, _at(self_weights, index, rank), _at(table.difference, index, rank)
   )
 
 
@@ -249,75 +268,82 @@ def _mix_permuted(
       weight = row[jnp.asarray(sources)[rank]]
     else:
       weights = topology.mixing_matrix[ranks, sources]
-      weight = _at(weights.astype(_dtypes.real(own.dtype)), rank)
-    total = _weighted_sum.add(total, value, weight, _at(receives, rank), minus)
+      weight = _at(weights.astype(_dtypes.real(own.dtype))[None], 0, rank)
+    received = _at(receives[None], 0, rank)
+    total = _weighted_sum.add(total, value, weight, received, minus)
   return total.astype(x.dtype)
 
 
 def _mix_gathered(
   x: jax.Array,
-  topology: Topology,
+  graph: Topology | Schedule,
   row: jax.Array | None,
   axes: tuple[str, ...],
   rank: Any,
   leaf: int,
+  index: Any = 0,
 ) -> jax.Array:
-  """On virtual ranks: as a matrix product, or each picks its in-neighbors."""
+  """On virtual ranks: as a matrix product, or each picks its in-neighbors.
+
+  Of a schedule the round of this `index`, whose rounds have equal degrees.
+  """
   gathered = _mesh.gather(x, axes)
-  missing = presence(axes, topology.size, "neighbor_allreduce")
+  missing = presence(axes, graph.size, "neighbor_allreduce")
   present = None if missing is None else missing.edges
   attacked = is_simulated(axes) and has_attackers()
   if attacked:
     gathered = sent(
       gathered,
       rank,
-      lambda: _weights_of(topology, row, rank),
+      lambda: _weights_of(graph, row, rank, index),
       leaf,
       "neighbor_allreduce",
     )
   # The product takes its own part from the gathered values, and all differences
   # to the first of them: both may be an attacker's.
-  if present is not None or attacked:
-    return _mix_slots(x, gathered, topology, row, rank, present)
-  if row is None and _dense.is_dense(topology, x.dtype):
-    return _dense.mix(
-      x,
-      gathered,
-      topology,
-      rank,
-      lambda: _mix_slots(x, gathered, topology, row, rank),
-    )
-  return _mix_slots(x, gathered, topology, row, rank)
+  in_slots = functools.partial(
+    _mix_slots, x, gathered, graph, row, rank, index, present
+  )
+  if present is not None or attacked or isinstance(graph, Schedule):
+    return in_slots()
+  if row is None and _dense.is_dense(graph, x.dtype):
+    return _dense.mix(x, gathered, graph, rank, in_slots)
+  return in_slots()
 
 
 def _weights_of(
-  topology: Topology, row: jax.Array | None, rank: Any
+  graph: Topology | Schedule, row: jax.Array | None, rank: Any, index: Any
 ) -> jax.Array:
   """A rank's weights by source; 0 where there is no edge."""
-  matrix = jnp.asarray(topology.mixing_matrix)[rank]
+  matrices = np.stack([topology.mixing_matrix for topology in graph.rounds])
+  matrix = jnp.asarray(matrices)[index, rank]
   return matrix if row is None else jnp.where(matrix != 0, row, 0)
 
 
 def _mix_slots(
   x: jax.Array,
   gathered: jax.Array,
-  topology: Topology,
+  graph: Topology | Schedule,
   row: jax.Array | None,
   rank: Any,
-  present: jax.Array | None = None,
+  index: Any,
+  present: jax.Array | None,
 ) -> jax.Array:
   """The sum over in-neighbors, of `present` edges only, in ascending order."""
   own = x.astype(_dtypes.accumulation(x.dtype))
-  total, minus = _begin(own, topology, row, rank)
-  table = neighbor_table(topology)
-  # Slots first, as the scan needs them also where `rank` is batched.
-  sources = jnp.asarray(table.sources[0].T)[:, rank]
-  reads = jnp.asarray(table.present[0].T)[:, rank]
+  total, minus = _begin(own, graph, row, rank, index)
+  table = neighbor_table(graph)
+
+  def slots_of(values: np.ndarray) -> jax.Array:
+    # Slots first, as the scan needs them also where `rank` is batched.
+    return jnp.asarray(values.transpose(0, 2, 1))[index][:, rank]
+
+  sources, reads = slots_of(table.sources), slots_of(table.present)
   dtype = _dtypes.real(own.dtype)
   if row is not None:
     weights = row.astype(dtype)[sources]
   else:
-    weights = jnp.asarray(table.weights[0].T.astype(dtype))[:, rank]
+    weights = slots_of(table.weights.astype(dtype))
 
   if present is not None:
     # As in xla_ops/mpi/neighbor_average.cc: the own value takes the weights of what
@@ -325,7 +351,7 @@ def _mix_slots(
     arrives = present[rank][sources]
     missing = jnp.sum(jnp.where(reads & ~arrives, weights, 0))
     if row is None:
-      missing = jnp.where(_at(table.difference[0], rank), 0, missing)
+      missing = jnp.where(_at(table.difference, index, rank), 0, missing)
     total = total + _weighted_sum.begin(own, missing, False)[0]
     reads = reads & arrives
 
@@ -343,11 +369,11 @@ def _mix_slots(
   return total.astype(x.dtype)
 
 
-def _at(values: np.ndarray, rank: Any) -> Any:
-  """This rank's entry of a vector over ranks; known if all entries are equal."""
-  if (values == values[0]).all():
-    return values[0]
-  return jnp.asarray(values)[rank]
+def _at(values: np.ndarray, index: Any, rank: Any) -> Any:
+  """A rank's entry in a round; known if all entries are equal."""
+  if (values == values[0, 0]).all():
+    return values[0, 0]
+  return jnp.asarray(values)[index, rank]
 
 
 # Between processes: the rules of the primitive.
