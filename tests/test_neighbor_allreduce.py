@@ -451,7 +451,7 @@ def test_one_peer_exponential_over_eight_processes_is_exact(place, rng):
 def test_a_traced_step_compiles_to_one_branch(place, x):
   """A batched step would compute every branch; it is made uniform first.
 
-  Rounds of equal degrees are no branches at all: the step indexes their tables.
+  Rounds of equal degrees need no branch: the step indexes their tables.
   """
   n = place.size
   unequal = topology.Schedule([topology.ring(n), topology.exponential(n)])
