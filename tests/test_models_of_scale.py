@@ -85,8 +85,11 @@ def test_the_problem_of_the_convergence_benchmark(benchmark):
 
 
 @pytest.mark.full
-def test_simulate_and_a_loop_over_ranks_are_the_dense_product(benchmark):
-  times = benchmark("laboratory").against_loop(8, 16, rounds=1)
+@pytest.mark.parametrize("trains", [False, True])
+def test_simulate_and_a_loop_over_ranks_are_the_dense_product(
+  benchmark, trains
+):
+  times = benchmark("laboratory").against_loop(8, 16, trains, rounds=1)
   assert {form: len(seconds) for form, seconds in times.items()} == {
     **{"simulate": 1, "loop": 1}
   }

@@ -428,10 +428,9 @@ def _report(code: int, records: list[dict], run_dir: str, banner: bytes) -> int:
   """Reports why mpirun ended with a code, and returns that of the job."""
   # mpirun returns the code of whichever rank it saw first; the records have the
   # times.
-  record, *later = report.causes(records) or [None]
-  if record is not None:
-    processes.say("\n" + report.failure_report(record, later))
-    return record["code"]
+  if failures := report.causes(records):
+    processes.say("\n" + report.failure_report(failures[0], failures[1:]))
+    return failures[0]["code"]
   if text := marks.first_failure_at_exit(run_dir):
     pass
   elif rank := marks.first_end(run_dir):

@@ -48,8 +48,7 @@ class Duplicates {
     return {comm_, control_comm_, collective_comm_, agreement_comm_};
   }
 
-  // Of messages on either, but control messages: when one is sent, and when one
-  // has been received.
+  // Of a message of an operation: when it is sent, and when it has been received.
   void CountSent(int rank) { Add(&sent_[rank]); }
   void CountReceived(int rank) { Add(&received_[rank]); }
 
