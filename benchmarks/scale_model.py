@@ -288,12 +288,6 @@ MEASURED = {
   "exponential": "exponential",
   "ring": "ring",
 }
-# By the first words: the round, the part of the bytes, and the steps of a round.
-OTHERS = {
-  "local SGD": ("ring_allreduce", 1.0, 4),
-  "DiLoCo": ("ring_allreduce", 1.0, 4),
-  "choco": ("ring", 1 / 32, 1),
-}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -355,18 +349,16 @@ def measured_lines(text):
       continue
     latency, bandwidth = fitted(forms, megabytes, sizes[:-1])
     for form, times in forms.items():
-      others = [of for name, of in OTHERS.items() if form.startswith(name)]
-      method, part, every = (
-        *others,
-        (MEASURED.get(form, "ring_allreduce"), 1.0, 1),
-      )[0]
+      signs = form.startswith("choco")  # a bit of 32 to both neighbors
+      method = "ring" if signs else MEASURED.get(form, "ring_allreduce")
+      every = re.search(r"every (\d+)", form)
       if sizes[-1] not in times or form.startswith("hierarchical"):
         continue
       expected = lab.predict_step(
         method,
-        part * megabytes * 1e6,
+        megabytes * 1e6 / (32 if signs else 1),
         size=sizes[-1],
-        every=every,
+        every=int(every[1]) if every else 1,
         compute=0.0,
         latency=latency,
         bandwidth=bandwidth,

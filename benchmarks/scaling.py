@@ -17,9 +17,8 @@ SCRIPT = pathlib.Path(__file__).resolve()
 ONE_PEER, STATIC, RING = "one-peer exponential", "exponential", "ring"
 HIERARCHICAL = "hierarchical one-peer"
 ALLREDUCES = ("jfog.allreduce", "mpi4jax.allreduce", "XLA with gloo")
-EVERY = (
-  4  # steps of a round of local SGD and DiLoCo, which communicate in its last
-)
+# Steps of a round of local SGD and DiLoCo, which communicate in its last one.
+EVERY = 4
 OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
 LOCAL_SGD, DILOCO = f"local SGD, every {EVERY}", f"DiLoCo, every {EVERY}"
 CHOCO = "choco on the ring, signs"

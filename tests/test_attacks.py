@@ -88,12 +88,13 @@ def attackers(attack) -> dict[int, attacks.Attack]:
   return {rank: attack for rank in LIARS}
 
 
+@pytest.mark.parametrize("rounds", [2, 3], ids=["equal degrees", "branches"])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_averages_of_what_is_sent(name, rng):
+def test_averages_of_what_is_sent(name, rounds, rng):
   """Jitted, with a traced step and traced weights, of a tree, under a scan."""
   attack, send = ATTACKS[name]
   x = rng.randn(N, 7)
-  schedule = topology.Schedule(GRAPHS)
+  schedule = topology.Schedule(GRAPHS[:rounds])
   tree = {
     "empty": jnp.zeros((N, 0)),
     "matrix": jnp.asarray(x[:, :6].reshape(N, 2, 3), jnp.float32),
@@ -109,7 +110,7 @@ def test_averages_of_what_is_sent(name, rng):
         y = jfog.neighbor_allreduce(x, GRAPHS[0], weights=weights[0])
         return x, (mix(x, k), y)
 
-      return jax.lax.scan(step, x, jnp.arange(3))[1]
+      return jax.lax.scan(step, x, jnp.arange(rounds))[1]
 
     return jfog.simulate(program, N, attackers=attackers(attack))(tree)
 
@@ -120,7 +121,7 @@ def test_averages_of_what_is_sent(name, rng):
     matrix, scalar = found["matrix"][:, k], found["scalar"][:, k]
     return np.hstack([matrix.reshape(N, 6), scalar[:, None]])
 
-  for k, graph in enumerate(GRAPHS):
+  for k, graph in enumerate(GRAPHS[:rounds]):
     expected = average(x, graph, send)
     np.testing.assert_allclose(rows(by_step, k), expected, rtol=1e-4, atol=1e-5)
   expected = average(x, GRAPHS[0], send)

@@ -57,8 +57,7 @@ def sweep(
     reduce: from a result of all ranks, stacked along axis 0, to what is kept; by
       default the mean over ranks.
     memory: bytes that the points of a block take together. The number of points
-      in it, at least one, follows from what the compiler needs for one; blocks
-      that fit into the processor's cache take the least time.
+      in it, at least one, follows from what the compiler needs for one.
     folder: keeps the results of each point in a file there. A further sweep reads
       what it finds for the same program at the same point, and runs the rest.
     attackers: as for `jfog.simulate`; or the name of an axis whose values are such

@@ -86,8 +86,8 @@ def recover(size: int | None = None) -> Communicator:
   It leaves alone the arrays of the program: each rank goes on from its own
   parameters. Graphs are functions of the size and are made again, as are optimizers
   around them; programs are traced again. Open handles, windows and a timeline end
-  here. Ranks
-  may come from neighboring steps; `jfog.allreduce(step, "max")` agrees on one.
+  here. Ranks may come from neighboring steps; `jfog.allreduce(step, "max")` agrees
+  on one.
 
   Args:
     size: the number of ranks that the new world should have; by default that of the
